@@ -1,0 +1,82 @@
+"""What a kernel is: attention over packed segments, returning the output and its log-sum-exp.
+
+Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads (H a multiple of G; query head h
+reads kv head h // (H // G)), D key width, E value width.
+
+A *segment* is one tile: query rows q_edges[i] .. q_edges[i + 1] - 1 see key rows k_edges[i] .. k_edges[i + 1] - 1 under
+the shared window (left, right), -1 meaning no limit, aligned to the bottom right corner: row a of a segment of lq
+queries and lk keys sees the columns c with a + lk - lq - left <= c <= a + lk - lq + right. Every row sees at least one
+key, no segment is empty.
+
+The backward takes the row's FINAL output and log-sum-exp, those of the softmax over all keys of all tiles, so that the
+gradients of partial tiles simply add up (FlashAttention-2, arXiv 2307.08691, section 3; Ring Attention, arXiv
+2310.01889).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """What stands between scores and weights: weights = softmax(softcap * tanh(scale * q.k / softcap))."""
+
+    scale: float
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """One variable-length call. `cu_q`, `cu_k` are the edges as int32 tensors on the device of the data."""
+
+    q_edges: tuple[int, ...]
+    k_edges: tuple[int, ...]
+    left: int
+    right: int
+    cu_q: Tensor
+    cu_k: Tensor
+
+    @property
+    def max_q(self) -> int:
+        return max(b - a for a, b in zip(self.q_edges, self.q_edges[1:], strict=False))
+
+    @property
+    def max_k(self) -> int:
+        return max(b - a for a, b in zip(self.k_edges, self.k_edges[1:], strict=False))
+
+
+class Kernel(Protocol):
+    """One way to compute segments. Stateless."""
+
+    name: str
+
+    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int, softmax: Softmax) -> str | None:
+        """None when this kernel computes such a call exactly here; else the reason, with the remedy if there is one."""
+
+    def forward(
+        self, q_THD: Tensor, k_KGD: Tensor, v_KGE: Tensor, segments: Segments, softmax: Softmax
+    ) -> tuple[Tensor, Tensor]:
+        """Returns out_THE in the dtype of q and lse_HT in fp32 (fp64 for fp64), natural logarithm, scale included."""
+
+    def backward(
+        self,
+        dout_THE: Tensor,
+        q_THD: Tensor,
+        k_KGD: Tensor,
+        v_KGE: Tensor,
+        out_THE: Tensor,
+        lse_HT: Tensor,
+        segments: Segments,
+        softmax: Softmax,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns dq_THD, dk_KGD, dv_KGE of these segments, given the rows' final output and log-sum-exp."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of log-sum-exp and of sums over tiles: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

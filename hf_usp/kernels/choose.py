@@ -1,0 +1,43 @@
+"""Which kernel computes a call: the first that can, or the one the user names."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UspKernelError
+from .base import Kernel, Softmax
+from .cpu_flash import CpuFlashKernel
+from .eager import EagerKernel
+
+# In order of preference. `eager` computes everything and comes last.
+KERNELS: dict[str, Kernel] = {k.name: k for k in (CpuFlashKernel(), EagerKernel())}
+
+
+def choose_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, softmax: Softmax, name: str | None = None
+) -> Kernel:
+    """The kernel for such a call. `head_dim` is the larger of key and value width.
+
+    With `name` that kernel or a `UspKernelError` that says why it cannot; a call is never computed by another kernel
+    than the one that was asked for.
+    """
+    if name is None:
+        return next(k for k in KERNELS.values() if k.why_not(device, dtype, head_dim, softmax) is None)
+    if name not in KERNELS:
+        raise UspKernelError(
+            f"kernel={name!r}", rule=f"a kernel is one of {', '.join(KERNELS)}", remedy="leave kernel=None to let hf_usp choose"
+        )
+    if (reason := KERNELS[name].why_not(device, dtype, head_dim, softmax)) is not None:
+        raise UspKernelError(
+            f"kernel={name!r} cannot compute {dtype} attention of head width {head_dim} on {device.type}: {reason}",
+            rule="a kernel that is asked for by name is used or refused, never replaced",
+            remedy="leave kernel=None to let hf_usp choose, or name another of " + ", ".join(KERNELS),
+        )
+    return KERNELS[name]
+
+
+def kernel_report(
+    device: torch.device, dtype: torch.dtype, head_dim: int, softmax: Softmax
+) -> list[tuple[str, str | None]]:
+    """(name, why not) of every kernel for such a call, in order of preference; the first None is the one chosen."""
+    return [(k.name, k.why_not(device, dtype, head_dim, softmax)) for k in KERNELS.values()]
