@@ -53,14 +53,14 @@ class CpuFlashKernel:
         calls = list(_calls(segments))
         if len(calls) == 1:
             out, lse = _forward(q, k, v, 0.0, calls[0].causal, attn_mask=_mask(calls[0], q), scale=softmax.scale)
-            return out[0, :, :, :width].transpose(0, 1), lse[0]
+            return _rows(out, width), lse[0]
         out_THE, lse_HT = None, None
         for call in calls:
             rows, keys = call.rows, call.keys
             out, lse = _forward(
                 q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, call.causal, attn_mask=_mask(call, q), scale=softmax.scale
             )
-            out, lse = out[0, :, :, :width].transpose(0, 1), lse[0]
+            out, lse = _rows(out, width), lse[0]
             if out_THE is None or lse_HT is None:
                 out_THE = out.new_empty(q_THD.shape[0], *out.shape[1:])
                 lse_HT = lse.new_empty(lse.shape[0], q_THD.shape[0])
@@ -79,7 +79,7 @@ class CpuFlashKernel:
         segments: Segments,
         softmax: Softmax,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width = v_KGE.shape[2]
+        head_dim, width = q_THD.shape[2], v_KGE.shape[2]
         q, k, v, dout, out = _as_batch(q_THD, k_KGD, v_KGE, dout_THE, out_THE)
         lse = lse_HT[None]
         calls = list(_calls(segments))
@@ -88,7 +88,7 @@ class CpuFlashKernel:
             dq, dk, dv = _backward(
                 dout, q, k, v, out, lse, 0.0, call.causal, attn_mask=_mask(call, q), scale=softmax.scale
             )
-            return tuple(x[0].transpose(0, 1) for x in (dq, dk, dv[..., :width]))  # type: ignore[return-value]
+            return _rows(dq, head_dim), _rows(dk, head_dim), _rows(dv, width)
         dq_THD = torch.empty_like(q_THD)
         # Keys are shared by neighbouring blocks of a band: their gradients are summed in fp32.
         acc = lse_HT.dtype
@@ -100,9 +100,9 @@ class CpuFlashKernel:
                 dout[at], q[at], k[:, :, keys], v[:, :, keys], out[at], lse[at], 0.0, call.causal,
                 attn_mask=_mask(call, q), scale=softmax.scale,
             )  # fmt: skip
-            dq_THD[rows] = dq[0].transpose(0, 1)
-            dk_KGD[keys] += dk[0].transpose(0, 1)
-            dv_KGE[keys] += dv[0, :, :, :width].transpose(0, 1)
+            dq_THD[rows] = _rows(dq, head_dim)
+            dk_KGD[keys] += _rows(dk, head_dim)
+            dv_KGE[keys] += _rows(dv, width)
         return dq_THD, dk_KGD.to(k_KGD.dtype), dv_KGE.to(v_KGE.dtype)
 
 
@@ -112,6 +112,11 @@ def _as_batch(q_THD: Tensor, k_KGD: Tensor, *values: Tensor) -> tuple[Tensor, ..
     return tuple(
         (x if x.shape[2] == width else pad(x, (0, width - x.shape[2]))).transpose(0, 1)[None] for x in (q_THD, k_KGD, *values)
     )
+
+
+def _rows(x_1HLD: Tensor, width: int) -> Tensor:
+    """Back to packed rows [L, H, width], as a view."""
+    return x_1HLD[0, :, :, :width].transpose(0, 1)
 
 
 def _calls(segments: Segments) -> Iterator[_Call]:
