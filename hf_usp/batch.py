@@ -1,0 +1,250 @@
+"""Cutting a full batch into this rank's share, and putting shares together again.
+
+Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
+
+`Layout` says in integers who holds which token and which tokens form a document. It travels with the share, through the
+model, to every attention layer, and makes each mask's plan once per batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .comm import all_to_all
+from .errors import UspBatchError
+from .layout import UNLIMITED, Documents, IntArray, Mask, choose_order, deal, over_batch
+from .mesh import UspMesh
+from .plan import RingPlan, make_plan
+from .work import Work, prepare
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """What a layer asks for: limits to the left and right of the diagonal (-1: none), chunk size (0: none)."""
+
+    left: int = UNLIMITED
+    right: int = 0
+    chunk: int = 0
+
+
+CAUSAL = MaskKind()
+
+
+@dataclass(eq=False)
+class Layout:
+    """Who holds which token of one batch.
+
+    mesh: the ranks. batch, length: rows and tokens per row as the caller passed them. padded: tokens per row after ours
+    were appended so that every rank holds equally many. order: the assignment of tokens to ring ranks. kernel: the one
+    asked for by name, or None. calls: how many attention layers have used this layout.
+    """
+
+    mesh: UspMesh
+    batch: int
+    length: int
+    padded: int
+    order: str
+    documents: Documents
+    kernel: str | None = None
+    calls: int = 0
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def local_length(self) -> int:
+        """Tokens of a row on this rank (L)."""
+        return self.padded // self.mesh.size
+
+    def row_positions(self, ring_rank: int | None = None, ulysses_rank: int | None = None) -> IntArray:
+        """Positions in a row, ascending, that a rank of the mesh holds [L]; this rank by default."""
+        ring_rank = self.mesh.ring_rank if ring_rank is None else ring_rank
+        ulysses_rank = self.mesh.ulysses_rank if ulysses_rank is None else ulysses_rank
+        shard = deal(self.padded, self.mesh.ring_degree, self.order)[ring_rank]
+        return np.split(shard, self.mesh.ulysses_degree)[ulysses_rank]
+
+    def plan(self, kind: MaskKind = CAUSAL) -> RingPlan:
+        """What this rank computes and sends for such a mask; made once."""
+        if ("plan", kind) not in self._made:
+            shards = over_batch(deal(self.padded, self.mesh.ring_degree, self.order), self.batch, self.padded)
+            self._made["plan", kind] = make_plan(shards, self.mask(kind), self.mesh.ring_rank)
+        return self._made["plan", kind]
+
+    def mask(self, kind: MaskKind = CAUSAL) -> Mask:
+        """The mask over the whole batch, positions flattened."""
+        documents = self.documents.chunked(kind.chunk) if kind.chunk else self.documents
+        return Mask(documents, kind.left, kind.right)
+
+    def work(self, kind: MaskKind, device: torch.device) -> Work:
+        """The plan on a device; made once."""
+        if ("work", kind, device) not in self._made:
+            self._made["work", kind, device] = prepare(self.plan(kind), device)
+        return self._made["work", kind, device]
+
+
+def make_layout(
+    documents: Documents,
+    batch: int,
+    length: int,
+    mesh: UspMesh,
+    order: str = "auto",
+    kinds: tuple[MaskKind, ...] = (CAUSAL,),
+) -> Layout:
+    """Layout of `batch` rows of `length` tokens; `documents` cover batch * length positions.
+
+    order "auto" takes the better balanced one for `kinds`, one entry per layer.
+    """
+    # Zigzag wants 2 chunks per ring rank, ulysses equal slices of each ring rank's tokens.
+    unit = mesh.ring_degree * int(np.lcm(2 if mesh.ring_degree > 1 else 1, mesh.ulysses_degree))
+    padded = -(-length // unit) * unit
+    layout = Layout(mesh, batch, length, padded, "contiguous", _append_padding(documents, batch, length, padded))
+    masks = [layout.mask(kind) for kind in kinds]
+    if order == "auto":
+        layout.order = choose_order(batch, padded, mesh.ring_degree, masks)
+    else:
+        deal(mesh.ring_degree, mesh.ring_degree, order)  # refuses an unknown order
+        layout.order = order
+    return layout
+
+
+def _append_padding(documents: Documents, batch: int, length: int, padded: int) -> Documents:
+    """The same documents when every row grows from `length` to `padded` tokens that nobody sees."""
+    if padded == length:
+        return documents
+    starts, stops = documents.bounds[:-1], documents.bounds[1:]
+    row = starts // length
+    shift = row * (padded - length)
+    ends_row = np.concatenate((row[1:] != row[:-1], [True]))
+    pad_starts = (stops + shift)[ends_row]
+    bounds = np.concatenate((starts + shift, pad_starts))
+    by_start = np.argsort(bounds, kind="stable")
+    first = np.concatenate((documents.first + shift, pad_starts))[by_start]
+    last = np.concatenate((documents.last + shift, pad_starts))[by_start]
+    return Documents(np.append(bounds[by_start], batch * padded), first, last)
+
+
+def find_documents(
+    batch: int,
+    length: int,
+    attention_mask_BS: Tensor | None,
+    position_ids_BS: Tensor | None,
+    cu_seq_lens: Tensor | None = None,
+) -> Documents:
+    """Documents of a full batch, by the rules that Transformers follows.
+
+    With an `attention_mask` each row is one document whose visible keys are those of the mask, which must be one run
+    (left or right padding). Without one, a document starts at each row and wherever `position_ids` do not grow by one,
+    or at the edges `cu_seq_lens` of the flattened batch. Raises `UspBatchError` for anything else.
+    """
+    starts = np.arange(batch + 1, dtype=np.int64) * length
+    if attention_mask_BS is not None:
+        return _rows_with_padding(attention_mask_BS, starts)
+    inside = np.zeros(0, dtype=np.int64)
+    if position_ids_BS is not None and position_ids_BS.ndim == 2:
+        steps = (position_ids_BS.diff(dim=1) != 1).expand(batch, -1)
+        row, column = steps.nonzero(as_tuple=True)
+        inside = (row * length + column + 1).cpu().numpy()
+    if cu_seq_lens is not None:
+        edges = cu_seq_lens.cpu().numpy().astype(np.int64)
+        if edges[0] != 0 or edges[-1] != batch * length or (np.diff(edges) < 0).any():
+            raise UspBatchError(
+                f"cu_seq_lens {edges.tolist()} for {batch} row(s) of {length} tokens",
+                rule=f"they grow from 0 to the number of tokens, {batch * length}",
+                remedy="build them with DataCollatorWithFlattening, or pass position_ids that restart at each document",
+            )
+        if len(inside) and not np.isin(inside, edges).all():
+            raise UspBatchError(
+                "position_ids restart where cu_seq_lens have no edge",
+                rule="both describe the same documents",
+                remedy="pass only one of them",
+            )
+        inside = edges
+    return Documents.from_bounds(np.union1d(starts, inside))
+
+
+def _rows_with_padding(attention_mask_BS: Tensor, starts: IntArray) -> Documents:
+    mask = attention_mask_BS.bool()
+    count = mask.sum(1)
+    first = mask.int().argmax(1)
+    last = mask.shape[1] - mask.flip(1).int().argmax(1)
+    first, last, count = (x.cpu().numpy().astype(np.int64) for x in (first, torch.where(count > 0, last, first), count))
+    holes = np.flatnonzero(last - first != count)
+    if len(holes):
+        raise UspBatchError(
+            f"attention_mask of row {holes[0]} has zeros between ones",
+            rule="the visible tokens of a row are one run: padding is on the left, on the right, or both",
+            remedy="move the padding to an end, or pack documents with position_ids that restart and no attention_mask",
+        )
+    return Documents(starts, starts[:-1] + first, starts[:-1] + last)
+
+
+def cut(full: Tensor, layout: Layout, fill: float = 0, dim: int = 1) -> Tensor:
+    """This rank's tokens of a tensor whose dim `dim` is the full sequence; our padding is filled with `fill`."""
+    if layout.mesh.size == 1:
+        return full
+    positions = layout.row_positions()
+    index = torch.from_numpy(np.minimum(positions, layout.length - 1)).to(full.device)
+    share = full.index_select(dim, index)
+    beyond = int((positions >= layout.length).sum())
+    if beyond:
+        # Positions ascend, so ours are the last.
+        share.narrow(dim, share.shape[dim] - beyond, beyond).fill_(fill)
+    return share
+
+
+def unshard(tensor: Tensor, layout: Layout, dim: int = 1) -> Tensor:
+    """The full tensor, in the original order and without our padding, from every rank's share along `dim`.
+
+    The inverse of the cut that `hf_usp.shard` makes. Differentiable: every rank's gradient of its full tensor counts,
+    so with the same loss on all ranks gradients are right after the data-parallel average over ranks.
+    """
+    if layout.mesh.size == 1:
+        return tensor
+    if tensor.shape[dim] != layout.local_length:
+        raise UspBatchError(
+            f"unshard of a tensor of shape {tuple(tensor.shape)} along dim {dim}",
+            rule=f"dim {dim} is this rank's share of the sequence, {layout.local_length} tokens",
+            remedy="pass dim=..., the dim of the sequence",
+        )
+    return _Unshard.apply(tensor, layout, dim)  # type: ignore[no-untyped-call]
+
+
+class _Unshard(torch.autograd.Function):
+    """All-gather along the sequence; its adjoint sums what every rank's gradient says of this rank's share."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
+        ctx.layout, ctx.dim = layout, dim
+        mesh = layout.mesh
+        assert mesh.group is not None
+        flat = tensor.contiguous().view(-1)
+        received = all_to_all(
+            flat.repeat(mesh.size), [flat.numel()] * mesh.size, [flat.numel()] * mesh.size, mesh.group
+        )
+        shares = torch.cat(list(received.view(mesh.size, *tensor.shape)), dim=dim)
+        return shares.index_select(dim, _where_from(layout).to(tensor.device))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layout, dim = ctx.layout, ctx.dim
+        mesh = layout.mesh
+        shape = list(grads[0].shape)
+        shape[dim] = layout.padded
+        dealt = grads[0].new_zeros(shape).index_copy_(dim, _where_from(layout).to(grads[0].device), grads[0])
+        blocks = torch.stack(dealt.chunk(mesh.size, dim))
+        sizes = [blocks[0].numel()] * mesh.size
+        received = all_to_all(blocks.view(-1), sizes, sizes, mesh.group).view_as(blocks)
+        wide = torch.float32 if received.dtype in (torch.float16, torch.bfloat16) else received.dtype
+        return received.sum(0, dtype=wide).to(received.dtype), None, None
+
+
+def _where_from(layout: Layout) -> Tensor:
+    """For each position of a row its place in the concatenation of all ranks' shares [S]."""
+    if "where_from" not in layout._made:
+        mesh = layout.mesh
+        held = [layout.row_positions(*divmod(rank, mesh.ulysses_degree)) for rank in range(mesh.size)]
+        layout._made["where_from"] = torch.from_numpy(np.argsort(np.concatenate(held))[: layout.length].copy())
+    return layout._made["where_from"]

@@ -1,0 +1,91 @@
+"""The only room where tensors travel between ranks.
+
+Two ways: `all_to_all` along the ulysses axis, and `post` (point to point) along the ring axis. Every rank of a group
+runs the same sequence of calls, so messages between any two ranks match in order without tags. A rank is named by its
+global number, as torch's point-to-point operations want it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UspBatchError, UspError
+
+Group = dist.ProcessGroup
+
+
+class Pending:
+    """Messages under way. `wait()` returns once the received tensors may be read and the sent ones be reused."""
+
+    def __init__(self, works: Sequence[dist.Work], sent: Sequence[Tensor]) -> None:
+        self._works = works
+        self._sent = sent  # kept alive until the transfer is over
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works, self._sent = (), ()
+
+
+def post(group: Group, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Pending:
+    """Start sending and receiving contiguous tensors, each with a global rank; empty tensors are not sent.
+
+    Both sides must agree on which messages are empty; the plan sees to that.
+    """
+    ops = [dist.P2POp(dist.isend, tensor, peer, group) for tensor, peer in sends if tensor.numel()]
+    ops += [dist.P2POp(dist.irecv, tensor, peer, group) for tensor, peer in receives if tensor.numel()]
+    return Pending(dist.batch_isend_irecv(ops) if ops else (), [tensor for tensor, _ in sends])
+
+
+def all_to_all(send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group) -> Tensor:
+    """Exchange slices of a flat tensor: slice i of `send` goes to group rank i, slice j of the result came from j."""
+    received = send.new_empty(sum(receive_sizes))
+    dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=group)
+    return received
+
+
+def all_gather_ints(values: Tensor, group: Group) -> Tensor:
+    """The same few int64 values [N] of every rank of a group, as [P, N]."""
+    rows = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, values, group=group)
+    return torch.stack(rows)
+
+
+def all_reduce_sum(value: Tensor, group: Group) -> Tensor:
+    """Sum of a tensor over a group, in a new tensor."""
+    total = value.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def agree(fingerprint: Tensor | None, error: UspError | None, group: Group, device: torch.device) -> None:
+    """Raise on every rank of the group when one has an error, or when their fingerprints [N] differ.
+
+    One tiny message; a second one, with the texts, only when something is wrong. So no rank is left waiting in a
+    collective that another one never enters.
+    """
+    if fingerprint is None or error is not None:
+        fingerprint = torch.full((3,), -1, dtype=torch.int64, device=device)
+        fingerprint[0] = 0
+    rows = all_gather_ints(fingerprint.contiguous(), group)
+    if bool((rows == rows[0]).all()) and int(rows[0, 0]) == 1:
+        return
+    texts: list[str | None] = [None] * rows.shape[0]
+    dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=group)
+    if error is not None:
+        raise error
+    ranks = dist.get_process_group_ranks(group)
+    if any(texts):
+        failed = "; ".join(f"rank {ranks[i]}: {text}" for i, text in enumerate(texts) if text)
+        raise UspBatchError(f"another rank of this context-parallel group refused its batch ({failed})")
+    differing = [str(ranks[i]) for i in range(len(ranks)) if not torch.equal(rows[i], rows[0])]
+    raise UspBatchError(
+        f"the batch of rank(s) {', '.join(differing)} differs from that of rank {ranks[0]} in the same "
+        "context-parallel group",
+        rule="all ranks of a context-parallel group get the same full batch; each takes its own share of it",
+        remedy="let accelerator.prepare wrap the dataloader, and seed anything random in the dataset or collator equally",
+    )

@@ -1,0 +1,127 @@
+"""The 2D mesh of a context-parallel group: ulysses inside (fast links), ring outside.
+
+Rank r of a group of ring_degree * ulysses_degree ranks has ring rank r // ulysses_degree and ulysses rank
+r % ulysses_degree. Consecutive groups of the world are separate meshes (data parallelism around them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .degrees import check_degrees
+from .errors import UspConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class UspMesh:
+    """This rank's place in its mesh, and the groups it talks to (None where an axis has one rank).
+
+    Build it with `UspMesh.build` or `UspMesh.from_device_mesh`, on every rank of the mesh.
+    """
+
+    ring_degree: int
+    ulysses_degree: int
+    ring_rank: int
+    ulysses_rank: int
+    ranks: tuple[int, ...]
+    ring_group: dist.ProcessGroup | None
+    ulysses_group: dist.ProcessGroup | None
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def build(cls, *, ring_degree: int, ulysses_degree: int) -> UspMesh:
+        """A mesh of consecutive ranks of the default process group, whose world may be a multiple of its size.
+
+        Without a process group only a mesh of one rank can be built. Raises `UspConfigError` where sizes do not fit.
+        """
+        size = ring_degree * ulysses_degree
+        if ring_degree < 1 or ulysses_degree < 1:
+            raise UspConfigError(
+                f"ring_degree={ring_degree}, ulysses_degree={ulysses_degree}", rule="both degrees are at least 1"
+            )
+        if not dist.is_initialized():
+            if size > 1:
+                raise UspConfigError(
+                    f"a mesh of {size} ranks without a process group",
+                    rule="torch.distributed is initialised before a mesh of several ranks is built",
+                    remedy="start with torchrun or accelerate launch and call torch.distributed.init_process_group()",
+                )
+            return cls(1, 1, 0, 0, (0,), None, None, None)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if world % size:
+            raise UspConfigError(
+                f"ring_degree={ring_degree} x ulysses_degree={ulysses_degree} = {size} ranks in a world of {world}",
+                rule="the number of processes is a multiple of ring_degree x ulysses_degree",
+                remedy=f"start a multiple of {size} processes, or choose degrees whose product divides {world}",
+            )
+        first = rank - rank % size
+        return cls._of(tuple(range(first, first + size)), ulysses_degree)
+
+    @classmethod
+    def from_device_mesh(cls, mesh: DeviceMesh, *, ulysses_degree: int | None = None, cp_axis: str = "cp") -> UspMesh:
+        """The mesh along the axis `cp_axis` of a device mesh, split into ring x ulysses.
+
+        A device mesh with axes named "ring" and "ulysses" needs no `ulysses_degree`; without either, the whole axis is
+        ulysses.
+        """
+        names = mesh.mesh_dim_names or ()
+        if {"ring", "ulysses"} <= set(names):
+            uly, ring = mesh["ulysses"], mesh["ring"]
+            ranks = mesh["ring", "ulysses"].mesh.flatten().tolist()
+            return cls._of(tuple(ranks), uly.size(), mesh_check=(ring.size(), uly.size()))
+        if cp_axis not in names:
+            raise UspConfigError(
+                f"a device mesh with axes {tuple(names)}",
+                rule=f"the mesh has an axis {cp_axis!r}, or the axes 'ring' and 'ulysses'",
+                remedy="name the context-parallel axis with cp_axis=...",
+            )
+        axis = mesh[cp_axis]
+        return cls._of(tuple(axis.mesh.flatten().tolist()), ulysses_degree or axis.size())
+
+    @classmethod
+    def _of(cls, ranks: tuple[int, ...], ulysses_degree: int, mesh_check: tuple[int, int] | None = None) -> UspMesh:
+        """The mesh over these global ranks, in order. Only they take part, so other meshes of the world may differ."""
+        ring_degree = check_degrees(len(ranks), ulysses_degree)
+        assert mesh_check in (None, (ring_degree, ulysses_degree))
+        me = ranks.index(dist.get_rank())
+        ring_rank, ulysses_rank = divmod(me, ulysses_degree)
+        return cls(
+            ring_degree=ring_degree,
+            ulysses_degree=ulysses_degree,
+            ring_rank=ring_rank,
+            ulysses_rank=ulysses_rank,
+            ranks=ranks,
+            ring_group=_new_group(ranks[ulysses_rank::ulysses_degree]),
+            ulysses_group=_new_group(ranks[ring_rank * ulysses_degree : (ring_rank + 1) * ulysses_degree]),
+            group=_new_group(ranks),
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of ranks of the mesh: the context-parallel size."""
+        return self.ring_degree * self.ulysses_degree
+
+    @property
+    def ring_ranks(self) -> tuple[int, ...]:
+        """Global ranks along the ring axis through this rank, in ring order."""
+        return self.ranks[self.ulysses_rank :: self.ulysses_degree]
+
+    def __deepcopy__(self, memo: dict) -> UspMesh:
+        """Process groups cannot be copied; a copied model talks to the same ranks."""
+        return self
+
+
+def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    if len(ranks) == 1:
+        return None
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    if dist.get_backend(group) == "nccl":
+        # The communicator is made by the first collective, in which all ranks must take part; a pruned exchange may
+        # leave some out.
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+    return group

@@ -1,0 +1,202 @@
+"""Ring attention: one loop forward, its mirror image backward. The plan says what each step sends and computes.
+
+Shape suffixes: T own tokens of the ring shard (query rows), K key rows at hand, H query heads, G kv heads, D key width,
+E value width.
+
+Forward: the rows that readers need are on their way while this step's tiles are computed; every tile's output and
+log-sum-exp are merged in fp32. Backward: keys and values travel again, and each tile's dK, dV go straight home, in
+their own dtype, where the owner sums them in fp32. Tiles are given the FINAL output and log-sum-exp, so partial
+gradients simply add (Ring Attention, arXiv 2310.01889; the merge is FlashAttention's, arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .comm import Pending, post
+from .kernels import Kernel, Softmax, accumulation_dtype
+from .mesh import UspMesh
+from .work import Index, Stage, Work
+
+
+@dataclass(frozen=True, eq=False)
+class RingCall:
+    """Everything about one attention call that is not a tensor."""
+
+    work: Work
+    mesh: UspMesh
+    kernel: Kernel
+    softmax: Softmax
+    heads: list[tuple[slice, slice]]
+
+
+def ring_attention(q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall) -> Tensor:
+    """Attention of this rank's queries over the keys of all ring ranks: out_THE. Differentiable."""
+    return _RingAttention.apply(q_THD, k_TGD, v_TGE, sinks_H, call)  # type: ignore[no-untyped-call]
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall
+    ) -> Tensor:
+        if call.work.direct and len(call.heads) == 1 and sinks_H is None:
+            out_THE, lse_HT = call.kernel.forward(
+                q_THD, k_TGD, v_TGE, call.work.stages[0].calls[0].segments, call.softmax
+            )
+        else:
+            out_THE, lse_HT = _forward(q_THD, k_TGD, v_TGE, sinks_H, call)
+        ctx.save_for_backward(q_THD, k_TGD, v_TGE, sinks_H, out_THE, lse_HT)
+        ctx.call = call
+        return out_THE
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_THD, k_TGD, v_TGE, sinks_H, out_THE, lse_HT = ctx.saved_tensors
+        (dout_THE,) = grads
+        call: RingCall = ctx.call
+        if call.work.direct and len(call.heads) == 1 and sinks_H is None:
+            segments = call.work.stages[0].calls[0].segments
+            tensors = (dout_THE, q_THD, k_TGD, v_TGE, out_THE, lse_HT)
+            return (*call.kernel.backward(*tensors, segments, call.softmax), None, None)
+        dq, dk, dv = _backward(dout_THE, q_THD, k_TGD, v_TGE, out_THE, lse_HT, call)
+        return dq, dk, dv, _sink_gradient(dout_THE, out_THE, lse_HT, sinks_H), None
+
+
+def _forward(
+    q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall
+) -> tuple[Tensor, Tensor]:
+    acc = accumulation_dtype(q_THD.dtype)
+    out_THE = q_THD.new_zeros(*q_THD.shape[:2], v_TGE.shape[2], dtype=acc)
+    lse_HT = q_THD.new_full((q_THD.shape[1], q_THD.shape[0]), float("-inf"), dtype=acc)
+    for stage, keys in _arrivals(k_TGD, v_TGE, call):
+        k_KGD, v_KGE = keys()
+        for part in stage.calls:
+            q_rows, k_rows, v_rows = q_THD[part.rows], k_KGD[part.keys], v_KGE[part.keys]
+            for h, g in call.heads:
+                out, lse = call.kernel.forward(q_rows[:, h], k_rows[:, g], v_rows[:, g], part.segments, call.softmax)
+                _merge_(out_THE, lse_HT, part.rows, h, out, lse)
+    if sinks_H is not None:
+        # A sink is one more key with score `sinks` and value zero: it only joins the normaliser, once, at the end.
+        total_HT = torch.logaddexp(lse_HT, sinks_H.to(acc)[:, None])
+        out_THE *= (lse_HT - total_HT).exp().T[..., None]
+        lse_HT = total_HT
+    return out_THE.to(q_THD.dtype), lse_HT
+
+
+def _backward(
+    dout_THE: Tensor, q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, out_THE: Tensor, lse_HT: Tensor, call: RingCall
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulation_dtype(q_THD.dtype)
+    dq_THD, dk_TGD, dv_TGE = (torch.zeros_like(x, dtype=acc) for x in (q_THD, k_TGD, v_TGE))
+    coming_home: Callable[[], None] | None = None
+    for stage, keys in _arrivals(k_TGD, v_TGE, call):
+        k_KGD, v_KGE = keys()
+        at_home = stage.source == stage.reader == call.mesh.ring_rank
+        dk_KGD, dv_KGE = (dk_TGD, dv_TGE) if at_home else (torch.zeros_like(x, dtype=acc) for x in (k_KGD, v_KGE))
+        for part in stage.calls:
+            rows = part.rows
+            q_rows, dout_rows, out_rows, lse_rows = q_THD[rows], dout_THE[rows], out_THE[rows], lse_HT[:, rows]
+            k_rows, v_rows = k_KGD[part.keys], v_KGE[part.keys]
+            for h, g in call.heads:
+                dq, dk, dv = call.kernel.backward(
+                    dout_rows[:, h], q_rows[:, h], k_rows[:, g], v_rows[:, g], out_rows[:, h], lse_rows[h],
+                    part.segments, call.softmax,
+                )  # fmt: skip
+                _add_(dq_THD[:, h], rows, dq, True)
+                _add_(dk_KGD[:, g], part.keys, dk, part.keys_distinct)
+                _add_(dv_KGE[:, g], part.keys, dv, part.keys_distinct)
+        if coming_home is not None:
+            coming_home()
+        coming_home = None if at_home else _send_home(stage, dk_KGD, dv_KGE, dk_TGD, dv_TGE, k_TGD.dtype, call.mesh)
+    if coming_home is not None:
+        coming_home()
+    return dq_THD.to(q_THD.dtype), dk_TGD.to(k_TGD.dtype), dv_TGE.to(v_TGE.dtype)
+
+
+def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Any:
+    """Yield each stage with a function that returns its keys and values, the next stage's transfer already started."""
+    stages = call.work.stages
+    ready: Callable[[], tuple[Tensor, Tensor]] = lambda: (k_TGD, v_TGE)  # noqa: E731
+    for i, stage in enumerate(stages):
+        now = ready
+        if i + 1 < len(stages):
+            ready = _start(stages[i + 1], k_TGD, v_TGE, call.mesh)
+        yield stage, now
+
+
+def _start(stage: Stage, k_TGD: Tensor, v_TGE: Tensor, mesh: UspMesh) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Send the key and value rows that the reader needs, packed side by side; receive those that this rank needs."""
+    packed = _pack(k_TGD[stage.send], v_TGE[stage.send])
+    arriving = packed.new_empty(stage.num_received, k_TGD[0].numel() + v_TGE[0].numel())
+    pending = _exchange(mesh, (packed, stage.reader), (arriving, stage.source))
+
+    def keys() -> tuple[Tensor, Tensor]:
+        pending.wait()
+        return _unpack(arriving, k_TGD, v_TGE)
+
+    return keys
+
+
+def _send_home(
+    stage: Stage, dk_KGD: Tensor, dv_KGE: Tensor, dk_TGD: Tensor, dv_TGE: Tensor, dtype: torch.dtype, mesh: UspMesh
+) -> Callable[[], None]:
+    """The mirror of `_start`: gradients of the received rows go to their owner; add those that come back."""
+    packed = _pack(dk_KGD.to(dtype), dv_KGE.to(dtype))
+    arriving = packed.new_empty(stage.num_sent, packed.shape[1])
+    pending = _exchange(mesh, (packed, stage.source), (arriving, stage.reader))
+
+    def add() -> None:
+        pending.wait()
+        dk, dv = _unpack(arriving, dk_TGD, dv_TGE)
+        _add_(dk_TGD, stage.send, dk, True)
+        _add_(dv_TGE, stage.send, dv, True)
+
+    return add
+
+
+def _exchange(mesh: UspMesh, send: tuple[Tensor, int], receive: tuple[Tensor, int]) -> Pending:
+    assert mesh.ring_group is not None
+    ranks = mesh.ring_ranks
+    return post(mesh.ring_group, [(send[0], ranks[send[1]])], [(receive[0], ranks[receive[1]])])
+
+
+def _pack(k_KGD: Tensor, v_KGE: Tensor) -> Tensor:
+    return torch.cat([k_KGD.flatten(1), v_KGE.flatten(1)], dim=1)
+
+
+def _unpack(packed: Tensor, k_TGD: Tensor, v_TGE: Tensor) -> tuple[Tensor, Tensor]:
+    """Views on the keys and values in a packed message, with the widths of `k_TGD` and `v_TGE`."""
+    k, v = packed.split([k_TGD[0].numel(), v_TGE[0].numel()], dim=1)
+    return k.unflatten(1, k_TGD.shape[1:]), v.unflatten(1, v_TGE.shape[1:])
+
+
+def _merge_(out_THE: Tensor, lse_HT: Tensor, rows: Index, heads: slice, out: Tensor, lse: Tensor) -> None:
+    """Merge the softmax over more keys into these rows and heads, in place."""
+    out_so_far, lse_so_far = out_THE[:, heads], lse_HT[heads]
+    old_out, old_lse = out_so_far[rows], lse_so_far[:, rows]
+    # The new keys' share of the total weight. exp(-inf - x) = 0 makes the first tile of a row a plain copy.
+    weight_THE = torch.sigmoid(lse - old_lse).T[..., None]
+    out_so_far[rows] = torch.lerp(old_out, out.to(old_out.dtype), weight_THE)
+    lse_so_far[:, rows] = torch.logaddexp(old_lse, lse)
+
+
+def _add_(total: Tensor, rows: Index, part: Tensor, distinct: bool) -> None:
+    """total[rows] += part, in the dtype of `total`, also where rows repeat."""
+    if distinct:
+        total[rows] += part
+    else:
+        total.index_add_(0, rows, part.to(total.dtype))  # type: ignore[arg-type]
+
+
+def _sink_gradient(dout_THE: Tensor, out_THE: Tensor, lse_HT: Tensor, sinks_H: Tensor | None) -> Tensor | None:
+    """d loss / d sink = - sum over rows of (the sink's weight) x (dout . out)."""
+    if sinks_H is None:
+        return None
+    delta_HT = (dout_THE.to(lse_HT.dtype) * out_THE).sum(-1).T
+    return -((sinks_H.to(lse_HT.dtype)[:, None] - lse_HT).exp() * delta_HT).sum(-1).to(sinks_H.dtype)

@@ -1,0 +1,142 @@
+"""The ulysses exchange: give away heads, receive tokens, and back (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+Shape suffixes: B batch, U ulysses ranks, L local tokens of a row, T = B * U * L tokens of the ring shard in ascending
+order, H query heads, G kv heads, D key width, E value width, X all columns of a message (q, k, v side by side); lower
+case h, g: the heads that this rank keeps.
+
+q, k and v travel in one message, the output in another; the backward mirrors both. Any number of heads: rank u keeps
+the heads of `shares[u]`, and a kv head travels once to every rank that reads it. For B = 1 what arrives already is
+[T, X]: q, k and v are views into the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .comm import all_to_all
+from .degrees import HeadShare
+from .kernels import accumulation_dtype
+from .mesh import UspMesh
+
+Shares = Sequence[HeadShare]
+
+
+def heads_to_tokens(
+    q_BLHD: Tensor, k_BLGD: Tensor, v_BLGE: Tensor, shares: Shares, mesh: UspMesh
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q_ThD, k_TgD, v_TgE: the heads of this rank's share over all tokens of the ring shard. Differentiable."""
+    if mesh.ulysses_group is None:
+        return q_BLHD.flatten(0, 1), k_BLGD.flatten(0, 1), v_BLGE.flatten(0, 1)
+    return _HeadsToTokens.apply(q_BLHD, k_BLGD, v_BLGE, shares, mesh)  # type: ignore[no-untyped-call]
+
+
+def tokens_to_heads(out_ThE: Tensor, batch: int, shares: Shares, mesh: UspMesh) -> Tensor:
+    """out_BLHE: all heads over this rank's tokens. Differentiable; the inverse of `heads_to_tokens` for the output."""
+    if mesh.ulysses_group is None:
+        return out_ThE.unflatten(0, (batch, -1))
+    return _TokensToHeads.apply(out_ThE, batch, shares, mesh)  # type: ignore[no-untyped-call]
+
+
+class _HeadsToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_BLHD: Tensor, k_BLGD: Tensor, v_BLGE: Tensor, shares: Shares, mesh: UspMesh
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        widths = (q_BLHD.shape[3], k_BLGD.shape[3], v_BLGE.shape[3])
+        ctx.shares, ctx.mesh, ctx.widths, ctx.kv_heads = shares, mesh, widths, k_BLGD.shape[2]
+        ctx.batch = q_BLHD.shape[0]
+        mine = shares[mesh.ulysses_rank]
+        sent = [(q_BLHD[:, :, s.q0 : s.q1], k_BLGD[:, :, s.k0 : s.k1], v_BLGE[:, :, s.k0 : s.k1]) for s in shares]
+        packed_TX = _to_tokens(sent, sum(_columns(mine, widths)), mesh)
+        return _split(packed_TX, mine, widths)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        shares, widths = ctx.shares, ctx.widths
+        blocks_BLX = _to_heads(grads, ctx.batch, [sum(_columns(s, widths)) for s in shares], ctx.mesh)
+        parts = [_split(block, share, widths) for block, share in zip(blocks_BLX, shares, strict=True)]
+        dq = torch.cat([part[0] for part in parts], dim=2)
+        dk, dv = (_sum_shared([part[i] for part in parts], shares, ctx.kv_heads) for i in (1, 2))
+        return dq, dk, dv, None, None
+
+
+class _TokensToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out_ThE: Tensor, batch: int, shares: Shares, mesh: UspMesh) -> Tensor:
+        ctx.shares, ctx.mesh = shares, mesh
+        width = out_ThE.shape[2]
+        blocks_BLX = _to_heads((out_ThE,), batch, [s.num_query * width for s in shares], mesh)
+        return torch.cat(blocks_BLX, dim=2).unflatten(2, (-1, width))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dout_BLHE,) = grads
+        mine = ctx.shares[ctx.mesh.ulysses_rank]
+        width = dout_BLHE.shape[3]
+        sent = [(dout_BLHE[:, :, s.q0 : s.q1],) for s in ctx.shares]
+        packed_TX = _to_tokens(sent, mine.num_query * width, ctx.mesh)
+        return packed_TX.unflatten(1, (mine.num_query, width)), None, None, None
+
+
+def _to_tokens(sent: Sequence[tuple[Tensor, ...]], columns: int, mesh: UspMesh) -> Tensor:
+    """Send rank u the tensors [B, L, heads, width] of `sent[u]` side by side; returns packed_TX of `columns` columns."""
+    assert mesh.ulysses_group is not None
+    batch, length = sent[0][0].shape[:2]
+    sizes = [sum(x.numel() for x in tensors) for tensors in sent]
+    message = sent[0][0].new_empty(sum(sizes))
+    for block, tensors in zip(message.split(sizes), sent, strict=True):
+        pieces = block.view(batch, length, -1).split([x.shape[2] * x.shape[3] for x in tensors], dim=2)
+        for piece, x in zip(pieces, tensors, strict=True):
+            piece.unflatten(2, x.shape[2:]).copy_(x)
+    share = batch * length * columns
+    received = all_to_all(message, sizes, [share] * mesh.ulysses_degree, mesh.ulysses_group)
+    packed_UBLX = received.view(mesh.ulysses_degree, batch, length, columns)
+    return packed_UBLX.transpose(0, 1).reshape(mesh.ulysses_degree * batch * length, columns)
+
+
+def _to_heads(tensors: Sequence[Tensor], batch: int, columns: Sequence[int], mesh: UspMesh) -> list[Tensor]:
+    """The way back: `tensors` [T, heads, width] side by side are cut by tokens; rank u's block is [B, L, columns[u]]."""
+    assert mesh.ulysses_group is not None
+    degree, tokens = mesh.ulysses_degree, tensors[0].shape[0]
+    length = tokens // (batch * degree)
+    widths = [x.shape[1] * x.shape[2] for x in tensors]
+    if len(tensors) == 1 and batch == 1:
+        message = tensors[0].contiguous()
+    else:
+        message = tensors[0].new_empty(degree, batch, length, sum(widths))
+        for piece, x in zip(message.split(widths, dim=3), tensors, strict=True):
+            # [U, B, L, heads, width] <- [B, U, L, heads, width]
+            piece.unflatten(3, x.shape[1:]).copy_(x.unflatten(0, (batch, degree, length)).transpose(0, 1))
+    sizes = [batch * length * c for c in columns]
+    received = all_to_all(message.view(-1), [message.numel() // degree] * degree, sizes, mesh.ulysses_group)
+    return [block.view(batch, length, c) for block, c in zip(received.split(sizes), columns, strict=True)]
+
+
+def _columns(share: HeadShare, widths: tuple[int, int, int]) -> list[int]:
+    """Columns of q, k and v in a message to the rank with this share."""
+    return [share.num_query * widths[0], share.num_kv * widths[1], share.num_kv * widths[2]]
+
+
+def _split(packed: Tensor, share: HeadShare, widths: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [..., heads, width] on q, k and v of a message [..., X]."""
+    q, k, v = packed.split(_columns(share, widths), dim=-1)
+    return (
+        q.unflatten(-1, (share.num_query, widths[0])),
+        k.unflatten(-1, (share.num_kv, widths[1])),
+        v.unflatten(-1, (share.num_kv, widths[2])),
+    )
+
+
+def _sum_shared(parts: Sequence[Tensor], shares: Shares, kv_heads: int) -> Tensor:
+    """Gradient of all kv heads [B, L, G, width] from those of the ranks that read them, shared heads summed in fp32."""
+    if sum(share.num_kv for share in shares) == kv_heads:
+        return torch.cat(list(parts), dim=2)
+    first = parts[0]
+    total = first.new_zeros(*first.shape[:2], kv_heads, first.shape[3], dtype=accumulation_dtype(first.dtype))
+    for part, share in zip(parts, shares, strict=True):
+        total[:, :, share.k0 : share.k1] += part
+    return total.to(first.dtype)
