@@ -1,0 +1,32 @@
+"""hf_usp: train any Hugging Face causal LM on sequences far longer than one device holds.
+
+Importing it registers `attn_implementation="usp"` with Transformers and does nothing else. See the README.
+"""
+
+from .attention import usp_attention
+from .batch import Layout, unshard
+from .errors import UspBatchError, UspConfigError, UspError, UspKernelError, UspMaskError, UspModelError
+from .mesh import UspMesh
+from .modeling import register
+from .parallelism import UspParallelismConfig
+from .shard import shard
+from .versions import check_versions
+
+__version__ = "0.1.0"
+__all__ = [
+    "Layout",
+    "UspBatchError",
+    "UspConfigError",
+    "UspError",
+    "UspKernelError",
+    "UspMaskError",
+    "UspMesh",
+    "UspModelError",
+    "UspParallelismConfig",
+    "shard",
+    "unshard",
+    "usp_attention",
+]
+
+check_versions()
+register()

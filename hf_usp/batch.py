@@ -42,6 +42,7 @@ class Layout:
     mesh: the ranks. batch, length: rows and tokens per row as the caller passed them. padded: tokens per row after ours
     were appended so that every rank holds equally many. order: the assignment of tokens to ring ranks. kernel: the one
     asked for by name, or None. calls: how many attention layers have used this layout.
+    items_given: whether the caller passed `num_items_in_batch`.
     """
 
     mesh: UspMesh
@@ -52,6 +53,7 @@ class Layout:
     documents: Documents
     kernel: str | None = None
     calls: int = 0
+    items_given: bool = False
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

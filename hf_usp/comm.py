@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UspBatchError, UspError
+from .errors import UspBatchError
 
 Group = dist.ProcessGroup
 
@@ -62,23 +62,21 @@ def all_reduce_sum(value: Tensor, group: Group) -> Tensor:
     return total
 
 
-def agree(fingerprint: Tensor | None, error: UspError | None, group: Group, device: torch.device) -> None:
+def agree(fingerprint: Tensor, error: Exception | None, group: Group) -> None:
     """Raise on every rank of the group when one has an error, or when their fingerprints [N] differ.
 
     One tiny message; a second one, with the texts, only when something is wrong. So no rank is left waiting in a
-    collective that another one never enters.
+    collective that another one never enters. `fingerprint` is int64 and of the same length everywhere.
     """
-    if fingerprint is None or error is not None:
-        fingerprint = torch.full((3,), -1, dtype=torch.int64, device=device)
-        fingerprint[0] = 0
-    rows = all_gather_ints(fingerprint.contiguous(), group)
-    if bool((rows == rows[0]).all()) and int(rows[0, 0]) == 1:
+    flag = torch.full_like(fingerprint[:1], error is not None)
+    rows = all_gather_ints(torch.cat([flag, fingerprint]), group).cpu()
+    if bool((rows == rows[0]).all()) and int(rows[0, 0]) == 0:
         return
-    texts: list[str | None] = [None] * rows.shape[0]
+    ranks = dist.get_process_group_ranks(group)
+    texts: list[str | None] = [None] * len(ranks)
     dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=group)
     if error is not None:
         raise error
-    ranks = dist.get_process_group_ranks(group)
     if any(texts):
         failed = "; ".join(f"rank {ranks[i]}: {text}" for i, text in enumerate(texts) if text)
         raise UspBatchError(f"another rank of this context-parallel group refused its batch ({failed})")
@@ -87,5 +85,12 @@ def agree(fingerprint: Tensor | None, error: UspError | None, group: Group, devi
         f"the batch of rank(s) {', '.join(differing)} differs from that of rank {ranks[0]} in the same "
         "context-parallel group",
         rule="all ranks of a context-parallel group get the same full batch; each takes its own share of it",
-        remedy="let accelerator.prepare wrap the dataloader, and seed anything random in the dataset or collator equally",
+        remedy="let accelerator.prepare wrap the dataloader, and seed whatever is random in dataset or collator equally",
+    )
+
+
+def group_device(group: Group) -> torch.device:
+    """Where small tensors for this group's collectives live."""
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
     )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import UspConfigError
+from .errors import UspBatchError, UspConfigError, UspMaskError
 
 UNLIMITED = -1
 ORDERS = ("contiguous", "zigzag")
@@ -38,6 +38,15 @@ class Documents:
     first: IntArray
     last: IntArray
 
+    def __post_init__(self) -> None:
+        start, stop = self.bounds[:-1], self.bounds[1:]
+        fits = len(start) == len(self.first) == len(self.last) and len(self.bounds) > 0 and self.bounds[0] == 0
+        if not (fits and bool(((start <= self.first) & (self.first <= self.last) & (self.last <= stop)).all())):
+            raise UspBatchError(
+                f"documents with bounds {self.bounds}, visible keys from {self.first} to {self.last}",
+                rule="bounds begin at 0 and never fall, and the visible keys of a document lie inside it",
+            )
+
     @classmethod
     def from_bounds(cls, bounds: Sequence[int] | IntArray) -> Documents:
         """Documents without padding: every token is a visible key."""
@@ -50,6 +59,8 @@ class Documents:
 
     def chunked(self, size: int) -> Documents:
         """Each document cut into chunks of `size` tokens, counted from its first visible key (Llama 4)."""
+        if size < 1:
+            raise UspMaskError(f"chunks of {size} tokens", rule="a chunk holds at least one token")
         cuts = [
             np.concatenate(([start], np.arange(min(max(first, start) + size, stop), stop, size)))
             for start, stop, first in zip(self.bounds[:-1], self.bounds[1:], self.first, strict=True)
@@ -70,6 +81,13 @@ class Mask:
     left: int = UNLIMITED
     right: int = 0
 
+    def __post_init__(self) -> None:
+        if self.left < UNLIMITED or self.right < UNLIMITED:
+            raise UspMaskError(
+                f"a window of {self.left} keys before and {self.right} after the query",
+                rule=f"a window counts keys: 0 or more, or {UNLIMITED} for no limit",
+            )
+
     def interval(self, positions: IntArray) -> tuple[IntArray, IntArray]:
         """First and past-the-last visible global position of each query; equal or crossed where it sees nothing."""
         docs = self.documents
@@ -84,7 +102,7 @@ class Mask:
     def area(self, positions: IntArray) -> int:
         """Number of (query, key) pairs that these queries see."""
         lo, hi = self.interval(positions)
-        return int(np.maximum(hi - lo, 0).sum())
+        return _overlap(lo, hi)
 
 
 class Tiles(NamedTuple):
@@ -127,6 +145,8 @@ def deal(num_tokens: int, ring: int, order: str) -> list[IntArray]:
             rule=f"an order is one of {', '.join(ORDERS)}, or 'auto'",
             remedy="use sequence_order='auto', which takes the better balanced one",
         )
+    if ring < 1:
+        raise UspConfigError(f"a ring of {ring} ranks", rule="a ring has at least one rank")
     return contiguous(num_tokens, ring) if order == "contiguous" else zigzag(num_tokens, ring)
 
 
@@ -136,25 +156,41 @@ def over_batch(shards: Sequence[IntArray], batch: int, num_tokens: int) -> list[
     return [(rows + shard).ravel() for shard in shards]
 
 
+def own_and_rest(shards: Sequence[IntArray], mask: Mask) -> tuple[IntArray, IntArray]:
+    """Mask area per rank [R] over the keys that it holds, and over those that have to come from other ranks."""
+    own = [_overlap(*visible(shard, shard, mask)) for shard in shards]
+    return np.array(own), np.array([mask.area(shard) for shard in shards]) - own
+
+
 def balance(shards: Sequence[IntArray], mask: Mask) -> float:
-    """Mean over maximum of the mask area per rank: 1.0 is perfect, 1/ranks the worst."""
-    areas = [mask.area(shard) for shard in shards]
-    return sum(areas) / (len(areas) * max(areas)) if max(areas) else 1.0
+    """Mean mask area per rank over the critical path: 1.0 is perfect, 1/ranks the worst.
+
+    Every rank computes its own keys first and meets the others where their keys are needed, so the path is the
+    largest share of own keys plus the largest share of the rest; work that is equal only in sum still waits.
+    """
+    own, rest = own_and_rest(shards, mask)
+    path = own.max() + rest.max()
+    return float((own + rest).mean() / path) if path else 1.0
 
 
 def choose_order(batch: int, num_tokens: int, ring: int, masks: Sequence[Mask]) -> str:
-    """The order whose slowest rank has the least work over `masks` (one entry per layer); zigzag when they tie.
+    """The order with the shortest critical path (see `balance`) over `masks`, one entry per layer.
 
-    Every layer ends in an exchange that waits for the slowest rank, so the cost is the sum over layers of the maximum.
+    When they tie, the one that needs fewer foreign keys (documents aligned with shards need none), else zigzag.
     """
     if ring == 1:
         return "contiguous"
 
-    def cost(order: str) -> int:
+    def cost(order: str) -> tuple[int, int]:
         shards = over_batch(deal(num_tokens, ring, order), batch, num_tokens)
-        return sum(max(mask.area(shard) for shard in shards) for mask in masks)
+        layers = [own_and_rest(shards, mask) for mask in masks]
+        return sum(int(own.max() + rest.max()) for own, rest in layers), sum(int(rest.sum()) for _, rest in layers)
 
     return "contiguous" if cost("contiguous") < cost("zigzag") else "zigzag"
+
+
+def _overlap(lo: IntArray, hi: IntArray) -> int:
+    return int(np.maximum(hi - lo, 0).sum())
 
 
 def visible(q_pos: IntArray, k_pos: IntArray, mask: Mask) -> tuple[IntArray, IntArray]:

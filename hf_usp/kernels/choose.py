@@ -7,10 +7,13 @@ import torch
 from ..errors import UspKernelError
 from .base import Kernel, Softmax
 from .cpu_flash import CpuFlashKernel
+from .cuda_flash import CudaFlashKernel
 from .eager import EagerKernel
+from .flash_attn import FlashAttnKernel
 
 # In order of preference. `eager` computes everything and comes last.
-KERNELS: dict[str, Kernel] = {k.name: k for k in (CpuFlashKernel(), EagerKernel())}
+_IN_ORDER: tuple[Kernel, ...] = (FlashAttnKernel(), CudaFlashKernel(), CpuFlashKernel(), EagerKernel())
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _IN_ORDER}
 
 
 def choose_kernel(
@@ -25,7 +28,9 @@ def choose_kernel(
         return next(k for k in KERNELS.values() if k.why_not(device, dtype, head_dim, softmax) is None)
     if name not in KERNELS:
         raise UspKernelError(
-            f"kernel={name!r}", rule=f"a kernel is one of {', '.join(KERNELS)}", remedy="leave kernel=None to let hf_usp choose"
+            f"kernel={name!r}",
+            rule=f"a kernel is one of {', '.join(KERNELS)}",
+            remedy="leave kernel=None to let hf_usp choose",
         )
     if (reason := KERNELS[name].why_not(device, dtype, head_dim, softmax)) is not None:
         raise UspKernelError(

@@ -58,7 +58,13 @@ class CpuFlashKernel:
         for call in calls:
             rows, keys = call.rows, call.keys
             out, lse = _forward(
-                q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, call.causal, attn_mask=_mask(call, q), scale=softmax.scale
+                q[:, :, rows],
+                k[:, :, keys],
+                v[:, :, keys],
+                0.0,
+                call.causal,
+                attn_mask=_mask(call, q),
+                scale=softmax.scale,
             )
             out, lse = _rows(out, width), lse[0]
             if out_THE is None or lse_HT is None:
@@ -110,7 +116,8 @@ def _as_batch(q_THD: Tensor, k_KGD: Tensor, *values: Tensor) -> tuple[Tensor, ..
     """[1, H, L, D] views; tensors of value width are zero-padded to the common width (zeros change no product)."""
     width = max(q_THD.shape[2], *(x.shape[2] for x in values))
     return tuple(
-        (x if x.shape[2] == width else pad(x, (0, width - x.shape[2]))).transpose(0, 1)[None] for x in (q_THD, k_KGD, *values)
+        (x if x.shape[2] == width else pad(x, (0, width - x.shape[2]))).transpose(0, 1)[None]
+        for x in (q_THD, k_KGD, *values)
     )
 
 

@@ -52,7 +52,9 @@ class EagerKernel:
         dq_THD = torch.empty_like(q_THD)
         dk_KGD, dv_KGE = (torch.zeros_like(x, dtype=acc) for x in (k_KGD, v_KGE))
         for rows, keys, hidden in _blocks(segments, q_THD.device):
-            q_TGND, dout_TGNE, out_TGNE = (x[rows].to(acc).unflatten(1, (groups, -1)) for x in (q_THD, dout_THE, out_THE))
+            q_TGND, dout_TGNE, out_TGNE = (
+                x[rows].to(acc).unflatten(1, (groups, -1)) for x in (q_THD, dout_THE, out_THE)
+            )
             k, v = k_KGD[keys].to(acc), v_KGE[keys].to(acc)
             s_GNTK, slope_GNTK = _scores(q_TGND, k, hidden, softmax)
             p_GNTK = (s_GNTK - lse_HT[:, rows].unflatten(0, (groups, -1))[..., None]).exp()
@@ -82,9 +84,7 @@ def _blocks(segments: Segments, device: torch.device) -> Iterator[tuple[slice, s
             yield slice(a, b), slice(k0, k1), hidden
 
 
-def _scores(
-    q_TGND: Tensor, k_KGD: Tensor, hidden_TK: Tensor | None, softmax: Softmax
-) -> tuple[Tensor, Tensor | float]:
+def _scores(q_TGND: Tensor, k_KGD: Tensor, hidden_TK: Tensor | None, softmax: Softmax) -> tuple[Tensor, Tensor | float]:
     """Scores as they enter the softmax, and their derivative with respect to scale * q.k."""
     s_GNTK = torch.einsum("tgnd,kgd->gntk", q_TGND, k_KGD) * softmax.scale
     slope: Tensor | float = 1.0

@@ -1,0 +1,247 @@
+"""Accelerate's side: a parallelism config whose context-parallel axis is ours.
+
+Accelerate's own context parallelism starts wherever `cp_enabled` is true, and it wants FSDP2, sdpa and no sliding
+window. This config answers False there, but keeps `cp_size` and a mesh axis named "cp": the prepared dataloader then
+gives all ranks of that axis the same batch, the Trainer counts tokens and steps right, and nobody shards but us.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.utils import gather_object, recursively_apply
+from torch.distributed.device_mesh import DeviceMesh
+
+from .degrees import check_degrees, choose_ulysses_degree
+from .errors import UspConfigError, UspModelError
+from .layout import ORDERS
+from .mesh import UspMesh
+from .prepare import attach, find_model, mask_kinds, sharded_forward
+from .shard import ShardOptions
+
+AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+
+
+class UspParallelismConfig(ParallelismConfig):
+    """Parallelism of a run whose sequences are sharded by USP.
+
+    Pass it to `TrainingArguments(parallelism_config=...)` or `Accelerator(parallelism_config=...)`; models that are
+    prepared then take full batches and shard them themselves.
+
+    Args:
+        cp_size: ranks that share a sequence (environment variable PARALLELISM_CONFIG_CP_SIZE, else 1).
+        ulysses_degree: ranks of these that exchange heads; it divides cp_size. The rest is the ring:
+            `ring_degree = cp_size // ulysses_degree`. None: chosen at `prepare` from the model's heads, by fewest bytes.
+        dp_replicate_size, dp_shard_size, tp_size: as in `ParallelismConfig`. If neither data-parallel size is given
+            (nor set in the environment), the ranks left over are data parallel: dp_shard under FSDP, else dp_replicate.
+        sequence_order: "auto" (the better balanced for the batch's mask), "contiguous" or "zigzag".
+        gather_outputs: whether logits and hidden states come back whole on every rank, or as this rank's share.
+        kernel: name of the attention kernel to use; None: the best installed.
+        ranks_per_node: for choosing the ulysses degree; None: LOCAL_WORLD_SIZE.
+
+    Raises:
+        UspConfigError: sizes or options that fit neither each other nor the number of processes.
+    """
+
+    def __init__(
+        self,
+        cp_size: int | None = None,
+        ulysses_degree: int | None = None,
+        *,
+        dp_replicate_size: int | None = None,
+        dp_shard_size: int | None = None,
+        tp_size: int | None = None,
+        sequence_order: str = "auto",
+        gather_outputs: bool = False,
+        kernel: str | None = None,
+        ranks_per_node: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.ulysses_degree = ulysses_degree
+        self.sequence_order = sequence_order
+        self.gather_outputs = gather_outputs
+        self.kernel = kernel
+        self.ranks_per_node = ranks_per_node
+        given = (
+            dp_replicate_size,
+            dp_shard_size,
+            *(os.environ.get(f"PARALLELISM_CONFIG_{x}_SIZE") for x in ("DP_REPLICATE", "DP_SHARD")),
+        )
+        self.fill_data_parallel = all(size is None for size in given)
+        if cp_size is None:
+            cp_size = int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
+        super().__init__(
+            dp_replicate_size=dp_replicate_size, dp_shard_size=dp_shard_size, tp_size=tp_size, cp_size=cp_size, **kwargs
+        )
+
+    def __post_init__(self) -> None:
+        cp_size = self.cp_size
+        _check_options(cp_size, self.ulysses_degree, self.sequence_order)
+        # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
+        self.cp_size = 1
+        super().__post_init__()
+        self.cp_size = self._sizes["cp"] = cp_size
+        if self.sp_size > 1:
+            raise UspConfigError(
+                f"sp_size={self.sp_size}", rule="sequences are sharded once, along cp", remedy="leave sp_size at 1"
+            )
+
+    @property
+    def ring_degree(self) -> int | None:
+        """cp_size // ulysses_degree; None until the ulysses degree is chosen."""
+        return None if self.ulysses_degree is None else self.cp_size // self.ulysses_degree
+
+    @property
+    def cp_enabled(self) -> bool:
+        """False: keeps Accelerate's own context parallelism out. Ours is on when cp_size > 1."""
+        return False
+
+    @property
+    def active_mesh_dims(self) -> list[str]:
+        return super().active_mesh_dims + (["cp"] if self.cp_size > 1 else [])
+
+    @property
+    def dp_shard_cp_dim_names(self) -> list[str]:
+        return super().dp_shard_cp_dim_names + (["cp"] if self.cp_size > 1 else [])
+
+    @property
+    def dp_cp_dim_names(self) -> list[str]:
+        return super().dp_cp_dim_names + (["cp"] if self.cp_size > 1 else [])
+
+    def to_json(self) -> dict[str, Any]:
+        """The sizes and options, as `TrainingArguments` writes them."""
+        options = ("ulysses_degree", "sequence_order", "gather_outputs", "kernel")
+        return {f"{name}_size": size for name, size in self._sizes.items()} | {x: getattr(self, x) for x in options}
+
+    def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
+        """The mesh over all processes, ranks left over filled in; None for a single one."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if self.fill_data_parallel and world % self.total_size == 0 and world > self.total_size:
+            sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+            self._set_size("dp_shard" if sharded else "dp_replicate", world // self.total_size)
+        if self.total_size != world:
+            raise _wrong_world(self, world)
+        return super().build_device_mesh(device_type) if world > 1 else None
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        """Called by Accelerate with the accelerator that was made with this config: here its `prepare` learns of us."""
+        if self.total_size != accelerator.num_processes:
+            raise _wrong_world(self, accelerator.num_processes)
+        if self.cp_size > 1:
+            _Seam(accelerator, self)
+
+
+def _check_options(cp_size: int, ulysses_degree: int | None, sequence_order: str) -> None:
+    if not isinstance(cp_size, int) or cp_size < 1:
+        raise UspConfigError(f"cp_size={cp_size!r}", rule="cp_size is a whole number of at least 1")
+    if ulysses_degree is not None:
+        check_degrees(cp_size, ulysses_degree)
+    if sequence_order not in ("auto", *ORDERS):
+        raise UspConfigError(
+            f"sequence_order={sequence_order!r}", rule=f"it is one of auto, {', '.join(ORDERS)}", remedy="use 'auto'"
+        )
+
+
+def _wrong_world(config: UspParallelismConfig, world: int) -> UspConfigError:
+    sizes = {axis: config._sizes[axis] for axis in AXES}
+    product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    return UspConfigError(
+        f"{product} = {config.total_size} ranks, started as {world} process(es)",
+        rule="the product of the sizes is the number of processes",
+        remedy=f"start {config.total_size} processes (accelerate launch --num_processes {config.total_size}), or choose "
+        "sizes whose product fits; leave both data-parallel sizes out to have them filled in",
+    )
+
+
+class _Seam:
+    """What an `Accelerator` made with our config does differently, set on that one instance.
+
+    `prepare` and `prepare_model` attach the sharding hooks to models; `gather_for_metrics` counts ranks that share a
+    batch once; `pad_across_processes` refuses logits of which every rank holds only a share.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: UspParallelismConfig) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.prepared: list[Any] = []
+        self.meshes: dict[int, UspMesh] = {}
+        self.stock = {n: getattr(accelerator, n) for n in ("prepare", "prepare_model", "pad_across_processes")}
+        for name in (*self.stock, "gather_for_metrics"):
+            method = functools.wraps(getattr(Accelerator, name))(functools.partial(getattr(type(self), name), self))
+            setattr(accelerator, name, method)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        for module in args:
+            if isinstance(module, torch.nn.Module):
+                self.shard(module)
+        return self.stock["prepare"](*args, **kwargs)
+
+    def prepare_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.shard(model)
+        return self.stock["prepare_model"](model, *args, **kwargs)
+
+    def shard(self, module: torch.nn.Module) -> None:
+        """Attach the hooks to the Transformers model in `module`, once."""
+        hooks = sharded_forward(module)
+        if hooks is not None and hooks.mesh in self.meshes.values():
+            return
+        config, model = self.config, find_model(module)
+        if config.ulysses_degree is None:
+            config.ulysses_degree = _chosen_degree(config, model)
+        degree = config.ulysses_degree
+        if degree not in self.meshes:
+            axis = self.accelerator.torch_device_mesh
+            self.meshes[degree] = UspMesh.from_device_mesh(axis, ulysses_degree=degree)
+        options = ShardOptions(config.sequence_order, mask_kinds(model), config.kernel)
+        attach(module, self.meshes[degree], options, config.gather_outputs)
+        self.prepared.append(module)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """As in Accelerate, from the ranks that hold different rows: one of each context-parallel group."""
+        pc, state = self.config, self.accelerator.gradient_state
+        copies = pc.cp_size * pc.tp_size
+        try:
+            recursively_apply(lambda x: x, input_data, error_on_other_type=True)
+        except TypeError:
+            use_gather_object = True
+        cut = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+        if use_gather_object:
+            rows = gather_object([input_data])[::copies]
+            return [row for rank in rows for row in rank][:cut]
+
+        def distinct(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.unflatten(0, (self.accelerator.num_processes, -1))[::copies].flatten(0, 1)[:cut]
+
+        return recursively_apply(distinct, self.accelerator.gather(input_data))
+
+    def pad_across_processes(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        for module in self.prepared:
+            hooks = sharded_forward(module)
+            share = None if hooks is None else hooks.last_share
+            if isinstance(tensor, torch.Tensor) and share == (tensor.data_ptr(), tuple(tensor.shape)):
+                raise UspModelError(
+                    f"logits {tuple(tensor.shape)} to be gathered over processes, each of which holds a share of the tokens",
+                    rule="whole logits are only there with gather_outputs=True",
+                    remedy="UspParallelismConfig(gather_outputs=True) for predict and compute_metrics, or "
+                    "prediction_loss_only=True for the loss alone",
+                )
+        return self.stock["pad_across_processes"](tensor, *args, **kwargs)
+
+
+def _chosen_degree(config: UspParallelismConfig, model: Any) -> int:
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        raise UspConfigError(
+            f"{type(model).__name__} with num_attention_heads={heads}, num_key_value_heads={kv_heads}",
+            rule="ulysses_degree=None chooses by the model's head counts",
+            remedy="pass ulysses_degree=... yourself",
+        )
+    node = config.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+    return choose_ulysses_degree(config.cp_size, heads // config.tp_size, kv_heads, node)[0]

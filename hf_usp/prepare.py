@@ -1,0 +1,210 @@
+"""What makes a model take full batches: two hooks that cut before its forward and put together after it.
+
+The hooks sit on the innermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. They keep nothing between calls:
+everything about one forward travels in its `Layout`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from .batch import CAUSAL, Layout, MaskKind, unshard
+from .errors import UspModelError
+from .layout import UNLIMITED
+from .loss import whole_loss
+from .mesh import UspMesh
+from .modeling import NAME, no_attention_weights
+from .shard import ShardOptions, shard_with
+
+# Outputs with one entry per token, [B, L, ...] (or tuples of such).
+PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states")
+
+
+class ShardedForward:
+    """The two hooks of one prepared model."""
+
+    def __init__(self, model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, gather_outputs: bool) -> None:
+        self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
+        self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
+        self._handles = (
+            model.register_forward_pre_hook(self.cut, with_kwargs=True),
+            model.register_forward_hook(self.put_together, with_kwargs=True),
+        )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __deepcopy__(self, memo: dict) -> ShardedForward:
+        """A copied model shards over the same mesh."""
+        return self
+
+    def cut(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the forward: the full batch becomes this rank's share."""
+        batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if "usp" in batch or _is_generation(batch):
+            return args, kwargs
+        items = batch.get("num_items_in_batch")
+        share, layout = shard_with(batch, self.mesh, self.options, lambda b: _check_call(model, b))
+        num_labels = share.pop("num_labels", None)
+        if num_labels is not None:
+            share["num_items_in_batch"] = num_labels if items is None else items
+        layout.items_given = items is not None
+        share["use_cache"] = False
+        return (), share
+
+    def put_together(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the forward: the loss of the whole batch, and whole outputs where they were asked for."""
+        layout = kwargs.get("usp")
+        if not isinstance(layout, Layout) or layout.mesh is not self.mesh:
+            return output
+        if layout.calls == 0:
+            raise UspModelError(
+                f"no attention layer of {type(model).__name__} called the attention function {NAME!r}",
+                rule="the model's attention goes through Transformers' attention interface",
+                remedy="this model has attention code of its own and cannot be sharded; train it without "
+                "UspParallelismConfig, or use an architecture that supports attn_implementation='sdpa' as a function",
+            )
+        if output.get("loss") is not None:
+            assert self.mesh.group is not None
+            output["loss"] = whole_loss(output["loss"], self.mesh.group, self.mesh.size, layout.items_given)
+        if self.gather_outputs:
+            for name in PER_TOKEN_OUTPUTS:
+                if output.get(name) is not None:
+                    output[name] = _gather(output[name], layout)
+        elif isinstance(output.get("logits"), Tensor):
+            self.last_share = (output["logits"].data_ptr(), tuple(output["logits"].shape))
+        return output
+
+
+def _gather(value: Any, layout: Layout) -> Any:
+    return tuple(_gather(x, layout) for x in value) if isinstance(value, tuple | list) else unshard(value, layout)
+
+
+def _is_generation(batch: Mapping[str, Any]) -> bool:
+    """A call that continues a cache or wants only some logits is not sharded: `generate` needs whole sequences."""
+    keep = batch.get("logits_to_keep")
+    wants_some = keep is not None and not (isinstance(keep, int) and keep == 0)
+    return batch.get("labels") is None and (batch.get("past_key_values") is not None or wants_some)
+
+
+def _check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Refuse what this model cannot do with this batch."""
+    config = model.config
+    if batch.get("past_key_values") is not None or batch.get("logits_to_keep"):
+        raise UspModelError(
+            "past_key_values or logits_to_keep together with labels",
+            rule="a sharded forward sees whole sequences and computes the loss over all of them",
+            remedy="train without a cache (prefix tuning keeps its prefix there) and without logits_to_keep",
+        )
+    if batch.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise no_attention_weights()
+    if batch.get("return_dict") is False:
+        raise UspModelError("return_dict=False", rule="a sharded forward returns a ModelOutput", remedy="leave it out")
+    has_labels = batch.get("labels") is not None or batch.get("shift_labels") is not None
+    if not has_labels:
+        return
+    if model.loss_function is not ForCausalLMLoss:
+        raise UspModelError(
+            f"{type(model).__name__} with labels, whose loss is {getattr(model.loss_function, '__name__', 'custom')}",
+            rule="a loss is a sum over tokens that takes shifted labels and num_items_in_batch (Transformers' causal LM loss)",
+            remedy="use the model's ForCausalLM class with its own loss function",
+        )
+    if batch.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        raise UspModelError(
+            "output_router_logits=True with labels",
+            rule="the load-balancing loss of a mixture of experts is not a sum over tokens: shards do not add up to it",
+            remedy="set output_router_logits=False in the model's config",
+        )
+
+
+def attach(module: nn.Module, mesh: UspMesh, options: ShardOptions, gather_outputs: bool) -> None:
+    """Make the Transformers model inside `module` shard its batches over `mesh`. Attaching again replaces the first."""
+    model = find_model(module)
+    check_model(model)
+    previous = sharded_forward(model)
+    if previous is not None:
+        previous.remove()
+    ShardedForward(model, mesh, options, gather_outputs)
+
+
+def find_model(module: nn.Module) -> PreTrainedModel:
+    """The outermost Transformers model in a module (which may be wrapped by PEFT, DDP and the like)."""
+    for candidate in module.modules():
+        if isinstance(candidate, PreTrainedModel):
+            return candidate
+    raise UspModelError(
+        f"{type(module).__name__} holds no Transformers model",
+        rule="UspParallelismConfig prepares Transformers models",
+        remedy="for a module of your own use hf_usp.shard and hf_usp.usp_attention",
+    )
+
+
+def sharded_forward(module: nn.Module) -> ShardedForward | None:
+    """The hooks of a prepared model, if it is one."""
+    for model in module.modules():
+        for hook in model._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, ShardedForward):
+                return owner
+    return None
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse at `prepare` what can be seen without running the model."""
+    name, config = type(model).__name__, model.config
+    implementation = getattr(config.get_text_config(), "_attn_implementation", None)
+    if implementation != NAME:
+        raise UspModelError(
+            f"{name} with attn_implementation={implementation!r} under UspParallelismConfig",
+            rule=f"a model whose sequences are sharded attends with attn_implementation={NAME!r}",
+            remedy=f"from_pretrained(..., attn_implementation={NAME!r})",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UspModelError(
+            f"{name} is an encoder-decoder model", rule="one sequence of tokens attends to itself",
+            remedy="use a decoder-only model",
+        )  # fmt: skip
+    if not getattr(type(model), "_supports_attention_backend", False) and not getattr(
+        type(model), "_supports_sdpa", False
+    ):
+        raise UspModelError(
+            f"{name} has attention code of its own",
+            rule="the model's attention goes through Transformers' attention interface",
+            remedy="use an architecture that does (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
+        )
+    forward = inspect.signature(type(model).forward).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward):
+        raise UspModelError(
+            f"{name}.forward takes no further keywords",
+            rule="the layout, shifted labels and num_items_in_batch reach layers and loss through **kwargs",
+            remedy="use an architecture whose forward takes **kwargs",
+        )
+    body = inspect.signature(type(model.base_model).forward).parameters
+    if "position_ids" not in body:
+        raise UspModelError(
+            f"{type(model.base_model).__name__} takes no position_ids",
+            rule="each rank passes the global positions of its tokens; a model that counts for itself starts at 0 everywhere",
+            remedy="use an architecture whose forward takes position_ids",
+        )
+
+
+def mask_kinds(model: PreTrainedModel) -> tuple[MaskKind, ...]:
+    """The masks of the model's layers, one entry per layer, as its config tells. They decide only the order of tokens."""
+    config = model.config.get_text_config()
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    if not getattr(config, "is_causal", True):
+        return (MaskKind(UNLIMITED, UNLIMITED),)
+    sliding = MaskKind(left=window - 1) if window else CAUSAL
+    by_type = {"sliding_attention": sliding, "chunked_attention": MaskKind(chunk=chunk) if chunk else CAUSAL}
+    types = getattr(config, "layer_types", None)
+    if types:
+        return tuple(by_type.get(t, CAUSAL) for t in types)
+    return (sliding,) if getattr(config, "use_sliding_window", True) else (CAUSAL,)

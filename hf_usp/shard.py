@@ -1,0 +1,217 @@
+"""From a full batch to the keywords of one rank's model call.
+
+Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .batch import CAUSAL, Layout, MaskKind, cut, find_documents, make_layout
+from .comm import agree, group_device
+from .errors import UspBatchError
+from .mesh import UspMesh
+
+IGNORED = -100
+# Per-token inputs and what our padding holds. Everything else of a batch must not depend on the sequence.
+FILL = {"input_ids": 0, "inputs_embeds": 0, "token_type_ids": 0, "position_ids": 0}
+# Described by the layout from here on; a model must not see those of the full batch.
+DESCRIBED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How to cut: the order of tokens, the masks that layers will ask for (they decide order "auto"), the kernel."""
+
+    order: str = "auto"
+    kinds: tuple[MaskKind, ...] = (CAUSAL,)
+    kernel: str | None = None
+
+
+class LayoutMask(Tensor):
+    """This rank's padding mask [B, L] (True: a token) that carries the layout to where attention masks are made.
+
+    Anything computed from it is a plain tensor; only moving and casting keep the layout.
+    """
+
+    usp_layout: Layout
+
+    @classmethod
+    def of(cls, mask_BL: Tensor, layout: Layout) -> LayoutMask:
+        mask = mask_BL.as_subclass(cls)
+        mask.usp_layout = layout
+        return mask
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if func in (Tensor.to, Tensor.bool, Tensor.long, Tensor.int, Tensor.contiguous):
+            return cls.of(result, args[0].usp_layout)
+        return tree_map(lambda x: x.as_subclass(Tensor) if isinstance(x, cls) else x, result)
+
+
+def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kernel: str | None = None) -> dict[str, Any]:
+    """This rank's share of a full batch, as keywords for a model with `attn_implementation="usp"`.
+
+    `model(**hf_usp.shard(batch, mesh)).loss` is this rank's part; its average over all ranks of the world is the loss
+    of the whole batch, and the average of the gradients over all ranks is its gradient (what DDP computes).
+
+    Args:
+        batch: the same full batch on every rank of the mesh: `input_ids` [B, S] (or `inputs_embeds` [B, S, D]), and any
+            of `labels`, `shift_labels`, `attention_mask` (left or right padding), `position_ids` (restarting ones are
+            packed documents, if there is no attention_mask), `cu_seq_lens_q`. Other tensors are refused, other values
+            passed on.
+        mesh: see `UspMesh.build`.
+        order: "auto" (the better balanced), "contiguous" or "zigzag".
+        kernel: name of the kernel to use, by default the best installed.
+
+    Returns:
+        Local `input_ids` [B, L], `position_ids` [B, L], `attention_mask` [B, L], labels already shifted (`labels` and
+        `shift_labels` [B, L]), `num_items_in_batch` (label tokens of the whole batch / ranks of the mesh), and `usp`,
+        the layout.
+
+    Raises:
+        UspBatchError on every rank of the mesh, also where only one of them has bad input or another batch.
+    """
+    share, _ = shard_with(batch, mesh, ShardOptions(order, (CAUSAL,), kernel))
+    if "shift_labels" in share:
+        share.setdefault("num_items_in_batch", share.pop("num_labels") / mesh.size)
+    return share
+
+
+def shard_with(
+    batch: Mapping[str, Any],
+    mesh: UspMesh,
+    options: ShardOptions,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> tuple[dict[str, Any], Layout]:
+    """`shard` with options; `num_labels` (a tensor) instead of `num_items_in_batch` where there are labels.
+
+    `check(batch)` may refuse the batch by raising; whatever is raised on one rank ends the call on all of them.
+    """
+    layout, error = None, None
+    try:
+        if check is not None:
+            check(batch)
+        layout = _layout(batch, mesh, options)
+        fingerprint = _fingerprint(batch)
+    except Exception as problem:  # every rank must hear of it, whatever it is
+        error = problem
+        fingerprint = torch.zeros(2, dtype=torch.int64)
+    if mesh.group is not None:
+        ids = _tokens(batch)
+        device = ids.device if isinstance(ids, Tensor) else group_device(mesh.group)
+        agree(fingerprint.to(device), error, mesh.group)
+    elif error is not None:
+        raise error
+    assert layout is not None
+    return _cut_all(batch, layout), layout
+
+
+def _tokens(batch: Mapping[str, Any]) -> Any:
+    ids = batch.get("input_ids")
+    return batch.get("inputs_embeds") if ids is None else ids
+
+
+def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> Layout:
+    tokens = _tokens(batch)
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+        raise UspBatchError(
+            f"a batch with the keys {sorted(batch)}",
+            rule="a batch has input_ids [batch, tokens] or inputs_embeds [batch, tokens, width]",
+            remedy="tokenize and collate the data before the model sees it",
+        )
+    rows, length = tokens.shape[:2]
+    if rows * length == 0:
+        raise UspBatchError(
+            f"an empty batch: {rows} row(s) of {length} tokens",
+            rule="a batch has at least one row of one token",
+            remedy="drop empty examples from the dataset",
+        )
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            _check_tensor(name, value, rows, length)
+    seq_lens = batch.get("cu_seq_lens_q")
+    documents = find_documents(rows, length, batch.get("attention_mask"), batch.get("position_ids"), seq_lens)
+    layout = make_layout(documents, rows, length, mesh, options.order, options.kinds)
+    layout.kernel = options.kernel
+    return layout
+
+
+def _check_tensor(name: str, value: Tensor, rows: int, length: int) -> None:
+    """Refuse tensors that do not fit the tokens, or that we do not know how to cut."""
+    per_token = {*FILL, "labels", "shift_labels", "attention_mask"}
+    if name in per_token:
+        dims = value.shape[-2:] if name == "position_ids" else value.shape[:2]
+        if name == "attention_mask" and value.ndim == 4:
+            raise UspBatchError(
+                f"attention_mask of shape {tuple(value.shape)}",
+                rule="an attention mask marks padding, [batch, tokens]; an arbitrary 4D mask cannot be sharded exactly",
+                remedy="describe documents with position_ids that restart, and padding with a 2D attention_mask",
+            )
+        fits = tuple(dims) == (rows, length) or (name == "position_ids" and tuple(dims) == (1, length))
+        if not fits or (value.ndim != 2 and name not in ("inputs_embeds", "position_ids")):
+            raise UspBatchError(
+                f"{name} of shape {tuple(value.shape)} for {rows} row(s) of {length} tokens",
+                rule=f"{name} has one entry per token: ({rows}, {length})",
+                remedy=f"build {name} from the same rows as the tokens, with the same padding and truncation",
+            )
+    elif name not in DESCRIBED and value.ndim > 0 and name != "num_items_in_batch":
+        raise UspBatchError(
+            f"a tensor {name} of shape {tuple(value.shape)} in the batch",
+            rule="hf_usp cuts " + ", ".join(sorted(per_token)) + "; it does not guess how to cut anything else",
+            remedy=f"remove {name} from the batch (Trainer: remove_unused_columns=True, or a data collator)",
+        )
+
+
+def _fingerprint(batch: Mapping[str, Any]) -> Tensor:
+    """Two int64: the names and shapes, and all integer values in their order. Float tensors count by shape only."""
+    shapes, values = [], torch.zeros((), dtype=torch.int64)
+    for name in sorted(batch):
+        value = batch[name]
+        if not isinstance(value, Tensor):
+            shapes.append((name, value if isinstance(value, int | float | bool | str | None) else type(value).__name__))
+            continue
+        shapes.append((name, tuple(value.shape), str(value.dtype)))
+        bits = value.detach().double().view(torch.int64) if value.ndim == 0 else value.detach()
+        if not bits.is_floating_point():
+            flat = bits.flatten().to(torch.int64)
+            weights = torch.arange(1, flat.numel() + 1, device=flat.device) * 0x9E3779B1 + zlib.crc32(name.encode())
+            values = values.to(flat.device) + ((flat + 1) * weights).sum()
+    names = torch.full_like(values, zlib.crc32(repr(shapes).encode()))
+    return torch.stack([names, values])
+
+
+def _cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    full = {name: value for name, value in batch.items() if name not in DESCRIBED and value is not None}
+    tokens = _tokens(full)
+    rows, length, device = layout.batch, layout.length, tokens.device
+    labels = full.pop("shift_labels", None)
+    if labels is None and "labels" in full:
+        # Shifted here, where the neighbour token is still visible.
+        labels = torch.nn.functional.pad(full["labels"][:, 1:], (0, 1), value=IGNORED)
+    positions = full.pop("position_ids", None)
+    if positions is None:
+        positions = torch.arange(length, device=device)[None]
+    full["position_ids"] = positions.expand(*positions.shape[:-2], rows, length)
+    mask = full.pop("attention_mask", None)
+    mask = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask.bool()
+    share = {
+        name: cut(value, layout, FILL[name], value.ndim - 1 if name == "position_ids" else 1) if name in FILL else value
+        for name, value in full.items()
+    }
+    share["attention_mask"] = LayoutMask.of(cut(mask, layout, 0), layout)
+    share["usp"] = layout
+    if labels is not None:
+        share["labels"] = share["shift_labels"] = cut(labels, layout, IGNORED).contiguous()
+        share["num_labels"] = (labels != IGNORED).sum()
+    return share

@@ -1,0 +1,24 @@
+"""The one place that knows which versions are supported, and says so."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+from .errors import UspConfigError
+
+OLDEST = (("torch", "2.11"), ("transformers", "5.17"), ("accelerate", "1.15"))
+
+
+def check_versions() -> None:
+    """Raise `UspConfigError` where a package that hf_usp builds on is missing or too old."""
+    for package, oldest in OLDEST:
+        remedy = f"pip install '{package}>={oldest}'"
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise UspConfigError(f"{package} is not installed", rule=f"{package} >= {oldest}", remedy=remedy) from None
+        # Development and local builds ("2.11.0a0+git", "2.11.0+cpu") count as their release.
+        if Version(Version(found).base_version) < Version(oldest):
+            raise UspConfigError(f"{package} {found}", rule=f"{package} >= {oldest}", remedy=remedy)
