@@ -16,6 +16,7 @@ gradients of partial tiles simply add up (FlashAttention-2, arXiv 2307.08691, se
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -41,13 +42,24 @@ class Segments:
     cu_q: Tensor
     cu_k: Tensor
 
+    def __post_init__(self) -> None:
+        # An empty segment ends the process inside torch's CPU operator; a row without keys has no softmax.
+        assert len(self.q_edges) == len(self.k_edges) > 1, "every segment has queries and keys"
+        for lq, lk in zip(_lengths(self.q_edges), _lengths(self.k_edges), strict=True):
+            assert lq > 0 and lk > 0, "no segment is empty"
+            assert self.right < 0 or lk - lq + self.right >= 0, "every row sees at least one key"
+
     @property
     def max_q(self) -> int:
-        return max(b - a for a, b in zip(self.q_edges, self.q_edges[1:], strict=False))
+        return max(_lengths(self.q_edges))
 
     @property
     def max_k(self) -> int:
-        return max(b - a for a, b in zip(self.k_edges, self.k_edges[1:], strict=False))
+        return max(_lengths(self.k_edges))
+
+
+def _lengths(edges: tuple[int, ...]) -> list[int]:
+    return [stop - start for start, stop in pairwise(edges)]
 
 
 class Kernel(Protocol):

@@ -114,6 +114,8 @@ class CpuFlashKernel:
 
 def _as_batch(q_THD: Tensor, k_KGD: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """[1, H, L, D] views; tensors of value width are zero-padded to the common width (zeros change no product)."""
+    # The operator takes any numbers of heads in silence and pairs them up wrongly.
+    assert q_THD.shape[1] % k_KGD.shape[1] == 0, "query heads are a multiple of kv heads"
     width = max(q_THD.shape[2], *(x.shape[2] for x in values))
     return tuple(
         (x if x.shape[2] == width else pad(x, (0, width - x.shape[2]))).transpose(0, 1)[None]
