@@ -43,12 +43,9 @@ def split_heads(num_heads: int, num_kv_heads: int, ulysses_degree: int) -> tuple
     A kv head travels once to every rank that reads it. Raises `UspConfigError` where grouped-query attention itself is
     undefined (num_heads not a multiple of num_kv_heads).
     """
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise UspConfigError(
-            f"{num_heads} query heads over {num_kv_heads} kv heads",
-            rule="every kv head serves the same number of query heads",
-            remedy="check num_attention_heads and num_key_value_heads of the model",
-        )
+    _check_heads(num_heads, num_kv_heads)
+    if ulysses_degree < 1:
+        raise UspConfigError(f"ulysses_degree={ulysses_degree}", rule="a degree is a whole number of at least 1")
     per_kv = num_heads // num_kv_heads
     shares = []
     for rank in range(ulysses_degree):
@@ -58,6 +55,15 @@ def split_heads(num_heads: int, num_kv_heads: int, ulysses_degree: int) -> tuple
         k0, k1 = (q0 // per_kv, -(-q1 // per_kv)) if q1 > q0 else (0, 0)
         shares.append(HeadShare(q0, q1, k0, k1, _runs(q0, q1, per_kv)))
     return tuple(shares)
+
+
+def _check_heads(num_heads: int, num_kv_heads: int) -> None:
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise UspConfigError(
+            f"{num_heads} query heads over {num_kv_heads} kv heads",
+            rule="every kv head serves the same number of query heads, at least one",
+            remedy="check num_attention_heads and num_key_value_heads of the model",
+        )
 
 
 def _runs(q0: int, q1: int, per_kv: int) -> tuple[tuple[int, int, int, int], ...]:
@@ -90,9 +96,14 @@ def choose_ulysses_degree(
     """The ulysses degree that moves the fewest bytes, and the reason in words.
 
     Only degrees that divide `cp_size`, lie inside a node of `ranks_per_node` ranks and leave every rank at most 5 %
-    more query heads than the mean are considered; 1 (a pure ring) always qualifies.
+    more query heads than the mean are considered; 1 (a pure ring) always qualifies. Raises `UspConfigError` for sizes that no mesh has.
     """
-    node = ranks_per_node or cp_size
+    _check_heads(num_heads, num_kv_heads)
+    node = cp_size if ranks_per_node is None else ranks_per_node
+    if cp_size < 1 or node < 1:
+        raise UspConfigError(
+            f"{cp_size} context-parallel ranks, {node} ranks a node", rule="both are whole numbers of at least 1"
+        )
     candidates = []
     for degree in range(1, cp_size + 1):
         inside_node = degree == 1 or (degree <= node and node % degree == 0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import UspConfigError
 from .layout import IntArray, Mask, Tiles, compact, cut_tiles, needed_rows, visible
 
 
@@ -67,6 +68,8 @@ class RingPlan:
 
 def make_plan(shards: Sequence[IntArray], mask: Mask, rank: int) -> RingPlan:
     """Plan of ring rank `rank` when rank r holds the ascending global positions `shards[r]`."""
+    if not 0 <= rank < len(shards):
+        raise UspConfigError(f"ring rank {rank} of {len(shards)}", rule="ring ranks count from 0")
     ring, mine = len(shards), shards[rank]
     nothing = np.zeros((0, 2), dtype=np.int64)
     steps = [Step(rank, rank, nothing, 0, cut_tiles(*visible(mine, mine, mask)))]

@@ -1,0 +1,114 @@
+"""Ranks that stay alive over many tests: start-up costs seconds, a test milliseconds.
+
+`Ranks(n).run(function, *args)` runs `function(*args)` on n processes of one gloo group and returns their results, or
+raises with the traceback of the first rank that failed. A rank that does not answer in time takes the whole pool down;
+the next call starts a fresh one. Functions must be importable from the test module (no closures).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from typing import Any
+
+# Imported once in the fork server, so that a new pool of ranks costs a fork and not an import of torch.
+PRELOAD = ["torch", "torch.distributed", "transformers", "accelerate", "transformers.models.llama.modeling_llama"]
+TIMEOUT = 120.0
+GRACE = 5.0
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or hung; the message holds its traceback."""
+
+
+class Ranks:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._workers: list[Any] = []
+        self._pipes: list[Any] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+        """Results of `function(*args)` on ranks 0 .. size - 1."""
+        if not self._workers:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results: dict[int, Any] = {}
+        failure, left = None, timeout
+        while len(results) < self.size:
+            ready = wait([p for r, p in enumerate(self._pipes) if r not in results], timeout=left)
+            if not ready:
+                missing = [r for r in range(self.size) if r not in results]
+                self.stop()
+                raise RankFailure(failure or f"ranks {missing} did not answer within {timeout} s")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, "the process died"
+                results[rank] = value
+                if not ok:
+                    # The others may wait for this rank in a collective.
+                    failure, left = failure or f"rank {rank} of {self.size}: {value}", GRACE
+        if failure:
+            self.stop()
+            raise RankFailure(failure)
+        return [results[rank] for rank in range(self.size)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
+            worker.start()
+            theirs.close()
+            self._workers.append(worker)
+            self._pipes.append(ours)
+
+    def stop(self) -> None:
+        """End all processes."""
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._workers, self._pipes = [], []
+
+
+def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in here.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    strict_warnings()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def strict_warnings() -> None:
+    """Warnings are errors in the ranks too; what upstream does to itself is listed with its reason."""
+    warnings.simplefilter("error")
+    # torch.distributed and torch.compile warn about their own internals when first used.
+    warnings.filterwarnings("ignore", module=r"torch\..*", category=FutureWarning)

@@ -1,0 +1,153 @@
+"""Tiny models of the families people train: loss, logits and gradients equal the eager single-process model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from .ranks import Ranks
+from .tiny import FAMILIES, batch_of, tiny_model
+
+MESHES = [(4, 1), (2, 2), (1, 4)]
+KINDS = ["plain", "packed", "left", "right"]
+
+
+def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((mine - theirs).norm() / theirs.norm().clamp_min(1e-6)).item()
+
+
+def errors(family: str, ring: int, ulysses: int, kind: str, changes: dict[str, Any]) -> dict[str, float]:
+    """Largest relative errors of a hand-written step (`shard`, model, average over ranks) against eager."""
+    import hf_usp
+
+    reference = tiny_model(family, "eager", **changes).train()
+    model = tiny_model(family, "usp", **changes).train()
+    batch = batch_of(kind)
+    expected = reference(**batch, use_cache=False)
+    expected.loss.backward()
+    mesh = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses)
+    share = hf_usp.shard(batch, mesh)
+    out = model(**share, use_cache=False)
+    out.loss.backward()
+    loss = out.loss.detach().clone()
+    dist.all_reduce(loss)
+    logits = hf_usp.unshard(out.logits.detach(), share["usp"])
+    seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    gradients = 0.0
+    for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        dist.all_reduce(mine.grad)
+        gradients = max(gradients, relative(mine.grad / dist.get_world_size(), theirs.grad))
+    return {
+        "loss": abs(loss.item() / dist.get_world_size() - expected.loss.item()),
+        "logits": relative(logits[seen], expected.logits.detach()[seen]),
+        "gradients": gradients,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_equals_eager(four_ranks: Ranks, family: str, mesh: tuple[int, int], kind: str) -> None:
+    for worst in four_ranks.run(errors, family, *mesh, kind, {}):
+        assert max(worst.values()) < 1e-4, worst
+
+
+@pytest.mark.parametrize("heads", [(14, 2), (7, 1), (4, 1), (9, 3), (3, 3)], ids=str)
+def test_any_number_of_heads(four_ranks: Ranks, heads: tuple[int, int]) -> None:
+    changes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 8 * heads[0]}
+    for worst in four_ranks.run(errors, "llama", 1, 4, "packed", changes):
+        assert max(worst.values()) < 1e-4, worst
+
+
+def prepared_errors(ring_ulysses: tuple[int, int], kind: str, as_embeddings: bool, with_items: bool) -> dict[str, Any]:
+    """The same through `Accelerator.prepare`, which takes the full batch; gathered outputs."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    import hf_usp
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    cp_size = ring_ulysses[0] * ring_ulysses[1]
+    config = hf_usp.UspParallelismConfig(cp_size=cp_size, ulysses_degree=ring_ulysses[1], gather_outputs=True)
+    accelerator = Accelerator(cpu=True, parallelism_config=config)
+    reference, model = tiny_model("qwen3", "eager"), tiny_model("qwen3", "usp")
+    # DDP waits for gradients of every parameter; embeddings that come from outside give none.
+    model.get_input_embeddings().requires_grad_(not as_embeddings)
+    prepared = accelerator.prepare(model)
+    batch = batch_of(kind)
+    expected = reference(**batch, use_cache=False, output_hidden_states=True)
+    expected.loss.backward()
+    if as_embeddings:
+        batch["inputs_embeds"] = model.get_input_embeddings().weight.detach()[batch.pop("input_ids")]
+    items = (batch["labels"][:, 1:] != -100).sum() if with_items else None
+    out = prepared(**batch, output_hidden_states=True, **({"num_items_in_batch": items} if with_items else {}))
+    accelerator.backward(out.loss * (cp_size if with_items else 1))
+    seen = batch.get("attention_mask", torch.ones_like(batch["labels"])).bool()
+    names = [n for n, p in model.named_parameters() if p.grad is not None and "embed_tokens" not in n]
+    grads = {n: (p.grad, dict(reference.named_parameters())[n].grad) for n, p in model.named_parameters() if n in names}
+    return {
+        "loss": abs(out.loss.item() * (cp_size if with_items else 1) - expected.loss.item()),
+        "logits": relative(out.logits.detach()[seen], expected.logits.detach()[seen]),
+        "hidden": relative(out.hidden_states[1].detach()[seen], expected.hidden_states[1].detach()[seen]),
+        "gradients": max(relative(a, b) for a, b in grads.values()),
+        "shape": float(out.logits.shape != expected.logits.shape),
+        "wrapped": float(type(prepared).__name__ != "DistributedDataParallel"),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 2)], ids=str)
+def test_prepared_model_takes_the_full_batch(four_ranks: Ranks, mesh: tuple[int, int], kind: str) -> None:
+    for worst in four_ranks.run(prepared_errors, mesh, kind, False, False):
+        assert max(worst.values()) < 1e-4, worst
+
+
+@pytest.mark.parametrize("as_embeddings", [True, False])
+def test_prepared_model_with_embeddings_and_a_token_count(four_ranks: Ranks, as_embeddings: bool) -> None:
+    for worst in four_ranks.run(prepared_errors, (2, 2), "packed", as_embeddings, True):
+        assert max(worst.values()) < 1e-4, worst
+
+
+def generation(prepare: bool) -> list[list[int]]:
+    """Greedy tokens of the plain and the prepared model."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    import hf_usp
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    model = tiny_model("qwen2", "usp" if prepare else "sdpa").eval()
+    if prepare:
+        config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2)
+        model = Accelerator(cpu=True, parallelism_config=config).prepare(model).module
+    prompt = batch_of("left")
+    inputs = {"input_ids": prompt["input_ids"], "attention_mask": prompt["attention_mask"]}
+    made = []
+    for use_cache in (True, False):
+        made += model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=use_cache).tolist()
+    return made
+
+
+def test_generate_is_not_sharded(four_ranks: Ranks) -> None:
+    expected = generation(False)
+    assert all(tokens == expected for tokens in four_ranks.run(generation, True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_oss"])
+def test_unsharded_calls_are_ordinary_attention(family: str, kind: str) -> None:
+    """Without `prepare`, "usp" in one process gives the numbers of the eager model, softcap and sinks included."""
+    import hf_usp  # noqa: F401  registers "usp"
+
+    changes = {"sliding_window": 6, "head_dim": 16} if family in ("gemma2", "gpt_oss") else {}
+    batch = batch_of(kind)
+    expected = tiny_model(family, "eager", **changes).eval()(**batch)
+    got = tiny_model(family, "usp", **changes).eval()(**batch)
+    seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    torch.testing.assert_close(got.logits[seen], expected.logits[seen], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got.loss, expected.loss)

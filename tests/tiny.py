@@ -1,0 +1,80 @@
+"""Tiny models and data for tests, the same on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Family -> settings that make its layers what they are in the released models.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 9},
+    "gemma": {"head_dim": 16},
+    "olmo2": {},
+}
+
+
+def tiny_model(
+    family: str = "llama", attention: str = "usp", dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
+    """A small random causal LM, the same weights in every process."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **changes})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+
+
+def rows(count: int, length: int, ignored: bool = True) -> list[dict[str, list[int]]]:
+    """Rows of random tokens; every row ignores another number of labels."""
+    made = []
+    for i in range(count):
+        ids = torch.randint(3, 64, (length,), generator=torch.Generator().manual_seed(i)).tolist()
+        labels = [-100] * (7 * i % (length // 2) if ignored else 0)
+        made.append({"input_ids": ids, "labels": labels + ids[len(labels) :]})
+    return made
+
+
+def batch_of(kind: str, rows_count: int = 2, length: int = 37) -> dict[str, Tensor]:
+    """A batch in one of four forms: plain, packed (restarting positions), left or right padded."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 64, (rows_count, length), generator=generator)
+    labels = ids.clone()
+    labels[:, :5] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    if kind == "packed":
+        parts = [torch.arange(n) for n in (3, 14, 1, 9, length - 27)]
+        batch["position_ids"] = torch.cat(parts)[None].expand(rows_count, -1).contiguous()
+    if kind in ("left", "right"):
+        mask = torch.ones_like(ids)
+        for row in range(rows_count):
+            pads = 9 - 6 * row
+            if kind == "left":
+                # The first token of a row is predicted from padding, which means nothing: ignored, as in all forms.
+                mask[row, :pads], labels[row, : pads + 1] = 0, -100
+            else:
+                mask[row, -pads:], labels[row, -pads:] = 0, -100
+        batch["attention_mask"] = mask
+    return batch
+
+
+def largest_difference(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Largest absolute difference over tensors with the same names."""
+    assert mine.keys() == theirs.keys()
+    return max((mine[name].double() - theirs[name].double()).abs().max().item() for name in mine)
