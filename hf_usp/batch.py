@@ -172,15 +172,16 @@ def _rows_with_padding(attention_mask_BS: Tensor, starts: IntArray) -> Documents
     count = mask.sum(1)
     first = mask.int().argmax(1)
     last = mask.shape[1] - mask.flip(1).int().argmax(1)
-    first, last, count = (x.cpu().numpy().astype(np.int64) for x in (first, torch.where(count > 0, last, first), count))
-    holes = np.flatnonzero(last - first != count)
+    last = torch.where(count > 0, last, first)
+    begin, end, visible = (x.cpu().numpy().astype(np.int64) for x in (first, last, count))
+    holes = np.flatnonzero(end - begin != visible)
     if len(holes):
         raise UspBatchError(
             f"attention_mask of row {holes[0]} has zeros between ones",
             rule="the visible tokens of a row are one run: padding is on the left, on the right, or both",
             remedy="move the padding to an end, or pack documents with position_ids that restart and no attention_mask",
         )
-    return Documents(starts, starts[:-1] + first, starts[:-1] + last)
+    return Documents(starts, starts[:-1] + begin, starts[:-1] + end)
 
 
 def cut(full: Tensor, layout: Layout, fill: float = 0, dim: int = 1) -> Tensor:
@@ -211,7 +212,7 @@ def unshard(tensor: Tensor, layout: Layout, dim: int = 1) -> Tensor:
             rule=f"dim {dim} is this rank's share of the sequence, {layout.local_length} tokens",
             remedy="pass dim=..., the dim of the sequence",
         )
-    return _Unshard.apply(tensor, layout, dim)  # type: ignore[no-untyped-call]
+    return _Unshard.apply(tensor, layout, dim)
 
 
 class _Unshard(torch.autograd.Function):

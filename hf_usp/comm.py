@@ -84,8 +84,8 @@ def agree(fingerprint: Tensor, error: Exception | None, group: Group) -> None:
     raise UspBatchError(
         f"the batch of rank(s) {', '.join(differing)} differs from that of rank {ranks[0]} in the same "
         "context-parallel group",
-        rule="all ranks of a context-parallel group get the same full batch; each takes its own share of it",
-        remedy="let accelerator.prepare wrap the dataloader, and seed whatever is random in dataset or collator equally",
+        rule="all ranks of a context-parallel group get the same full batch, and each takes its share of it",
+        remedy="let accelerator.prepare wrap the dataloader, and seed what is random in dataset or collator equally",
     )
 
 

@@ -27,7 +27,7 @@ def whole_loss(share: Tensor, group: Group, ranks: int, items_given: bool) -> Te
             counts tokens over all processes, as the Trainer does, multiplies by the number of processes himself
             (`loss *= num_processes`), which counts the P ranks that share one batch P times.
     """
-    return _WholeLoss.apply(share, group, ranks, 1 / ranks if items_given else 1.0)  # type: ignore[no-untyped-call]
+    return _WholeLoss.apply(share, group, ranks, 1 / ranks if items_given else 1.0)
 
 
 class _WholeLoss(torch.autograd.Function):

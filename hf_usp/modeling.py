@@ -41,7 +41,7 @@ HARMLESS = {
 }  # fmt: skip
 
 
-class _MaskTouched(UspMaskError, AttributeError):
+class _MaskTouchedError(UspMaskError, AttributeError):
     """A model computes with the mask itself; also an AttributeError, so that `hasattr` stays a question."""
 
 
@@ -53,7 +53,7 @@ class ShardedMask:
     kind: MaskKind
 
     def __getattr__(self, name: str) -> Any:
-        raise _MaskTouched(
+        raise _MaskTouchedError(
             f"the model reads `{name}` of its attention mask during a sharded forward",
             rule="in a sharded forward masks are intervals in integers, not tensors; a model may only pass them on",
             remedy="this model cannot be sharded exactly; train it without UspParallelismConfig",
@@ -82,8 +82,8 @@ def read_mask_function(mask_function: Callable[..., Any]) -> MaskKind:
         return MaskKind()
     if mask_function is bidirectional_mask_function:
         return MaskKind(UNLIMITED, UNLIMITED)
-    cells = _cells(mask_function)
-    parts = cells.get("mask_functions", ()) if mask_function.__qualname__.startswith("and_masks.") else ()
+    is_and = mask_function.__qualname__.startswith("and_masks.")
+    parts: tuple[Callable[..., Any], ...] = _cells(mask_function).get("mask_functions", ()) if is_and else ()
     if len(parts) == 2:
         overlay, base = parts
         name, numbers = overlay.__qualname__.split(".")[0], _cells(overlay)
@@ -96,8 +96,8 @@ def read_mask_function(mask_function: Callable[..., Any]) -> MaskKind:
     names = [part.__qualname__ for part in parts] or [mask_function.__qualname__]
     raise UspMaskError(
         f"a mask made of {', '.join(names)}",
-        rule="a query sees one interval of keys: causal, both directions, a sliding window, chunks, documents, padding",
-        remedy="train without UspParallelismConfig, or without the feature that changes the mask (image blocks, prefix-LM)",
+        rule="a query sees one interval of keys: causal, both ways, sliding window, chunks, documents, padding",
+        remedy="train without UspParallelismConfig, or without what changes the mask (image blocks, prefix-LM)",
     )
 
 
@@ -134,8 +134,8 @@ def usp_attention_forward(
         layout, kind = usp, _kind_without_mask(module, attention_mask, sliding_window, kwargs.get("is_causal"))
     _refuse(module, dropout, kwargs)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
-    tensors = (x.transpose(1, 2) for x in (query, key, value))
-    return attend(*tensors, s_aux, layout, kind, softmax), None
+    q_BLHD, k_BLGD, v_BLGE = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return attend(q_BLHD, k_BLGD, v_BLGE, s_aux, layout, kind, softmax), None
 
 
 def _kind_without_mask(
@@ -143,7 +143,7 @@ def _kind_without_mask(
 ) -> MaskKind:
     if attention_mask is not None:
         raise UspMaskError(
-            f"{type(module).__name__} got an attention mask of its own, {tuple(attention_mask.shape)}, in a sharded forward",
+            f"{type(module).__name__} got a mask of shape {tuple(attention_mask.shape)} in a sharded forward",
             rule="masks come from Transformers' mask functions, which know the layout",
             remedy="pass no 4D attention_mask; describe documents with position_ids that restart",
         )

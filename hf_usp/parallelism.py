@@ -34,8 +34,8 @@ class UspParallelismConfig(ParallelismConfig):
     prepared then take full batches and shard them themselves.
 
     Args:
-        cp_size: ranks that share a sequence (environment variable PARALLELISM_CONFIG_CP_SIZE, else 1).
-        ulysses_degree: ranks of these that exchange heads; it divides cp_size. The rest is the ring:
+        cp_size: ranks that share a sequence; by default PARALLELISM_CONFIG_CP_SIZE of the environment, or 1.
+        ulysses_degree: how many of these exchange heads, a divisor. The rest is the ring:
             `ring_degree = cp_size // ulysses_degree`. None: chosen at `prepare` from the model's heads, by fewest bytes.
         dp_replicate_size, dp_shard_size, tp_size: as in `ParallelismConfig`. If neither data-parallel size is given
             (nor set in the environment), the ranks left over are data parallel: dp_shard under FSDP, else dp_replicate.
@@ -67,12 +67,8 @@ class UspParallelismConfig(ParallelismConfig):
         self.gather_outputs = gather_outputs
         self.kernel = kernel
         self.ranks_per_node = ranks_per_node
-        given = (
-            dp_replicate_size,
-            dp_shard_size,
-            *(os.environ.get(f"PARALLELISM_CONFIG_{x}_SIZE") for x in ("DP_REPLICATE", "DP_SHARD")),
-        )
-        self.fill_data_parallel = all(size is None for size in given)
+        in_environment = any(f"PARALLELISM_CONFIG_{axis}_SIZE" in os.environ for axis in ("DP_REPLICATE", "DP_SHARD"))
+        self.fill_data_parallel = dp_replicate_size is None and dp_shard_size is None and not in_environment
         if cp_size is None:
             cp_size = int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
         super().__init__(
@@ -80,7 +76,7 @@ class UspParallelismConfig(ParallelismConfig):
         )
 
     def __post_init__(self) -> None:
-        cp_size = self.cp_size
+        cp_size: int = self.cp_size  # type: ignore[has-type]
         _check_options(cp_size, self.ulysses_degree, self.sequence_order)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
@@ -151,10 +147,10 @@ def _wrong_world(config: UspParallelismConfig, world: int) -> UspConfigError:
     sizes = {axis: config._sizes[axis] for axis in AXES}
     product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     return UspConfigError(
-        f"{product} = {config.total_size} ranks, started as {world} process(es)",
+        f"{product} = {config.total_size} ranks, in {world} process(es)",
         rule="the product of the sizes is the number of processes",
-        remedy=f"start {config.total_size} processes (accelerate launch --num_processes {config.total_size}), or choose "
-        "sizes whose product fits; leave both data-parallel sizes out to have them filled in",
+        remedy=f"start {config.total_size} processes (accelerate launch --num_processes {config.total_size}), or "
+        "choose sizes whose product fits; leave both data-parallel sizes out to have them filled in",
     )
 
 
@@ -225,7 +221,7 @@ class _Seam:
             share = None if hooks is None else hooks.last_share
             if isinstance(tensor, torch.Tensor) and share == (tensor.data_ptr(), tuple(tensor.shape)):
                 raise UspModelError(
-                    f"logits {tuple(tensor.shape)} to be gathered over processes, each of which holds a share of the tokens",
+                    f"logits {tuple(tensor.shape)} to be gathered over processes that hold shares of the tokens",
                     rule="whole logits are only there with gather_outputs=True",
                     remedy="UspParallelismConfig(gather_outputs=True) for predict and compute_metrics, or "
                     "prediction_loss_only=True for the loss alone",

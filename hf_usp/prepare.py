@@ -113,8 +113,8 @@ def _check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         return
     if model.loss_function is not ForCausalLMLoss:
         raise UspModelError(
-            f"{type(model).__name__} with labels, whose loss is {getattr(model.loss_function, '__name__', 'custom')}",
-            rule="a loss is a sum over tokens that takes shifted labels and num_items_in_batch (Transformers' causal LM loss)",
+            f"{type(model).__name__} with labels and the loss {getattr(model.loss_function, '__name__', 'custom')}",
+            rule="a loss is a sum over tokens that takes shift_labels and num_items_in_batch (ForCausalLMLoss)",
             remedy="use the model's ForCausalLM class with its own loss function",
         )
     if batch.get("output_router_logits", getattr(config, "output_router_logits", False)):
@@ -191,13 +191,13 @@ def check_model(model: PreTrainedModel) -> None:
     if "position_ids" not in body:
         raise UspModelError(
             f"{type(model.base_model).__name__} takes no position_ids",
-            rule="each rank passes the global positions of its tokens; a model that counts for itself starts at 0 everywhere",
+            rule="each rank passes the positions of its tokens; a model that counts them itself starts at 0 everywhere",
             remedy="use an architecture whose forward takes position_ids",
         )
 
 
 def mask_kinds(model: PreTrainedModel) -> tuple[MaskKind, ...]:
-    """The masks of the model's layers, one entry per layer, as its config tells. They decide only the order of tokens."""
+    """The masks of the model's layers as its config tells, one entry a layer. They decide only the order of tokens."""
     config = model.config.get_text_config()
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     if not getattr(config, "is_causal", True):

@@ -37,7 +37,7 @@ class RingCall:
 
 def ring_attention(q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall) -> Tensor:
     """Attention of this rank's queries over the keys of all ring ranks: out_THE. Differentiable."""
-    return _RingAttention.apply(q_THD, k_TGD, v_TGE, sinks_H, call)  # type: ignore[no-untyped-call]
+    return _RingAttention.apply(q_THD, k_TGD, v_TGE, sinks_H, call)
 
 
 class _RingAttention(torch.autograd.Function):

@@ -175,7 +175,8 @@ def _check_tensor(name: str, value: Tensor, rows: int, length: int) -> None:
 
 def _fingerprint(batch: Mapping[str, Any]) -> Tensor:
     """Two int64: the names and shapes, and all integer values in their order. Float tensors count by shape only."""
-    shapes, values = [], torch.zeros((), dtype=torch.int64)
+    shapes: list[tuple[Any, ...]] = []
+    values = torch.zeros((), dtype=torch.int64)
     for name in sorted(batch):
         value = batch[name]
         if not isinstance(value, Tensor):

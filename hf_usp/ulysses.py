@@ -31,14 +31,14 @@ def heads_to_tokens(
     """q_ThD, k_TgD, v_TgE: the heads of this rank's share over all tokens of the ring shard. Differentiable."""
     if mesh.ulysses_group is None:
         return q_BLHD.flatten(0, 1), k_BLGD.flatten(0, 1), v_BLGE.flatten(0, 1)
-    return _HeadsToTokens.apply(q_BLHD, k_BLGD, v_BLGE, shares, mesh)  # type: ignore[no-untyped-call]
+    return _HeadsToTokens.apply(q_BLHD, k_BLGD, v_BLGE, shares, mesh)
 
 
 def tokens_to_heads(out_ThE: Tensor, batch: int, shares: Shares, mesh: UspMesh) -> Tensor:
     """out_BLHE: all heads over this rank's tokens. Differentiable; the inverse of `heads_to_tokens` for the output."""
     if mesh.ulysses_group is None:
         return out_ThE.unflatten(0, (batch, -1))
-    return _TokensToHeads.apply(out_ThE, batch, shares, mesh)  # type: ignore[no-untyped-call]
+    return _TokensToHeads.apply(out_ThE, batch, shares, mesh)
 
 
 class _HeadsToTokens(torch.autograd.Function):
@@ -83,7 +83,7 @@ class _TokensToHeads(torch.autograd.Function):
 
 
 def _to_tokens(sent: Sequence[tuple[Tensor, ...]], columns: int, mesh: UspMesh) -> Tensor:
-    """Send rank u the tensors [B, L, heads, width] of `sent[u]` side by side; returns packed_TX of `columns` columns."""
+    """Send rank u the tensors [B, L, heads, width] of `sent[u]` side by side; returns packed_TX, X = `columns`."""
     assert mesh.ulysses_group is not None
     batch, length = sent[0][0].shape[:2]
     sizes = [sum(x.numel() for x in tensors) for tensors in sent]
@@ -99,7 +99,7 @@ def _to_tokens(sent: Sequence[tuple[Tensor, ...]], columns: int, mesh: UspMesh) 
 
 
 def _to_heads(tensors: Sequence[Tensor], batch: int, columns: Sequence[int], mesh: UspMesh) -> list[Tensor]:
-    """The way back: `tensors` [T, heads, width] side by side are cut by tokens; rank u's block is [B, L, columns[u]]."""
+    """The way back: `tensors` [T, heads, width] side by side, cut by tokens; rank u's block is [B, L, columns[u]]."""
     assert mesh.ulysses_group is not None
     degree, tokens = mesh.ulysses_degree, tensors[0].shape[0]
     length = tokens // (batch * degree)

@@ -23,7 +23,7 @@ TIMEOUT = 120.0
 GRACE = 5.0
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or hung; the message holds its traceback."""
 
 
@@ -46,7 +46,7 @@ class Ranks:
             if not ready:
                 missing = [r for r in range(self.size) if r not in results]
                 self.stop()
-                raise RankFailure(failure or f"ranks {missing} did not answer within {timeout} s")
+                raise RankError(failure or f"ranks {missing} did not answer within {timeout} s")
             for pipe in ready:
                 rank = self._pipes.index(pipe)
                 try:
@@ -59,7 +59,7 @@ class Ranks:
                     failure, left = failure or f"rank {rank} of {self.size}: {value}", GRACE
         if failure:
             self.stop()
-            raise RankFailure(failure)
+            raise RankError(failure)
         return [results[rank] for rank in range(self.size)]
 
     def _start(self) -> None:

@@ -44,8 +44,8 @@ def run_trainer(folder: str, mesh: tuple[int, int | None, str] | None, setup: di
         "max_grad_norm": setup.get("clip", 0.5),
     }
     args = TrainingArguments(
-        output_dir=folder, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
-        parallelism_config=config, **arguments,
+        output_dir=folder, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        dataloader_pin_memory=False, parallelism_config=config, **arguments,
     )  # fmt: skip
     model = tiny_model(setup.get("family", "llama"), "usp" if config else "eager")
     if "checkpointing" in setup:
