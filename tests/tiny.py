@@ -36,6 +36,8 @@ def tiny_model(
     """A small random causal LM, the same weights in every process."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    import hf_usp  # noqa: F401  registers "usp"
+
     config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **changes})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)

@@ -1,0 +1,113 @@
+"""FSDP2 around the mesh: parameters sharded over dp_shard x cp, the same losses and weights as one process.
+
+Accelerate offers FSDP2 only where it sees an accelerator. `cpu_as_accelerator` tells it that it does, for the length of
+one test: the device stays the CPU, the backend gloo, and `fully_shard` is the real one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from .ranks import Ranks
+from .tiny import rows, tiny_model
+
+
+@contextmanager
+def cpu_as_accelerator() -> Iterator[None]:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    stock = PartialState._prepare_backend, PartialState.set_device
+    use_cpu = os.environ.pop("ACCELERATE_USE_CPU")
+    reset()
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend, PartialState.set_device = stock
+        os.environ["ACCELERATE_USE_CPU"] = use_cpu
+        del os.environ["ACCELERATE_BYPASS_DEVICE_MAP"]
+        reset()
+
+
+def train(sizes: dict[str, int] | None) -> dict[str, Any]:
+    """Four AdamW steps on batches of four rows; FSDP2 where `sizes` are given, else one process."""
+    model = tiny_model("qwen2", "usp" if sizes else "eager", tie_word_embeddings=False)
+    if sizes is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+        return _steps(model, optimizer, [rows(4, 33) for _ in range(4)], lambda loss: loss.backward())
+    with cpu_as_accelerator():
+        from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+        import hf_usp
+
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+        )
+        config = hf_usp.UspParallelismConfig(**sizes)
+        accelerator = Accelerator(fsdp_plugin=plugin, parallelism_config=config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+        prepared, optimizer = accelerator.prepare(model, optimizer)
+        data_parallel = config.dp_shard_size * config.dp_replicate_size
+        per_rank = 4 // data_parallel
+        mine = (dist.get_rank() // config.cp_size) * per_rank
+        batches = [rows(4, 33)[mine : mine + per_rank] for _ in range(4)]
+        result = _steps(prepared, optimizer, batches, accelerator.backward)
+        result["sharded"] = all(type(p).__name__ == "DTensor" for p in prepared.parameters())
+        result["weights"] = {k: v.full_tensor() for k, v in prepared.state_dict().items()}
+        return result
+
+
+def _steps(model: Any, optimizer: Any, batches: Any, backward: Any) -> dict[str, Any]:
+    losses, norms = [], []
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    for batch in batches:
+        tensors = {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
+        # Every row has another number of labels: a loss that is a mean over ranks needs the common count.
+        everything = torch.tensor([row["labels"] for row in rows(4, 33)])
+        items = (everything[:, 1:] != -100).sum()
+        # What the Trainer does: a loss over the tokens of all processes counts once per process.
+        loss = model(**tensors, num_items_in_batch=items, use_cache=False).loss * world
+        backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {"losses": losses, "norms": norms, "weights": {k: v for k, v in model.state_dict().items()}}
+
+
+SIZES = [
+    {"cp_size": 4, "ulysses_degree": 2},
+    {"cp_size": 2, "ulysses_degree": 2, "dp_shard_size": 2},
+    {"cp_size": 2, "ulysses_degree": 1, "dp_replicate_size": 2},
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_fsdp2_equals_one_process(four_ranks: Ranks, sizes: dict[str, int]) -> None:
+    reference = train(None)
+    results = four_ranks.run(train, sizes)
+    for mine in results:
+        assert mine["sharded"]
+        assert mine["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+        for name, weight in reference["weights"].items():
+            torch.testing.assert_close(mine["weights"][name], weight, atol=1e-5, rtol=0)
+    # Each data-parallel rank reports its part of the loss, times the number of processes.
+    mean = [sum(values) / len(values) for values in zip(*(mine["losses"] for mine in results), strict=True)]
+    assert mean == pytest.approx(reference["losses"], abs=1e-5)
