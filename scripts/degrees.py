@@ -1,0 +1,90 @@
+"""The context-parallel flags of the scripts, and the `UspParallelismConfig` that they mean.
+
+    --context-parallel-size 8                                              ulysses 8
+    --context-parallel-size 8 --context-parallel-algo megatron_cp_algo     ring 8
+    --context-parallel-size 8 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2     ulysses 2 x ring 4
+
+Everything is checked when the flags are parsed, before a model is loaded or a process group starts.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import hf_usp
+from hf_usp.degrees import check_degrees, split_heads
+from hf_usp.errors import UspConfigError
+
+ALGORITHMS = ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo")
+
+
+@dataclass
+class ContextParallelArguments:
+    """Put this first among the dataclasses of an `HfArgumentParser`: wrong flags then end the run before it starts."""
+
+    context_parallel_size: int = field(default=1, metadata={"help": "Processes that share one sequence."})
+    context_parallel_algo: str = field(
+        default="ulysses_cp_algo",
+        metadata={"help": "ulysses_cp_algo, megatron_cp_algo (a pure ring) or hybrid_cp_algo (ulysses x ring)."},
+    )
+    ulysses_degree_in_cp: int | None = field(
+        default=None, metadata={"help": "Ulysses degree of hybrid_cp_algo; the ring degree is size / this."}
+    )
+
+    def __post_init__(self) -> None:
+        check_world(self.context_parallel_size, int(os.environ.get("WORLD_SIZE", "1")))
+        check_degrees(self.context_parallel_size, self.ulysses_degree)
+
+    @property
+    def ulysses_degree(self) -> int:
+        """Processes that exchange heads; the other factor of the context-parallel size is the ring."""
+        if self.context_parallel_algo not in ALGORITHMS:
+            raise UspConfigError(
+                f"--context-parallel-algo {self.context_parallel_algo}",
+                rule=f"one of {', '.join(ALGORITHMS)}",
+                remedy="hybrid_cp_algo with --ulysses-degree-in-cp reaches every 2D mesh",
+            )
+        if self.context_parallel_algo == "hybrid_cp_algo":
+            if self.ulysses_degree_in_cp is None:
+                raise UspConfigError(
+                    "--context-parallel-algo hybrid_cp_algo without --ulysses-degree-in-cp",
+                    rule="context-parallel size = ulysses degree x ring degree",
+                    remedy="add --ulysses-degree-in-cp U, for example the processes of one node or a divisor of them",
+                )
+            return self.ulysses_degree_in_cp
+        degree = self.context_parallel_size if self.context_parallel_algo == "ulysses_cp_algo" else 1
+        if self.ulysses_degree_in_cp not in (None, degree):
+            raise UspConfigError(
+                f"--ulysses-degree-in-cp {self.ulysses_degree_in_cp} with --context-parallel-algo "
+                f"{self.context_parallel_algo}, which means {degree}",
+                remedy="choose hybrid_cp_algo, or leave out --ulysses-degree-in-cp",
+            )
+        return degree
+
+    def parallelism_config(self) -> hf_usp.UspParallelismConfig | None:
+        """None where there is nothing to share: one process per sequence is what the Trainer does by itself."""
+        if self.context_parallel_size == 1:
+            return None
+        return hf_usp.UspParallelismConfig(cp_size=self.context_parallel_size, ulysses_degree=self.ulysses_degree)
+
+    def describe(self, num_heads: int, num_kv_heads: int) -> str:
+        """One line for the log: the mesh, and how many query heads every ulysses rank gets."""
+        degree = self.ulysses_degree
+        heads = [share.num_query for share in split_heads(num_heads, num_kv_heads, degree)]
+        evenness = "evenly" if len(set(heads)) == 1 else "unevenly"
+        return (
+            f"ulysses {degree} x ring {self.context_parallel_size // degree}; {num_heads} query and {num_kv_heads} kv "
+            f"heads, split {evenness}: {' + '.join(map(str, heads))} query heads per ulysses rank"
+        )
+
+
+def check_world(size: int, world: int) -> None:
+    """Raise `UspConfigError` unless the processes form whole groups of `size`."""
+    if size < 1 or world % size:
+        raise UspConfigError(
+            f"--context-parallel-size {size} with {world} processes",
+            rule="the context-parallel size divides the number of processes; the quotient is data parallel",
+            remedy=f"choose one of {', '.join(str(d) for d in range(1, world + 1) if world % d == 0)}, or start a "
+            "multiple of it with accelerate launch --num_processes or torchrun --nproc_per_node",
+        )

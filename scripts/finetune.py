@@ -1,0 +1,151 @@
+"""Fine-tune a causal language model on long text, one sequence spread over many processes.
+
+One process, SmolLM2-135M, 4,096 tokens a step (about 40 s a step on 2 CPU cores, loss 1.2 to 2.1):
+
+    python scripts/finetune.py --model_name_or_path models/SmolLM2-135M-Instruct --train_file book.txt \
+        --sequence_length 4096 --max_steps 3 --logging_steps 1 --use_cpu --output_dir runs/one
+
+The same steps and losses on 4 processes, ulysses 2 x ring 2 (the same time: they share the 2 cores):
+
+    accelerate launch --config_file configs/cpu_4_processes.yaml scripts/finetune.py ...the flags above... \
+        --context-parallel-size 4 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2
+
+8 GPUs: the first lines of configs/one_node_8_gpus_fsdp2.yaml. All flags: python scripts/finetune.py --help.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import texts
+from degrees import ContextParallelArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_usp.errors import UspConfigError
+
+logger = logging.getLogger("finetune")
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Pretrained model: a folder or a hub name."})
+    config_name: str | None = field(default=None, metadata={"help": "A config.json: a fresh model of this shape."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Default: the model's. 'bytes': no tokenizer, ids 0 to 256."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16 or auto."})
+
+    def __post_init__(self) -> None:
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise UspConfigError(
+                f"--model_name_or_path {self.model_name_or_path} and --config_name {self.config_name}",
+                rule="one of the two: a pretrained model, or the shape of a fresh one",
+            )
+
+    @property
+    def source(self) -> str:
+        return self.model_name_or_path or self.config_name or ""
+
+
+@dataclass
+class TextArguments:
+    train_file: list[str] = field(default_factory=list, metadata={"help": "UTF-8 files, patterns or folders."})
+    eval_file: list[str] = field(default_factory=list, metadata={"help": "The same, for evaluation."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Anything datasets.load_dataset reads."})
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    text_column: str = "text"
+    sequence_length: int | None = field(
+        default=None, metadata={"help": "Pack documents into rows of this many tokens. Default: whole documents."}
+    )
+
+    def __post_init__(self) -> None:
+        if bool(self.train_file) == bool(self.dataset_name):
+            raise UspConfigError(
+                f"--train_file {self.train_file} and --dataset_name {self.dataset_name}",
+                rule="text comes from one of the two",
+            )
+
+
+def load_tokenizer(args: ModelArguments) -> Any:
+    """The model's own tokenizer, or plain bytes (also for a fresh model that names none)."""
+    name = args.tokenizer_name or args.model_name_or_path or "bytes"
+    return texts.ByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+
+
+def load_model(args: ModelArguments, config: Any) -> PreTrainedModel:
+    """A pretrained or fresh model whose attention is `usp`: exact attention in one process, the mesh in several."""
+    options = {"attn_implementation": "usp", "dtype": args.dtype}
+    if args.model_name_or_path is not None:
+        return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, **options)
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+def load_rows(documents: list[str], tokenizer: texts.Tokenizer, length: int | None) -> list[texts.Row]:
+    """Rows of `length` tokens, or whole documents."""
+    encoded = texts.encode(documents, tokenizer)
+    rows = texts.whole_documents(encoded) if length is None else texts.pack(encoded, length)
+    used, total = sum(len(row["input_ids"]) for row in rows), sum(map(len, encoded))
+    logger.info("%d documents, %s tokens: %d rows of %s tokens", len(documents), f"{total:,}", len(rows), f"{used:,}")
+    return rows
+
+
+def main() -> None:
+    parser = HfArgumentParser((ContextParallelArguments, ModelArguments, TextArguments, TrainingArguments))
+    cp, model_args, text_args, args = parser.parse_args_into_dataclasses()
+    args.parallelism_config = cp.parallelism_config()
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    set_seed(args.seed)
+
+    if text_args.train_file:
+        documents = texts.read_documents(text_args.train_file)
+    else:
+        source = (text_args.dataset_name, text_args.dataset_config, text_args.dataset_split, text_args.text_column)
+        documents = texts.dataset_documents(*source)
+    tokenizer = load_tokenizer(model_args)
+    train_rows = load_rows(documents, tokenizer, text_args.sequence_length)
+    eval_rows = None
+    if text_args.eval_file:
+        eval_rows = load_rows(texts.read_documents(text_args.eval_file), tokenizer, text_args.sequence_length)
+
+    config = AutoConfig.from_pretrained(model_args.source)
+    if len(tokenizer) > config.vocab_size:
+        raise UspConfigError(
+            f"{len(tokenizer)} token ids for a vocabulary of {config.vocab_size}",
+            rule="every token id is below vocab_size of the model",
+            remedy="choose the model's own --tokenizer_name, or a larger vocab_size in --config_name",
+        )
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    logger.info("%d processes: %s", args.world_size, cp.describe(config.num_attention_heads, kv_heads))
+    model = load_model(model_args, config)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=partial(texts.pad_right, pad_token_id=tokenizer.eos_token_id or 0),
+        processing_class=None if isinstance(tokenizer, texts.ByteTokenizer) else tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if eval_rows is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    trainer.save_state()
+    if args.save_strategy != "no":
+        trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()
