@@ -73,7 +73,7 @@ def attend(
 ) -> Tensor:
     """The same for any kind of mask; see `usp_attention`. Returns out_BLHE."""
     _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, layout)
-    layout.calls += 1
+    layout.calls, layout.dtype = layout.calls + 1, q_BLHD.dtype
     mesh = layout.mesh
     shares = split_heads(q_BLHD.shape[2], k_BLGD.shape[2], mesh.ulysses_degree)
     mine = shares[mesh.ulysses_rank]

@@ -41,8 +41,8 @@ class Layout:
 
     mesh: the ranks. batch, length: rows and tokens per row as the caller passed them. padded: tokens per row after ours
     were appended so that every rank holds equally many. order: the assignment of tokens to ring ranks. kernel: the one
-    asked for by name, or None. calls: how many attention layers have used this layout.
-    items_given: whether the caller passed `num_items_in_batch`.
+    asked for by name, or None. calls: how many attention layers have used this layout; dtype: what the last computed
+    in. items_given: whether the caller passed `num_items_in_batch`.
     """
 
     mesh: UspMesh
@@ -53,6 +53,7 @@ class Layout:
     documents: Documents
     kernel: str | None = None
     calls: int = 0
+    dtype: torch.dtype = torch.float32
     items_given: bool = False
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UspBatchError
+from .errors import UspBatchError, UspError
 
 Group = dist.ProcessGroup
 
@@ -62,11 +62,12 @@ def all_reduce_sum(value: Tensor, group: Group) -> Tensor:
     return total
 
 
-def agree(fingerprint: Tensor, error: Exception | None, group: Group) -> None:
+def agree(fingerprint: Tensor, error: Exception | None, group: Group, kind: type[UspError] = UspBatchError) -> None:
     """Raise on every rank of the group when one has an error, or when their fingerprints [N] differ.
 
     One tiny message; a second one, with the texts, only when something is wrong. So no rank is left waiting in a
-    collective that another one never enters. `fingerprint` is int64 and of the same length everywhere.
+    collective that another one never enters. `fingerprint` is int64 and of the same length everywhere; `kind` is what
+    the ranks without an error of their own raise.
     """
     flag = torch.full_like(fingerprint[:1], error is not None)
     rows = all_gather_ints(torch.cat([flag, fingerprint]), group).cpu()
@@ -79,7 +80,7 @@ def agree(fingerprint: Tensor, error: Exception | None, group: Group) -> None:
         raise error
     if any(texts):
         failed = "; ".join(f"rank {ranks[i]}: {text}" for i, text in enumerate(texts) if text)
-        raise UspBatchError(f"another rank of this context-parallel group refused its batch ({failed})")
+        raise kind(f"another rank of this context-parallel group refused ({failed})")
     differing = [str(ranks[i]) for i in range(len(ranks)) if not torch.equal(rows[i], rows[0])]
     raise UspBatchError(
         f"the batch of rank(s) {', '.join(differing)} differs from that of rank {ranks[0]} in the same "

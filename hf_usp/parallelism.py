@@ -34,14 +34,15 @@ class UspParallelismConfig(ParallelismConfig):
     prepared then take full batches and shard them themselves.
 
     Args:
-        cp_size: ranks that share a sequence; by default PARALLELISM_CONFIG_CP_SIZE of the environment, or 1.
-        ulysses_degree: how many of these exchange heads, a divisor. The rest is the ring:
-            `ring_degree = cp_size // ulysses_degree`. None: chosen at `prepare` from the model's heads, by fewest bytes.
+        cp_size: ranks that share a sequence (default: the environment's PARALLELISM_CONFIG_CP_SIZE, or 1).
+        ulysses_degree: of these, how many exchange heads. The rest is the ring:
+            `ring_degree = cp_size // ulysses_degree`. None: chosen at `prepare` for the model's heads, by bytes moved.
         dp_replicate_size, dp_shard_size, tp_size: as in `ParallelismConfig`. If neither data-parallel size is given
             (nor set in the environment), the ranks left over are data parallel: dp_shard under FSDP, else dp_replicate.
         sequence_order: "auto" (the better balanced for the batch's mask), "contiguous" or "zigzag".
         gather_outputs: whether logits and hidden states come back whole on every rank, or as this rank's share.
         kernel: name of the attention kernel to use; None: the best installed.
+        self_check: whether a prepared model first shows on a short random batch that sharding changes nothing.
         ranks_per_node: for choosing the ulysses degree; None: LOCAL_WORLD_SIZE.
 
     Raises:
@@ -59,6 +60,7 @@ class UspParallelismConfig(ParallelismConfig):
         sequence_order: str = "auto",
         gather_outputs: bool = False,
         kernel: str | None = None,
+        self_check: bool = True,
         ranks_per_node: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -66,6 +68,7 @@ class UspParallelismConfig(ParallelismConfig):
         self.sequence_order = sequence_order
         self.gather_outputs = gather_outputs
         self.kernel = kernel
+        self.self_check = self_check
         self.ranks_per_node = ranks_per_node
         in_environment = any(f"PARALLELISM_CONFIG_{axis}_SIZE" in os.environ for axis in ("DP_REPLICATE", "DP_SHARD"))
         self.fill_data_parallel = dp_replicate_size is None and dp_shard_size is None and not in_environment
@@ -194,7 +197,7 @@ class _Seam:
             axis = self.accelerator.torch_device_mesh
             self.meshes[degree] = UspMesh.from_device_mesh(axis, ulysses_degree=degree)
         options = ShardOptions(config.sequence_order, mask_kinds(model), config.kernel)
-        attach(module, self.meshes[degree], options, config.gather_outputs)
+        attach(module, self.meshes[degree], options, config.gather_outputs, config.self_check)
         self.prepared.append(module)
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:

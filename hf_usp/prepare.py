@@ -20,6 +20,7 @@ from .layout import UNLIMITED
 from .loss import whole_loss
 from .mesh import UspMesh
 from .modeling import NAME, no_attention_weights
+from .selfcheck import self_check
 from .shard import ShardOptions, shard_with
 
 # Outputs with one entry per token, [B, L, ...] (or tuples of such).
@@ -29,8 +30,11 @@ PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states")
 class ShardedForward:
     """The two hooks of one prepared model."""
 
-    def __init__(self, model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, gather_outputs: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, gather_outputs: bool, check: bool
+    ) -> None:
         self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
+        self.unchecked = check
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
         self._handles = (
@@ -51,6 +55,10 @@ class ShardedForward:
         batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if "usp" in batch or _is_generation(batch):
             return args, kwargs
+        if self.unchecked:
+            # Every rank comes here with its first batch, whatever that batch is.
+            self.unchecked = False
+            self_check(model, self.mesh, self.options, next(model.parameters()).device)
         items = batch.get("num_items_in_batch")
         share, layout = shard_with(batch, self.mesh, self.options, lambda b: _check_call(model, b))
         num_labels = share.pop("num_labels", None)
@@ -125,14 +133,16 @@ def _check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         )
 
 
-def attach(module: nn.Module, mesh: UspMesh, options: ShardOptions, gather_outputs: bool) -> None:
+def attach(
+    module: nn.Module, mesh: UspMesh, options: ShardOptions, gather_outputs: bool = False, check: bool = True
+) -> None:
     """Make the Transformers model inside `module` shard its batches over `mesh`. Attaching again replaces the first."""
     model = find_model(module)
     check_model(model)
     previous = sharded_forward(model)
     if previous is not None:
         previous.remove()
-    ShardedForward(model, mesh, options, gather_outputs)
+    ShardedForward(model, mesh, options, gather_outputs, check)
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:

@@ -89,7 +89,7 @@ def _steps(model: Any, optimizer: Any, batches: Any, backward: Any) -> dict[str,
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return {"losses": losses, "norms": norms, "weights": {k: v for k, v in model.state_dict().items()}}
+    return {"losses": losses, "norms": norms, "weights": dict(model.state_dict())}
 
 
 SIZES = [

@@ -1,0 +1,151 @@
+"""The self-check: before its first sharded batch a model shows on a short random one that sharding changes nothing.
+
+The same few tokens go through the model twice, sharded and whole; the outputs of all its modules and the loss are
+compared. Whatever looks at other tokens outside the attention interface (recurrent and convolutional layers, pooling,
+positions that are counted instead of passed) gives itself away, without a list of names. It runs below the model's own
+hooks, so FSDP and DDP do not notice; it leaves the random state, buffers, gradients and training flags as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from .batch import Layout, cut
+from .comm import agree, all_reduce_sum
+from .errors import UspModelError
+from .mesh import UspMesh
+from .shard import IGNORED, ShardOptions, shard_with
+
+# Largest relative error: of any token, and in low precision, where rounding may flip a router's choice, of the median
+# token. Shares are so short that an error at their edges reaches half of the tokens.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, device: torch.device) -> None:
+    """Raise `UspModelError` on every rank of the mesh if sharding changes what the model computes."""
+    assert mesh.group is not None
+    batch = _random_batch(model, mesh, device)
+    with _unnoticed(model, device):
+        share, layout = shard_with(batch, mesh, options)
+        items = share.pop("num_labels", None)
+        given = {} if items is None else {"num_items_in_batch": items}
+        mine, sharded = _outputs(model, share | given)
+        theirs, whole = _outputs(model, batch)
+        wrong_loss = _loss_difference(layout, sharded, whole)  # on every rank: it communicates
+        found = _difference(model, layout, mine, theirs) or wrong_loss
+    error = found and UspModelError(
+        f"{type(model).__name__} computes something else when its sequence is sharded: {found}",
+        rule="outside attention a token may not look at other tokens, and positions come from position_ids",
+        remedy="train this model without UspParallelismConfig; if you know better, "
+        "UspParallelismConfig(self_check=False) switches the check off",
+    )
+    agree(torch.zeros(1, dtype=torch.int64, device=device), error or None, mesh.group, UspModelError)
+
+
+def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Tensor]:
+    length = max(2 * mesh.size, 4 * mesh.ring_degree)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, length), generator=generator)
+    batch = {"input_ids": ids.to(device)}
+    if model.loss_function is ForCausalLMLoss:
+        labels = ids.clone()
+        labels[:, :3] = IGNORED
+        batch["labels"] = labels.to(device)
+    return batch
+
+
+@contextmanager
+def _unnoticed(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """No gradients, no dropout; random state, training flags and buffers as before."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    buffers = [
+        (module, name, b, b.clone()) for module in modules for name, b in module._buffers.items() if b is not None
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
+        stack.enter_context(torch.no_grad())
+        for module in modules:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, flag in zip(modules, training, strict=True):
+                module.training = flag
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)
+
+
+def _outputs(model: PreTrainedModel, keywords: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """First floating-point tensor of each module, in the order in which modules finish, and the model's output."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, Tensor) and first.is_floating_point():
+                seen.setdefault(name, first.detach())
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
+    try:
+        output = model.forward(**keywords, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, output
+
+
+def _difference(
+    model: PreTrainedModel, layout: Layout, mine: dict[str, Tensor], theirs: dict[str, Tensor]
+) -> str | None:
+    """The first module whose output differs on this rank's tokens, in words; None where none does.
+
+    Each module is measured against the size of its own output: what a layer adds to the residual stream of a freshly
+    initialised model is so small that logits would not show that it is wrong.
+    """
+    if layout.calls == 0:
+        return "no layer of it called the attention function"
+    tolerance = TOLERANCE[layout.dtype]
+    for name, whole in theirs.items():
+        share = mine.get(name)
+        if share is None or whole.ndim < 3 or whole.shape[:2] != (1, layout.length):
+            continue
+        if share.shape[:2] != (1, layout.local_length):
+            error = torch.tensor(float("inf"))
+        else:
+            errors = _errors(share, cut(whole, layout))
+            error = errors.max() if tolerance < 1e-2 else errors.quantile(0.5)
+        if not bool(error <= tolerance):
+            kind = type(model.get_submodule(name)).__name__
+            return (
+                f"the first module whose output differs is {name} ({kind}), by {error.item():.1e} of its size on a "
+                f"short random batch, where {tolerance:.0e} is allowed"
+            )
+    return None
+
+
+def _errors(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Error of each token [L], relative to the root mean square size of a token."""
+    mine, theirs = mine.flatten(2)[0].double(), theirs.flatten(2)[0].double()
+    size = theirs.norm(dim=-1).square().mean().sqrt().clamp_min(1e-12)
+    return (mine - theirs).norm(dim=-1) / size
+
+
+def _loss_difference(layout: Layout, sharded: Any, whole: Any) -> str | None:
+    if whole.get("loss") is None:
+        return None
+    assert layout.mesh.group is not None
+    mine, theirs = all_reduce_sum(sharded.loss, layout.mesh.group), whole.loss
+    if bool((mine - theirs).abs() <= TOLERANCE[layout.dtype] * theirs.abs().clamp_min(1)):
+        return None
+    return f"its loss is {mine.item():.6f} instead of {theirs.item():.6f} on a short random batch"
