@@ -20,6 +20,7 @@ from .layout import UNLIMITED
 from .loss import whole_loss
 from .mesh import UspMesh
 from .modeling import NAME, no_attention_weights
+from .rope import length_dependent_ropes, use_global_length
 from .selfcheck import self_check
 from .shard import ShardOptions, shard_with
 
@@ -37,10 +38,12 @@ class ShardedForward:
         self.unchecked = check
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
-        self._handles = (
+        self.ropes = length_dependent_ropes(model)
+        self._handles = [
             model.register_forward_pre_hook(self.cut, with_kwargs=True),
             model.register_forward_hook(self.put_together, with_kwargs=True),
-        )
+            *(handle for rope in self.ropes for handle in use_global_length(rope)),
+        ]
 
     def remove(self) -> None:
         for handle in self._handles:

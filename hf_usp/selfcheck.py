@@ -21,6 +21,7 @@ from .batch import Layout, cut
 from .comm import agree, all_reduce_sum
 from .errors import UspModelError
 from .mesh import UspMesh
+from .rope import length_dependent_ropes
 from .shard import IGNORED, ShardOptions, shard_with
 
 # Largest relative error: of any token, and in low precision, where rounding may flip a router's choice, of the median
@@ -54,12 +55,21 @@ def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=generator)
-    batch = {"input_ids": ids.to(device)}
+    positions = torch.arange(length)[None]
+    if ropes := length_dependent_ropes(model):
+        # Around the length at which their frequencies change.
+        positions = positions + max(0, min(int(_original_length(rope)) for rope in ropes) - length // 2)
+    batch = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
     if model.loss_function is ForCausalLMLoss:
         labels = ids.clone()
         labels[:, :3] = IGNORED
         batch["labels"] = labels.to(device)
     return batch
+
+
+def _original_length(rope: Any) -> int:
+    """The length up to which a length-dependent rotary embedding uses its original frequencies."""
+    return int(getattr(rope, "original_max_seq_len", None) or rope.config.max_position_embeddings)
 
 
 @contextmanager
@@ -70,6 +80,7 @@ def _unnoticed(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     buffers = [
         (module, name, b, b.clone()) for module in modules for name, b in module._buffers.items() if b is not None
     ]
+    ropes = [(rope, dict(rope.__dict__)) for rope in length_dependent_ropes(model)]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
@@ -80,6 +91,8 @@ def _unnoticed(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
         finally:
             for module, flag in zip(modules, training, strict=True):
                 module.training = flag
+            for rope, attributes in ropes:
+                rope.__dict__.update(attributes)
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer.copy_(value)
 

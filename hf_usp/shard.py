@@ -18,6 +18,7 @@ from .batch import CAUSAL, Layout, MaskKind, cut, find_documents, make_layout
 from .comm import agree, group_device
 from .errors import UspBatchError
 from .mesh import UspMesh
+from .rope import GlobalPositions
 
 IGNORED = -100
 # Per-token inputs and what our padding holds. Everything else of a batch must not depend on the sequence.
@@ -203,6 +204,7 @@ def _cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     positions = full.pop("position_ids", None)
     if positions is None:
         positions = torch.arange(length, device=device)[None]
+    largest = positions.max()
     full["position_ids"] = positions.expand(*positions.shape[:-2], rows, length)
     mask = full.pop("attention_mask", None)
     mask = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask.bool()
@@ -211,6 +213,7 @@ def _cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         for name, value in full.items()
     }
     share["attention_mask"] = LayoutMask.of(cut(mask, layout, 0), layout)
+    share["position_ids"] = GlobalPositions.of(share["position_ids"], largest)
     share["usp"] = layout
     if labels is not None:
         share["labels"] = share["shift_labels"] = cut(labels, layout, IGNORED).contiguous()

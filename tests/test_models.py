@@ -151,3 +151,46 @@ def test_unsharded_calls_are_ordinary_attention(family: str, kind: str) -> None:
     seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     torch.testing.assert_close(got.logits[seen], expected.logits[seen], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got.loss, expected.loss)
+
+
+def rope_error(family: str, rope: dict[str, Any], length: int) -> float:
+    """Relative error of prepared logits where frequencies depend on the length of the sequence."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    import hf_usp
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    changes = {"max_position_embeddings": 64, "rope_parameters": rope, "initializer_range": 0.3}
+    if rope["rope_type"] == "longrope":
+        changes["original_max_position_embeddings"] = 24
+    reference, model = tiny_model(family, "eager", **changes), tiny_model(family, "usp", **changes)
+    config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=1, sequence_order="contiguous", gather_outputs=True)
+    prepared = Accelerator(cpu=True, parallelism_config=config).prepare(model)
+    worst = 0.0
+    for size in (length, 12, length + 3):
+        ids = torch.randint(3, 64, (1, size), generator=torch.Generator().manual_seed(size))
+        expected = reference(input_ids=ids).logits.detach()
+        worst = max(worst, relative(prepared(input_ids=ids, labels=ids).logits.detach(), expected))
+    return worst
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+        "factor": 2.0, "original_max_position_embeddings": 24,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 24},
+    "llama3": {
+        "rope_type": "llama3", "factor": 4.0, "rope_theta": 10000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 24,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_that_depends_on_the_length_uses_the_global_one(four_ranks: Ranks, kind: str) -> None:
+    for error in four_ranks.run(rope_error, "llama", ROPES[kind], 80):
+        assert error < 1e-4
