@@ -96,7 +96,8 @@ def choose_ulysses_degree(
     """The ulysses degree that moves the fewest bytes, and the reason in words.
 
     Only degrees that divide `cp_size`, lie inside a node of `ranks_per_node` ranks and leave every rank at most 5 %
-    more query heads than the mean are considered; 1 (a pure ring) always qualifies. Raises `UspConfigError` for sizes that no mesh has.
+    more query heads than the mean are considered; 1 (a pure ring) always qualifies.
+    Raises `UspConfigError` for sizes that no mesh has.
     """
     _check_heads(num_heads, num_kv_heads)
     node = cp_size if ranks_per_node is None else ranks_per_node

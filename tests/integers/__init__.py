@@ -1,0 +1,1 @@
+"""Property tests of the integer rooms: layout, plan and degrees. No torch, no processes."""

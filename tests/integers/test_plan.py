@@ -1,0 +1,144 @@
+"""The plans of all ring ranks together: one mask, each pair once; what one sends is what the other expects."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_usp.errors import UspConfigError
+from hf_usp.layout import ORDERS, Documents, IntArray, Mask, Tiles, cut_tiles, deal, visible
+from hf_usp.plan import RingPlan, group_by_window, make_plan
+
+from .dense import Scene, count_pairs, scenes
+
+
+def all_plans(shards: list[IntArray], mask: Mask) -> list[RingPlan]:
+    return [make_plan(shards, mask, rank) for rank in range(len(shards))]
+
+
+def whole(tokens: int, left: int = -1, right: int = 0) -> Mask:
+    return Mask(Documents.from_bounds([0, tokens]), left, right)
+
+
+def rows_of(intervals: IntArray) -> list[int]:
+    return [row for a, b in intervals.tolist() for row in range(a, b)]
+
+
+@given(scenes())
+def test_all_ranks_together_compute_the_mask_once_from_the_rows_that_arrive(scene: Scene) -> None:
+    """Follows every message: tiles index the packed buffer that the sender's own plan fills."""
+    dense = scene.dense()
+    count = np.zeros(dense.shape, dtype=np.int64)
+    plans = all_plans(scene.shards, scene.mask)
+    for plan, mine in zip(plans, scene.shards, strict=True):
+        assert plan.num_rows == len(mine)
+        for i, step in enumerate(plan.steps):
+            arrived = mine
+            if i:
+                (send,) = [s.send_rows for s in plans[step.source].steps[1:] if s.reader == plan.rank]
+                arrived = scene.shards[step.source][rows_of(send)]
+                assert step.receive_rows == len(arrived), "the reader expects what the sender packs"
+            pairs = count_pairs(step.tiles, len(mine), len(arrived))
+            count[np.ix_(mine, arrived)] += pairs
+            assert i == 0 or pairs.any(axis=0).all(), "no row travels that nobody sees"
+    assert np.array_equal(count, dense)
+    assert sum(plan.area for plan in plans) == dense.sum()
+    assert [plan.area for plan in plans] == [dense[shard].sum() for shard in scene.shards]
+
+
+@given(scenes())
+def test_sender_and_reader_meet_in_the_same_step(scene: Scene) -> None:
+    plans = all_plans(scene.shards, scene.mask)
+    ring = len(plans)
+    for rank, plan in enumerate(plans):
+        assert len(plan.steps) == ring
+        assert (plan.steps[0].source, plan.steps[0].reader, plan.steps[0].num_sent) == (rank, rank, 0)
+        for i, step in enumerate(plan.steps[1:], start=1):
+            assert (step.source, step.reader) == ((rank - i) % ring, (rank + i) % ring)
+            there = plans[step.reader].steps[i]
+            assert there.source == rank and there.receive_rows == step.num_sent
+    assert sum(p.rows_sent for p in plans) == sum(p.rows_received for p in plans)
+    assert [p.messages for p in plans] == [sum(s.num_sent > 0 for s in p.steps) for p in plans]
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 9), st.integers(1, 20))
+def test_causal_zigzag_moves_three_quarters_of_the_unpruned_ring(ring: int, half: int) -> None:
+    tokens = 2 * half * ring
+    for plan in all_plans(deal(tokens, ring, "zigzag"), whole(tokens)):
+        unpruned = (ring - 1) * 2 * half
+        # Its early chunk is needed by all others, its late chunk by the lower (or, for what arrives, the higher) ranks.
+        assert plan.rows_sent == (ring - 1) * half + plan.rank * half
+        assert plan.rows_received == (ring - 1) * half + (ring - 1 - plan.rank) * half
+        assert plan.rows_sent + plan.rows_received == 1.5 * unpruned
+    assert sum(p.rows_sent for p in all_plans(deal(tokens, ring, "zigzag"), whole(tokens))) == 0.75 * unpruned * ring
+
+
+@settings(max_examples=40)
+@given(st.integers(2, 6), st.integers(1, 24), st.integers(1, 60))
+def test_a_sliding_window_moves_only_the_halo(ring: int, per_rank: int, window: int) -> None:
+    tokens = ring * per_rank
+    plans = all_plans(deal(tokens, ring, "contiguous"), whole(tokens, left=window - 1))
+    for plan in plans:
+        start = plan.rank * per_rank
+        assert plan.rows_received == min(window - 1, start), "w - 1 keys before the shard, and no more"
+        neighbours = -(-min(window - 1, start) // per_rank)
+        assert sum(step.receive_rows > 0 for step in plan.steps) == neighbours
+    # Zigzag has two edges a rank, except where its chunks touch (last rank) or begin the sequence (first rank).
+    half = per_rank * 2
+    shards = deal(ring * half, ring, "zigzag")
+    reach = min(window, per_rank)
+    received = [p.rows_received for p in all_plans(shards, whole(ring * half, left=reach - 1))]
+    assert received == [(reach - 1) * (1 if rank in (0, ring - 1) else 2) for rank in range(ring)]
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 6), st.lists(st.integers(1, 12), min_size=1, max_size=4), st.sampled_from((-1, 0)))
+def test_documents_aligned_with_shards_move_nothing(ring: int, lengths: list[int], right: int) -> None:
+    bounds = np.concatenate(([0], np.cumsum(lengths * ring)))
+    mask = Mask(Documents.from_bounds(bounds), right=right)
+    for plan in all_plans(deal(int(bounds[-1]), ring, "contiguous"), mask):
+        assert (plan.rows_sent, plan.rows_received, plan.messages) == (0, 0, 0)
+
+
+def test_a_document_over_one_edge_moves_only_its_own_rows() -> None:
+    # Shards hold 0..7 and 8..15; the document 6..9 crosses.
+    mask = Mask(Documents.from_bounds([0, 6, 10, 16]))
+    low, high = all_plans(deal(16, 2, "contiguous"), mask)
+    assert low.steps[1].send_rows.tolist() == [[6, 8]] and high.steps[1].receive_rows == 2
+    assert high.rows_sent == 0
+
+
+def test_one_rank_talks_to_nobody() -> None:
+    (plan,) = all_plans(deal(32, 1, "zigzag"), whole(32))
+    assert len(plan.steps) == 1 and plan.messages == 0
+    assert plan.steps[0].tiles.area() == 32 * 33 // 2
+
+
+@given(scenes(max_ring=2))
+def test_groups_share_a_window_and_lose_no_tile(scene: Scene) -> None:
+    tiles = cut_tiles(*visible(scene.shards[0], scene.shards[-1], scene.mask))
+    groups = group_by_window(tiles)
+    windows = [(g.left[0], g.right[0]) for g in groups]
+    assert len(set(windows)) == len(windows)
+    assert all(len(set(g.left)) == len(set(g.right)) == 1 for g in groups)
+
+    def listed(some: list[Tiles]) -> list[tuple[int, ...]]:
+        return sorted(tile for g in some for tile in zip(*(f.tolist() for f in g), strict=True))
+
+    assert listed(groups) == listed([tiles])
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_outside_the_ring_is_refused(rank: int) -> None:
+    with pytest.raises(UspConfigError, match="rank"):
+        make_plan(deal(8, 2, "zigzag"), whole(8), rank)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_fewer_tokens_than_ranks_leave_some_with_nothing(order: str) -> None:
+    plans = all_plans(deal(3, 5, order), whole(3))
+    assert sum(p.area for p in plans) == 6
+    assert sorted(p.num_rows for p in plans) == [0, 0, 1, 1, 1]
