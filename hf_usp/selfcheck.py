@@ -55,11 +55,11 @@ def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=generator)
-    positions = torch.arange(length)[None]
+    batch = {"input_ids": ids.to(device)}
     if ropes := length_dependent_ropes(model):
         # Around the length at which their frequencies change.
-        positions = positions + max(0, min(int(_original_length(rope)) for rope in ropes) - length // 2)
-    batch = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+        start = max(0, min(_original_length(rope) for rope in ropes) - length // 2)
+        batch["position_ids"] = torch.arange(start, start + length, device=device)[None]
     if model.loss_function is ForCausalLMLoss:
         labels = ids.clone()
         labels[:, :3] = IGNORED
@@ -133,7 +133,7 @@ def _difference(
         share = mine.get(name)
         if share is None or whole.ndim < 3 or whole.shape[:2] != (1, layout.length):
             continue
-        if share.shape[:2] != (1, layout.local_length):
+        if share.shape != (1, layout.local_length, *whole.shape[2:]):
             error = torch.tensor(float("inf"))
         else:
             errors = _errors(share, cut(whole, layout))
