@@ -103,9 +103,12 @@ def load_rows(documents: list[str], tokenizer: texts.Tokenizer, length: int | No
 
 
 def main() -> None:
-    parser = HfArgumentParser((ContextParallelArguments, ModelArguments, TextArguments, TrainingArguments))
+    kinds: Any = (ContextParallelArguments, ModelArguments, TextArguments, TrainingArguments)
+    parser = HfArgumentParser(kinds)
     cp, model_args, text_args, args = parser.parse_args_into_dataclasses()
     args.parallelism_config = cp.parallelism_config()
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every weight of a causal LM is used; searching costs a walk per step
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
     set_seed(args.seed)

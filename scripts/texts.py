@@ -1,7 +1,7 @@
 """Long text for causal language models: documents (strings) -> token ids -> rows for the Trainer.
 
-A row is a dict of one-dimensional tensors. Packed rows all have the same length; documents follow each other in them, with
-`position_ids` that restart at 0 where a document (or the rest of one, at the start of a row) begins:
+A row is a dict of one-dimensional tensors. Packed rows all have the same length; documents follow each other in them,
+with `position_ids` that restart at 0 where a document (or the rest of one, at the start of a row) begins:
 
     input_ids      a0 a1 a2 a3 | b0 b1 b2 ...        labels   -100 a1 a2 a3 | -100 b1 b2 ...
     position_ids    0  1  2  3 |  0  1  2 ...
@@ -82,7 +82,7 @@ def _read(file: str) -> str:
             remedy=f"convert it, for example: iconv -f LATIN1 -t UTF-8 '{file}' > new.txt",
         ) from error
     if not text.strip():
-        raise TextError(f"{file}: empty", rule="a text file holds text", remedy="leave it out, or check how it was made")
+        raise TextError(f"{file}: empty", rule="a text file holds text", remedy="leave it out")
     return text
 
 
