@@ -1,0 +1,108 @@
+"""What an attention call does, counted: bytes on the wire, messages, launched mask area, copies, saved bytes, CPU time.
+
+Wall time on shared cores is noise; these figures repeat. Counted per rank, forward and backward apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COPIES = {"clone", "copy_", "cat", "stack", "_to_copy", "index_select", "repeat_interleave"}
+
+
+@dataclass
+class Counts:
+    """Of one rank."""
+
+    wire_forward: int = 0
+    wire_backward: int = 0
+    all_to_alls: int = 0
+    messages: int = 0
+    area: int = 0
+    copied: int = 0
+    saved: int = 0
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def wire_bytes() -> int:
+    """Bytes that this process has written so far, sockets included (Linux)."""
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("wchar"))
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operator, also inside the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.area = 0
+        self.copied = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if name.startswith("c10d."):
+            self.calls[name.split(".")[1]] += 1
+        elif "scaled_dot_product_flash" in name and "backward" not in name:
+            q, k = args[0], args[1]
+            rows, keys = q.shape[-2], k.shape[-2]
+            causal = len(args) > 4 and args[4]  # defaults are left out
+            # A causal call is a square: its upper triangle is not computed.
+            self.area += q.shape[1] * (rows * (rows + 1) // 2 if causal else rows * keys)
+        elif name.split(".")[1] in COPIES and isinstance(result, Tensor):
+            self.copied += result.numel() * result.element_size()
+        return result
+
+
+def count(step: Callable[[], Tensor], gradient: Tensor, repeats: int) -> Counts:
+    """Counts of one forward (`step`) and backward; CPU and wall time are the smallest of `repeats`."""
+    counts = Counts()
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    step().backward(gradient)  # plans are made, buffers are warm
+    _settle()
+    before = wire_bytes()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Watch() as watch:
+        out = step()
+    _settle()
+    counts.wire_forward = wire_bytes() - before
+    counts.saved, counts.copied, counts.area = sum(saved.values()), watch.copied, watch.area
+    counts.all_to_alls = watch.calls["alltoall_base_"]
+    counts.messages = watch.calls["send"]
+    before = wire_bytes()
+    out.backward(gradient)
+    _settle()
+    counts.wire_backward = wire_bytes() - before
+    times = []
+    for _ in range(repeats):
+        cpu, wall = time.process_time(), time.perf_counter()
+        step().backward(gradient)
+        times.append((time.process_time() - cpu, time.perf_counter() - wall))
+        _settle()
+    counts.cpu_seconds, counts.wall_seconds = (min(t[i] for t in times) for i in (0, 1))
+    return counts
+
+
+def _settle() -> None:
+    """Wait for the other ranks, and for gloo's threads to have written what they had to."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+        time.sleep(0.05)
