@@ -2,11 +2,12 @@
 
 Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads, D key width, E value width.
 
-What the operator does and does not do decides this file. It takes [B, H, L, D] views of any strides, grouped-query
-heads natively, and returns the log-sum-exp. Its `is_causal` is aligned to the TOP LEFT, so it is used only on squares.
-An empty query or key kills the process. A row without a visible key gets log-sum-exp 0 instead of -inf. Value width
-must equal key width. So a band is cut into blocks of rows: full rectangles and causal squares go through unmasked, the
-rest with an additive mask over just the keys that the block sees, where every row sees at least one.
+What the operator does and does not do decides this file. It takes [B, H, L, D] views of any strides but the last,
+which it takes for 1 whatever it is; grouped-query heads natively; and it returns the log-sum-exp. Its `is_causal` is
+aligned to the TOP LEFT, so it is used only on squares. An empty query or key kills the process. A row without a
+visible key gets log-sum-exp 0 instead of -inf. Value width must equal key width. So a band is cut into blocks of rows:
+full rectangles and causal squares go through unmasked, the rest with an additive mask over just the keys that the
+block sees, where every row sees at least one.
 """
 
 from __future__ import annotations
@@ -117,10 +118,13 @@ def _as_batch(q_THD: Tensor, k_KGD: Tensor, *values: Tensor) -> tuple[Tensor, ..
     # The operator takes any numbers of heads in silence and pairs them up wrongly.
     assert q_THD.shape[1] % k_KGD.shape[1] == 0, "query heads are a multiple of kv heads"
     width = max(q_THD.shape[2], *(x.shape[2] for x in values))
-    return tuple(
-        (x if x.shape[2] == width else pad(x, (0, width - x.shape[2]))).transpose(0, 1)[None]
-        for x in (q_THD, k_KGD, *values)
-    )
+    return tuple(_dense_rows(x, width).transpose(0, 1)[None] for x in (q_THD, k_KGD, *values))
+
+
+def _dense_rows(x_LHD: Tensor, width: int) -> Tensor:
+    """Padded to `width`, with neighbouring entries side by side: the operator ignores the stride of the last dim."""
+    x_LHD = x_LHD if x_LHD.shape[2] == width else pad(x_LHD, (0, width - x_LHD.shape[2]))
+    return x_LHD if x_LHD.stride(2) == 1 else x_LHD.contiguous()
 
 
 def _rows(x_1HLD: Tensor, width: int) -> Tensor:
