@@ -75,12 +75,7 @@ def _forward(
     out_THE = q_THD.new_zeros(*q_THD.shape[:2], v_TGE.shape[2], dtype=acc)
     lse_HT = q_THD.new_full((q_THD.shape[1], q_THD.shape[0]), float("-inf"), dtype=acc)
     for stage, keys in _arrivals(k_TGD, v_TGE, call):
-        k_KGD, v_KGE = keys()
-        for part in stage.calls:
-            q_rows, k_rows, v_rows = q_THD[part.rows], k_KGD[part.keys], v_KGE[part.keys]
-            for h, g in call.heads:
-                out, lse = call.kernel.forward(q_rows[:, h], k_rows[:, g], v_rows[:, g], part.segments, call.softmax)
-                _merge_(out_THE, lse_HT, part.rows, h, out, lse)
+        _tiles_forward(stage, q_THD, keys(), out_THE, lse_HT, call)
     if sinks_H is not None:
         # A sink is one more key with score `sinks` and value zero: it only joins the normaliser, once, at the end.
         total_HT = torch.logaddexp(lse_HT, sinks_H.to(acc)[:, None])
@@ -89,34 +84,73 @@ def _forward(
     return out_THE.to(q_THD.dtype), lse_HT
 
 
+def _tiles_forward(
+    stage: Stage, q_THD: Tensor, keys: tuple[Tensor, Tensor], out_THE: Tensor, lse_HT: Tensor, call: RingCall
+) -> None:
+    """Merge a stage's tiles into `out_THE` and `lse_HT`."""
+    k_KGD, v_KGE = keys
+    for part in stage.calls:
+        q_rows, k_rows, v_rows = q_THD[part.rows], k_KGD[part.keys], v_KGE[part.keys]
+        for h, g in call.heads:
+            out, lse = call.kernel.forward(q_rows[:, h], k_rows[:, g], v_rows[:, g], part.segments, call.softmax)
+            _merge_(out_THE, lse_HT, part.rows, h, out, lse)
+
+
 def _backward(
     dout_THE: Tensor, q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, out_THE: Tensor, lse_HT: Tensor, call: RingCall
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(q_THD.dtype)
     dq_THD, dk_TGD, dv_TGE = (torch.zeros_like(x, dtype=acc) for x in (q_THD, k_TGD, v_TGE))
+    rows = (dout_THE, q_THD, out_THE, lse_HT)
     coming_home: Callable[[], None] | None = None
     for stage, keys in _arrivals(k_TGD, v_TGE, call):
-        k_KGD, v_KGE = keys()
-        at_home = stage.source == stage.reader == call.mesh.ring_rank
-        dk_KGD, dv_KGE = (dk_TGD, dv_TGE) if at_home else (torch.zeros_like(x, dtype=acc) for x in (k_KGD, v_KGE))
-        for part in stage.calls:
-            rows = part.rows
-            q_rows, dout_rows, out_rows, lse_rows = q_THD[rows], dout_THE[rows], out_THE[rows], lse_HT[:, rows]
-            k_rows, v_rows = k_KGD[part.keys], v_KGE[part.keys]
-            for h, g in call.heads:
-                dq, dk, dv = call.kernel.backward(
-                    dout_rows[:, h], q_rows[:, h], k_rows[:, g], v_rows[:, g], out_rows[:, h], lse_rows[h],
-                    part.segments, call.softmax,
-                )  # fmt: skip
-                _add_(dq_THD[:, h], rows, dq, True)
-                _add_(dk_KGD[:, g], part.keys, dk, part.keys_distinct)
-                _add_(dv_KGE[:, g], part.keys, dv, part.keys_distinct)
+        if stage.source == call.mesh.ring_rank:
+            _tiles_backward(stage, rows, keys(), (dq_THD, dk_TGD, dv_TGE), call)
+            continue
+        packed = _partial_gradients(stage, rows, keys(), dq_THD, call)
         if coming_home is not None:
             coming_home()
-        coming_home = None if at_home else _send_home(stage, dk_KGD, dv_KGE, dk_TGD, dv_TGE, k_TGD.dtype, call.mesh)
+        coming_home = _send_home(stage, packed, dk_TGD, dv_TGE, call.mesh)
+        del packed
     if coming_home is not None:
         coming_home()
     return dq_THD.to(q_THD.dtype), dk_TGD.to(k_TGD.dtype), dv_TGE.to(v_TGE.dtype)
+
+
+def _partial_gradients(
+    stage: Stage, rows: tuple[Tensor, ...], keys: tuple[Tensor, Tensor], dq_THD: Tensor, call: RingCall
+) -> Tensor:
+    """dK, dV of the keys that arrived, packed in their own dtype; dq is added to."""
+    k_KGD, v_KGE = keys
+    acc = dq_THD.dtype
+    dk_KGD, dv_KGE = torch.zeros_like(k_KGD, dtype=acc), torch.zeros_like(v_KGE, dtype=acc)
+    _tiles_backward(stage, rows, keys, (dq_THD, dk_KGD, dv_KGE), call)
+    return _pack(dk_KGD.to(k_KGD.dtype), dv_KGE.to(v_KGE.dtype))
+
+
+def _tiles_backward(
+    stage: Stage,
+    rows: tuple[Tensor, ...],
+    keys: tuple[Tensor, Tensor],
+    totals: tuple[Tensor, Tensor, Tensor],
+    call: RingCall,
+) -> None:
+    """Add the gradients of a stage's tiles to `totals` (dq_THD, dk_KGD, dv_KGE); `rows` = dout, q, out, lse."""
+    dout_THE, q_THD, out_THE, lse_HT = rows
+    k_KGD, v_KGE = keys
+    dq_THD, dk_KGD, dv_KGE = totals
+    for part in stage.calls:
+        at = part.rows
+        dout_rows, q_rows, out_rows, lse_rows = dout_THE[at], q_THD[at], out_THE[at], lse_HT[:, at]
+        k_rows, v_rows = k_KGD[part.keys], v_KGE[part.keys]
+        for h, g in call.heads:
+            dq, dk, dv = call.kernel.backward(
+                dout_rows[:, h], q_rows[:, h], k_rows[:, g], v_rows[:, g], out_rows[:, h], lse_rows[h],
+                part.segments, call.softmax,
+            )  # fmt: skip
+            _add_(dq_THD[:, h], at, dq, True)
+            _add_(dk_KGD[:, g], part.keys, dk, part.keys_distinct)
+            _add_(dv_KGE[:, g], part.keys, dv, part.keys_distinct)
 
 
 def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Any:
@@ -135,19 +169,18 @@ def _start(stage: Stage, k_TGD: Tensor, v_TGE: Tensor, mesh: UspMesh) -> Callabl
     packed = _pack(k_TGD[stage.send], v_TGE[stage.send])
     arriving = packed.new_empty(stage.num_received, k_TGD[0].numel() + v_TGE[0].numel())
     pending = _exchange(mesh, (packed, stage.reader), (arriving, stage.source))
+    held = [arriving]  # emptied when taken, so that the block lives no longer than its tiles
+    del packed, arriving
 
     def keys() -> tuple[Tensor, Tensor]:
         pending.wait()
-        return _unpack(arriving, k_TGD, v_TGE)
+        return _unpack(held.pop(), k_TGD, v_TGE)
 
     return keys
 
 
-def _send_home(
-    stage: Stage, dk_KGD: Tensor, dv_KGE: Tensor, dk_TGD: Tensor, dv_TGE: Tensor, dtype: torch.dtype, mesh: UspMesh
-) -> Callable[[], None]:
+def _send_home(stage: Stage, packed: Tensor, dk_TGD: Tensor, dv_TGE: Tensor, mesh: UspMesh) -> Callable[[], None]:
     """The mirror of `_start`: gradients of the received rows go to their owner; add those that come back."""
-    packed = _pack(dk_KGD.to(dtype), dv_KGE.to(dtype))
     arriving = packed.new_empty(stage.num_sent, packed.shape[1])
     pending = _exchange(mesh, (packed, stage.source), (arriving, stage.reader))
 

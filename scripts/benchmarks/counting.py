@@ -6,6 +6,7 @@ Wall time on shared cores is noise; these figures repeat. Counted per rank, forw
 from __future__ import annotations
 
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -65,6 +66,27 @@ class Watch(TorchDispatchMode):
             self.area += q.shape[1] * (rows * (rows + 1) // 2 if causal else rows * keys)
         elif name.split(".")[1] in COPIES and isinstance(result, Tensor):
             self.copied += result.numel() * result.element_size()
+        return result
+
+
+class Peak(TorchDispatchMode):
+    """Largest number of bytes of tensors alive at once, of those made while it watches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                place = storage.data_ptr()
+                if place and place not in self.alive:
+                    self.alive[place] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, place, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
         return result
 
 
