@@ -120,6 +120,13 @@ def _check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     if batch.get("return_dict") is False:
         raise UspModelError("return_dict=False", rule="a sharded forward returns a ModelOutput", remedy="leave it out")
     has_labels = batch.get("labels") is not None or batch.get("shift_labels") is not None
+    if not has_labels and batch.get("num_items_in_batch") is not None:
+        raise UspModelError(
+            "num_items_in_batch without labels: a loss outside the model (label smoothing, compute_loss_func)",
+            rule="the model computes the loss of its share; a loss of whole logits would count once for every rank",
+            remedy="set label_smoothing_factor=0 and no compute_loss_func; or, in a loop of your own, average a loss of "
+            "gathered logits over ranks (gather_outputs=True)",
+        )
     if not has_labels:
         return
     if model.loss_function is not ForCausalLMLoss:

@@ -194,3 +194,29 @@ ROPES = {
 def test_rope_that_depends_on_the_length_uses_the_global_one(four_ranks: Ranks, kind: str) -> None:
     for error in four_ranks.run(rope_error, "llama", ROPES[kind], 80):
         assert error < 1e-4
+
+
+def flattened_errors(with_positions: bool) -> float:
+    """Relative error of logits for a batch of the flattening collator, against eager on each document alone."""
+    from transformers import DataCollatorWithFlattening
+
+    import hf_usp
+
+    documents = [
+        torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 19, 1, 12)
+    ]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=with_positions)
+    batch = dict(collate([{"input_ids": ids} for ids in documents]))
+    reference, model = tiny_model("llama", "eager"), tiny_model("llama", "usp")
+    expected = torch.cat([reference(input_ids=torch.tensor([ids])).logits for ids in documents], dim=1)
+    share = hf_usp.shard(batch, hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=2))
+    assert "cu_seq_lens_q" not in share
+    logits = hf_usp.unshard(model(**share, use_cache=False).logits, share["usp"])
+    return relative(logits.detach(), expected.detach())
+
+
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_flattened_documents_do_not_see_each_other(four_ranks: Ranks, with_positions: bool) -> None:
+    # Without position_ids the documents are told apart by cu_seq_lens alone; rotary positions are relative.
+    for error in four_ranks.run(flattened_errors, with_positions):
+        assert error < 1e-4
