@@ -18,6 +18,11 @@ from .errors import UspBatchError, UspError
 Group = dist.ProcessGroup
 
 
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 class Pending:
     """Messages under way. `wait()` returns once the received tensors may be read and the sent ones be reused."""
 

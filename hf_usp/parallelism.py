@@ -12,15 +12,14 @@ import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import gather_object, recursively_apply
-from torch.distributed.device_mesh import DeviceMesh
 
+from .comm import world_size
 from .degrees import check_degrees, choose_ulysses_degree
 from .errors import UspConfigError, UspModelError
 from .layout import ORDERS
-from .mesh import UspMesh
+from .mesh import DeviceMesh, UspMesh
 from .prepare import attach, find_model, mask_kinds, sharded_forward
 from .shard import ShardOptions
 
@@ -119,7 +118,7 @@ class UspParallelismConfig(ParallelismConfig):
 
     def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
         """The mesh over all processes, ranks left over filled in; None for a single one."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        world = world_size()
         if self.fill_data_parallel and world % self.total_size == 0 and world > self.total_size:
             sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
             self._set_size("dp_shard" if sharded else "dp_replicate", world // self.total_size)
