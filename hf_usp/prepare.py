@@ -124,7 +124,7 @@ def _check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         raise UspModelError(
             "num_items_in_batch without labels: a loss outside the model (label smoothing, compute_loss_func)",
             rule="the model computes the loss of its share; a loss of whole logits would count once for every rank",
-            remedy="set label_smoothing_factor=0 and no compute_loss_func; or, in a loop of your own, average a loss of "
+            remedy="set label_smoothing_factor=0 and no compute_loss_func; or, in your own loop, average a loss of "
             "gathered logits over ranks (gather_outputs=True)",
         )
     if not has_labels:
