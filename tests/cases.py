@@ -110,17 +110,17 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", see
 
 
 def allowed(case: Case) -> Tensor:
-    """The mask [T, K], pair by pair from the definition in `hf_usp.kernels.base`."""
-    mask_TK = torch.zeros(sum(case.lq), sum(case.lk), dtype=torch.bool)
-    q0 = k0 = 0
+    """The mask [T, K] from the definition in `hf_usp.kernels.base`."""
+    blocks = []
     for lq, lk in zip(case.lq, case.lk, strict=True):
-        for a in range(lq):
-            for c in range(lk):
-                above = case.left < 0 or c >= a + lk - lq - case.left
-                below = case.right < 0 or c <= a + lk - lq + case.right
-                mask_TK[q0 + a, k0 + c] = above and below
-        q0, k0 = q0 + lq, k0 + lk
-    return mask_TK
+        diagonal, column = torch.arange(lq)[:, None] + lk - lq, torch.arange(lk)
+        block = torch.ones(lq, lk, dtype=torch.bool)
+        if case.left >= 0:
+            block &= column >= diagonal - case.left
+        if case.right >= 0:
+            block &= column <= diagonal + case.right
+        blocks.append(block)
+    return torch.block_diag(*blocks).bool()
 
 
 def compute(kernel: Kernel, case: Case, data: Data) -> Result:

@@ -61,9 +61,11 @@ def test_softcap() -> None:
         assert_close(exact, oracle(data, allowed(case), Case((1,), (1,)).softmax), 1e-2)
 
 
-def test_eager_in_several_blocks_of_rows() -> None:
+@on_windows
+def test_eager_in_several_blocks_of_rows(window: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than eager keeps scores for at a time."""
-    case = Case((1100, 20), (900, 30), right=200, heads=(2, 1), widths=(4, 4))
+    monkeypatch.setattr("hf_usp.kernels.eager.ROWS", 7)
+    case = WINDOWS[window]
     data = draw(case, torch.float64)
     assert_close(compute(KERNELS["eager"], case, data), oracle(data, allowed(case), case.softmax), 1e-10)
 
