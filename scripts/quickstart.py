@@ -73,6 +73,14 @@ def table(one: Run, mesh: Run) -> str:
     return "\n".join(lines)
 
 
+def verdict(one: Run, mesh: Run, tolerance: float) -> int:
+    """Exit code 0 where all losses agree, NaN being different from everything; says so."""
+    worst = max((abs(a - b) for a, b in zip(one.losses, mesh.losses, strict=True)), key=lambda x: (x != x, x))
+    same = worst <= tolerance
+    print(f"{'same' if same else 'DIFFERENT'} losses: largest difference {worst:.1e}, tolerance {tolerance:.0e}")
+    return 0 if same else 1
+
+
 def draw(one: Run, mesh: Run, title: str, path: Path) -> None:
     """Both loss curves, and the distance between them on a logarithmic scale."""
     import matplotlib
@@ -121,10 +129,7 @@ def main() -> int:
     picture = HERE.parent / output / "losses.png"
     draw(one, mesh, f"{args.preset}: {args.model or 'a fresh Qwen3'}", picture)
     print(f"\n{table(one, mesh)}\n\npicture: {picture}")
-    worst = max(abs(a - b) for a, b in zip(one.losses, mesh.losses, strict=True))
-    verdict = "same" if worst <= args.tolerance else "DIFFERENT"
-    print(f"{verdict} losses: largest difference {worst:.1e}, tolerance {args.tolerance:.0e}")
-    return 0 if worst <= args.tolerance else 1
+    return verdict(one, mesh, args.tolerance)
 
 
 if __name__ == "__main__":
