@@ -69,9 +69,10 @@ def test_virtual_ring(kernel: Kernel, order: str) -> None:
     assert_no_worse(virtual_ring(kernel, data, mask, order, 4, case.softmax), exact, yardstick)
 
 
-def test_rows_of_a_packed_message(kernel: Kernel) -> None:
-    """Keys and values side by side, as they arrive from another rank, where the value width breaks the alignment."""
-    case = Case((20,), (20,), right=0, heads=(4, 1), widths=(16, 12))
+@pytest.mark.parametrize("value_width", [12, 16])
+def test_rows_of_a_packed_message(kernel: Kernel, value_width: int) -> None:
+    """Keys and values side by side, as they arrive from another rank: width 12 and an odd start break the alignment."""
+    case = Case((20,), (20,), right=0, heads=(4, 1), widths=(16, value_width))
     data = draw(case, torch.bfloat16)
     packed = torch.cat([data.k.flatten(1), data.v.flatten(1)], dim=1)
     shifted = torch.empty(packed.numel() + 1, dtype=packed.dtype)[1:].view(packed.shape).copy_(packed)
