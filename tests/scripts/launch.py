@@ -1,0 +1,68 @@
+"""Starting the scripts as a user does, and reading what they logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+CPU_CONFIG = ["--config_file", "configs/cpu_4_processes.yaml", "--main_process_port", "0"]
+TINY_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 257,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+}
+
+
+def start(program: str, *flags: str, timeout: float = 170) -> subprocess.CompletedProcess[str]:
+    """Run `python PROGRAM FLAGS` from the root of the repository."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *program.split(), *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launchers pass it on to the ranks
+        output, _ = process.communicate(timeout=30)
+        raise AssertionError(f"{command} took more than {timeout} s:\n{output}") from None
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def accelerate(processes: int, script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` of a script on CPU processes of this machine."""
+    launcher = ["--num_processes", str(processes), script]
+    return start("-m accelerate.commands.launch", *CPU_CONFIG, *launcher, *flags)
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> str:
+    """What a run printed, which must have ended well."""
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """One entry per logged training step: loss, grad_norm, ..."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def write_inputs(folder: Path) -> list[str]:
+    """A tiny fresh model and three documents of different length; returns the flags that name them."""
+    (folder / "model.json").write_text(json.dumps(TINY_LLAMA))
+    texts = folder / "texts"
+    texts.mkdir()
+    for name, count in (("a", 60), ("b", 25), ("c", 90)):
+        (texts / f"{name}.txt").write_text(" ".join(f"{name}{i * i % 97}" for i in range(count)))
+    common = "--use_cpu --max_steps 2 --logging_steps 1 --per_device_train_batch_size 2 --report_to none --seed 3"
+    return ["--config_name", str(folder / "model.json"), "--train_file", str(texts), *common.split()]

@@ -1,0 +1,37 @@
+"""The two hand-written loops: on a mesh they print the losses of one process."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .launch import accelerate, start, succeeded
+
+
+def losses(printed: str) -> list[float]:
+    found = [float(x) for x in re.findall(r"^step \d+ loss (\S+)$", printed, flags=re.MULTILINE)]
+    assert len(found) == 5, printed
+    return found
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"{i * i % 97}." for i in range(900)))
+    return str(file)
+
+
+@pytest.mark.timeout(240)
+def test_both_loops_equal_one_process(text: str) -> None:
+    alone = losses(succeeded(start("scripts/train_plain.py", text, "--sequence_length", "301")))
+    assert alone[-1] < alone[0] - 0.5
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 4 scripts/train_plain.py"
+    mesh = ["--sequence_length", "301", "--ring_degree", "2", "--ulysses_degree", "2"]
+    assert losses(succeeded(start(launch, text, *mesh))) == pytest.approx(alone, abs=2e-5)
+
+    script, length = "scripts/train_accelerate.py", ["--sequence_length", "301"]
+    assert losses(succeeded(start(script, text, *length))) == pytest.approx(alone, abs=2e-5)
+    printed = succeeded(accelerate(4, script, text, *length, "--cp_size", "4", "--ulysses_degree", "2"))
+    assert losses(printed) == pytest.approx(alone, abs=2e-5)

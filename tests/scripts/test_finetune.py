@@ -1,0 +1,89 @@
+"""scripts/finetune.py as a user starts it: one process, two processes, resumed, and with bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import finetune
+import pytest
+
+from hf_usp import UspConfigError
+
+from .launch import TINY_LLAMA, accelerate, start, steps, succeeded, write_inputs
+
+SCRIPT = "scripts/finetune.py"
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("rows", "algorithm"),
+    [("--sequence_length 101", "ulysses_cp_algo"), ("", "megatron_cp_algo")],
+    ids=["packed", "whole"],
+)
+def test_two_processes_log_the_losses_of_one(tmp_path: Path, rows: str, algorithm: str) -> None:
+    flags = [*write_inputs(tmp_path), *rows.split(), "--save_strategy", "no"]
+    succeeded(start(SCRIPT, *flags, "--output_dir", str(tmp_path / "one")))
+    mesh = ["--context-parallel-size", "2", "--context-parallel-algo", algorithm]
+    printed = succeeded(accelerate(2, SCRIPT, *flags, *mesh, "--output_dir", str(tmp_path / "two")))
+
+    one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert (b["epoch"], b["step"]) == (a["epoch"], a["step"])
+    if algorithm == "ulysses_cp_algo":
+        assert "2 processes: ulysses 2 x ring 1; 3 query and 1 kv heads, split unevenly: 2 + 1" in printed
+
+
+@pytest.mark.timeout(180)
+def test_resuming_continues_the_same_run(tmp_path: Path) -> None:
+    flags = [*write_inputs(tmp_path), "--sequence_length", "64", "--save_steps", "1", "--max_steps", "3"]
+    flags += ["--lr_scheduler_type", "constant", "--eval_file", str(tmp_path / "texts" / "a.txt")]
+    printed = succeeded(start(SCRIPT, *flags, "--output_dir", str(tmp_path / "whole")))
+    assert "eval_loss" in printed
+    resumed = ["--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint"]
+    succeeded(start(SCRIPT, *flags, *resumed, str(tmp_path / "whole" / "checkpoint-2")))
+    whole, again = steps(tmp_path / "whole"), steps(tmp_path / "resumed")
+    assert [entry["loss"] for entry in again] == pytest.approx([entry["loss"] for entry in whole], abs=1e-6)
+    assert (tmp_path / "resumed" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--context-parallel-algo hybrid_cp_algo", "hybrid_cp_algo without --ulysses-degree-in-cp"),
+        ("--context-parallel-size 3", "--context-parallel-size 3 with 2 processes"),
+        ("--config_name model.json", "a pretrained model, or the shape of a fresh one"),
+        ("--dataset_name json", "text comes from one of the two"),
+    ],
+)
+def test_wrong_flags_end_the_run_before_it_starts(
+    tmp_path: Path, flags: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Neither the model nor the text exists, and TrainingArguments would wait for a second process.
+    output = ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", "none", "--train_file", "none.txt"]
+    monkeypatch.setattr("sys.argv", [SCRIPT, *output, *flags.split()])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UspConfigError, match=message):
+        finetune.main()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.timeout(180)
+def test_bad_text_ends_all_processes(tmp_path: Path) -> None:
+    flags = [*write_inputs(tmp_path), "--output_dir", str(tmp_path / "out"), "--context-parallel-size", "2"]
+    (tmp_path / "texts" / "latin.txt").write_bytes(b"caf\xe9")
+    result = accelerate(2, SCRIPT, *flags)
+    assert result.returncode != 0
+    assert result.stdout.count("TextError: usp: ") >= 1
+    assert "latin.txt: byte 0xe9 at offset 3 is not UTF-8" in result.stdout
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer(tmp_path: Path) -> None:
+    flags = write_inputs(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps({**TINY_LLAMA, "vocab_size": 100}))
+    result = start(SCRIPT, *flags, "--output_dir", str(tmp_path / "out"))
+    assert result.returncode != 0
+    assert "257 token ids for a vocabulary of 100" in result.stdout
