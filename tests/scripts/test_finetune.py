@@ -77,7 +77,6 @@ def test_bad_text_ends_all_processes(tmp_path: Path) -> None:
     (tmp_path / "texts" / "latin.txt").write_bytes(b"caf\xe9")
     result = accelerate(2, SCRIPT, *flags)
     assert result.returncode != 0
-    assert result.stdout.count("TextError: usp: ") >= 1
     assert "latin.txt: byte 0xe9 at offset 3 is not UTF-8" in result.stdout
 
 
