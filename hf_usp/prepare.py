@@ -36,6 +36,7 @@ class ShardedForward:
     ) -> None:
         self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
         self.unchecked = check
+        self.packs = True  # whether one process keeps packed documents apart, too
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
         self.ropes = length_dependent_ropes(model)
@@ -61,15 +62,30 @@ class ShardedForward:
         if self.unchecked:
             # Every rank comes here with its first batch, whatever that batch is.
             self.unchecked = False
-            self_check(model, self.mesh, self.options, next(model.parameters()).device)
+            self.packs = self_check(model, self.mesh, self.options, next(model.parameters()).device)
         items = batch.get("num_items_in_batch")
-        share, layout = shard_with(batch, self.mesh, self.options, lambda b: _check_call(model, b))
+        share, layout = shard_with(batch, self.mesh, self.options, lambda b: self._check(model, b))
         num_labels = share.pop("num_labels", None)
         if num_labels is not None:
             share["num_items_in_batch"] = num_labels if items is None else items
         layout.items_given = items is not None
         share["use_cache"] = False
         return (), share
+
+    def _check(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+        """Refuse what this model cannot do with this batch."""
+        _check_call(model, batch)
+        positions, described = batch.get("position_ids"), ("attention_mask", "cu_seq_lens_q")
+        if self.packs or positions is None or any(batch.get(name) is not None for name in described):
+            return
+        if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
+            raise UspModelError(
+                f"packed documents, told apart by position_ids, for {type(model).__name__}",
+                rule="a sharded run equals one process, where masks of this model ignore position_ids and documents "
+                "see each other",
+                remedy="pass cu_seq_lens_q as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True)), which "
+                "keeps documents apart as flash attention does, or do not pack",
+            )
 
     def put_together(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward: the loss of the whole batch, and whole outputs where they were asked for."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .batch import Layout, cut
-from .comm import agree, all_reduce_sum
+from .comm import agree, all_gather_ints, all_reduce_sum
 from .errors import UspModelError
 from .mesh import UspMesh
 from .rope import length_dependent_ropes
@@ -29,18 +29,20 @@ from .shard import IGNORED, ShardOptions, shard_with
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, device: torch.device) -> None:
-    """Raise `UspModelError` on every rank of the mesh if sharding changes what the model computes."""
+def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, device: torch.device) -> bool:
+    """Raise `UspModelError` on every rank of the mesh if sharding changes what the model computes.
+
+    Returns whether the model, in one process, keeps packed documents apart by their restarting `position_ids`. Some do
+    not (their masks never see position_ids); sharded, documents are apart.
+    """
     assert mesh.group is not None
     batch = _random_batch(model, mesh, device)
+    length = batch["input_ids"].shape[1]
+    first = length // 2 + 1
+    packed = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
     with _unnoticed(model, device):
-        share, layout = shard_with(batch, mesh, options)
-        items = share.pop("num_labels", None)
-        given = {} if items is None else {"num_items_in_batch": items}
-        mine, sharded = _outputs(model, share | given)
-        theirs, whole = _outputs(model, batch)
-        wrong_loss = _loss_difference(layout, sharded, whole)  # on every rank: it communicates
-        found = _difference(model, layout, mine, theirs) or wrong_loss
+        found = _compare(model, batch, mesh, options)
+        mixes = _compare(model, {**batch, "position_ids": packed}, mesh, options) is not None
     error = found and UspModelError(
         f"{type(model).__name__} computes something else when its sequence is sharded: {found}",
         rule="outside attention a token may not look at other tokens, and positions come from position_ids",
@@ -48,6 +50,18 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
         "UspParallelismConfig(self_check=False) switches the check off",
     )
     agree(torch.zeros(1, dtype=torch.int64, device=device), error or None, mesh.group, UspModelError)
+    return int(all_gather_ints(torch.tensor([mixes], dtype=torch.int64, device=device), mesh.group).sum()) == 0
+
+
+def _compare(model: PreTrainedModel, batch: dict[str, Tensor], mesh: UspMesh, options: ShardOptions) -> str | None:
+    """What differs on this rank between the sharded and the whole run of a batch, in words."""
+    share, layout = shard_with(batch, mesh, options)
+    items = share.pop("num_labels", None)
+    given = {} if items is None else {"num_items_in_batch": items}
+    mine, sharded = _outputs(model, share | given)
+    theirs, whole = _outputs(model, batch)
+    wrong_loss = _loss_difference(layout, sharded, whole)  # on every rank: it communicates
+    return _difference(model, layout, mine, theirs) or wrong_loss
 
 
 def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Tensor]:
