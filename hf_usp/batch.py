@@ -104,9 +104,9 @@ def make_layout(
     unit = mesh.ring_degree * int(np.lcm(2 if mesh.ring_degree > 1 else 1, mesh.ulysses_degree))
     padded = -(-length // unit) * unit
     layout = Layout(mesh, batch, length, padded, "contiguous", _append_padding(documents, batch, length, padded))
-    masks = [layout.mask(kind) for kind in kinds]
+    masks = {kind: layout.mask(kind) for kind in kinds}
     if order == "auto":
-        layout.order = choose_order(batch, padded, mesh.ring_degree, masks)
+        layout.order = choose_order(batch, padded, mesh.ring_degree, [masks[kind] for kind in kinds])
     else:
         deal(mesh.ring_degree, mesh.ring_degree, order)  # refuses an unknown order
         layout.order = order

@@ -221,10 +221,14 @@ def _heads(shares: Sequence[HeadShare]) -> list[str]:
 def _order(it: Explanation) -> list[str]:
     if len(it.plans) == 1:
         return ["one ring rank holds everything"]
-    figures = {order: balance(shards_in(order, it.layout), it.mask) for order in ORDERS}
-    how = "the shorter critical path" if it.case.order == "auto" else "given"
-    compared = ", ".join(f"{order} {figure:.1%}" for order, figure in figures.items())
-    return [f"{it.layout.order} ({how}); mean work over critical path: {compared}"]
+    figures = []
+    for order in ORDERS:
+        shards = shards_in(order, it.layout)
+        areas = [it.mask.area(shard) for shard in shards]
+        work = sum(areas) / (len(areas) * max(areas)) if max(areas) else 1.0
+        figures.append(f"{order}: work {work:.1%}, with waiting {balance(shards, it.mask):.1%}")
+    how = "the better balanced" if it.case.order == "auto" else "given"
+    return [f"{it.layout.order} ({how})", "balance, mean rank over slowest: " + "; ".join(figures)]
 
 
 def _tokens(it: Explanation) -> list[str]:

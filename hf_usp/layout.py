@@ -12,6 +12,7 @@ diagonal that ends in the bottom right corner of the tile; -1 means no limit.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from .errors import UspBatchError, UspConfigError, UspMaskError
 
 UNLIMITED = -1
 ORDERS = ("contiguous", "zigzag")
+# Share of the busiest rank's work that is worth waiting or moving more for.
+WORTH = 0.01
 IntArray = np.ndarray
 
 
@@ -163,7 +166,7 @@ def own_and_rest(shards: Sequence[IntArray], mask: Mask) -> tuple[IntArray, IntA
 
 
 def balance(shards: Sequence[IntArray], mask: Mask) -> float:
-    """Mean mask area per rank over the critical path: 1.0 is perfect, 1/ranks the worst.
+    """Mean mask area per rank over the path of ranks that wait for each other: 1.0 is perfect, 1/ranks the worst.
 
     Every rank computes its own keys first and meets the others where their keys are needed, so the path is the
     largest share of own keys plus the largest share of the rest; work that is equal only in sum still waits.
@@ -174,19 +177,26 @@ def balance(shards: Sequence[IntArray], mask: Mask) -> float:
 
 
 def choose_order(batch: int, num_tokens: int, ring: int, masks: Sequence[Mask]) -> str:
-    """The order with the shortest critical path (see `balance`) over `masks`, one entry per layer.
+    """The order whose busiest rank has the least work, summed over `masks` (one entry per layer).
 
-    When they tie, the one that needs fewer foreign keys (documents aligned with shards need none), else zigzag.
+    Where that differs by less than `WORTH`: the order in which ranks wait less (`balance`; a sliding window is better
+    off contiguous), then the one that needs fewer foreign keys (documents aligned with shards need none), then zigzag.
     """
     if ring == 1:
         return "contiguous"
 
-    def cost(order: str) -> tuple[int, int]:
+    def cost(order: str) -> tuple[int, ...]:
         shards = over_batch(deal(num_tokens, ring, order), batch, num_tokens)
-        layers = [own_and_rest(shards, mask) for mask in masks]
-        return sum(int(own.max() + rest.max()) for own, rest in layers), sum(int(rest.sum()) for _, rest in layers)
+        total = np.zeros(3, dtype=np.int64)
+        for mask, layers in Counter(masks).items():  # layers that share a mask are worked out once
+            own, rest = own_and_rest(shards, mask)
+            total += layers * np.array([(own + rest).max(), own.max() + rest.max(), rest.sum()])
+        return tuple(total.tolist())
 
-    return "contiguous" if cost("contiguous") < cost("zigzag") else "zigzag"
+    flat, folded = cost("contiguous"), cost("zigzag")
+    if abs(flat[0] - folded[0]) > WORTH * max(flat[0], folded[0]):
+        return "contiguous" if flat[0] < folded[0] else "zigzag"
+    return "contiguous" if flat[1:] < folded[1:] else "zigzag"
 
 
 def _overlap(lo: IntArray, hi: IntArray) -> int:

@@ -87,7 +87,7 @@ def test_the_report_says_degrees_tokens_steps_balance_bytes_and_kernel(capsys: p
     text = capsys.readouterr().out
     for expected in (
         "ulysses 2 x ring 4",
-        "contiguous 57.1%, zigzag 100.0%",
+        "contiguous: work 57.1%, with waiting 57.1%; zigzag: work 100.0%, with waiting 100.0%",
         "16 query and 4 kv heads on every ulysses rank",
         "rank 7 (ring 3, ulysses 1): 32768-40959",
         "balance (mean / max area of the mask): 100.0%",
