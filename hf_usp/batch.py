@@ -185,15 +185,15 @@ def _rows_with_padding(attention_mask_BS: Tensor, starts: IntArray) -> Documents
     return Documents(starts, starts[:-1] + begin, starts[:-1] + end)
 
 
-def cut(full: Tensor, layout: Layout, fill: float = 0, dim: int = 1) -> Tensor:
-    """This rank's tokens of a tensor whose dim `dim` is the full sequence; our padding is filled with `fill`."""
+def cut(full: Tensor, layout: Layout, fill: float | None = None, dim: int = 1) -> Tensor:
+    """This rank's tokens of a tensor whose dim `dim` is the full sequence; our padding is `fill`, or the last token."""
     if layout.mesh.size == 1:
         return full
     positions = layout.row_positions()
     index = torch.from_numpy(np.minimum(positions, layout.length - 1)).to(full.device)
     share = full.index_select(dim, index)
     beyond = int((positions >= layout.length).sum())
-    if beyond:
+    if beyond and fill is not None:
         # Positions ascend, so ours are the last.
         share.narrow(dim, share.shape[dim] - beyond, beyond).fill_(fill)
     return share

@@ -52,6 +52,11 @@ class ShardedMask:
     layout: Layout
     kind: MaskKind
 
+    def __getitem__(self, index: Any) -> Any:
+        self.__getattr__("[...]")
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __and__ = __or__ = __sub__ = __rsub__ = __getitem__
+
     def __getattr__(self, name: str) -> Any:
         raise _MaskTouchedError(
             f"the model reads `{name}` of its attention mask during a sharded forward",
@@ -218,6 +223,8 @@ def _unsharded(
         sinks = s_aux.to(s_BHLS.dtype)[None, :, None, None].expand(*s_BHLS.shape[:3], 1)
         s_BHLS = torch.cat([s_BHLS, sinks], dim=-1)
     p_BHLS = s_BHLS.softmax(-1, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    if attention_mask is not None:  # a row that sees nothing (left padding) is zero, as in sdpa
+        p_BHLS = p_BHLS * attention_mask.any(-1, keepdim=True)
     p_BHLS = torch.nn.functional.dropout(p_BHLS[..., : key.shape[2]].to(query.dtype), dropout, module.training)
     return (p_BHLS @ v_BHSE).transpose(1, 2).contiguous(), None
 

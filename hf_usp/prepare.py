@@ -36,7 +36,7 @@ class ShardedForward:
     ) -> None:
         self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
         self.unchecked = check
-        self.packs = True  # whether one process keeps packed documents apart, too
+        self.inexact: frozenset[str] = frozenset()  # kinds of batch that the self-check found different
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
         self.ropes = length_dependent_ropes(model)
@@ -61,8 +61,8 @@ class ShardedForward:
             return args, kwargs
         if self.unchecked:
             # Every rank comes here with its first batch, whatever that batch is.
+            self.inexact = self_check(model, self.mesh, self.options, next(model.parameters()).device)
             self.unchecked = False
-            self.packs = self_check(model, self.mesh, self.options, next(model.parameters()).device)
         items = batch.get("num_items_in_batch")
         share, layout = shard_with(batch, self.mesh, self.options, lambda b: self._check(model, b))
         num_labels = share.pop("num_labels", None)
@@ -75,8 +75,15 @@ class ShardedForward:
     def _check(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         """Refuse what this model cannot do with this batch."""
         _check_call(model, batch)
-        positions, described = batch.get("position_ids"), ("attention_mask", "cu_seq_lens_q")
-        if self.packs or positions is None or any(batch.get(name) is not None for name in described):
+        positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+        if "left" in self.inexact and positions is None and mask is not None and not bool(mask[:, 0].all()):
+            raise UspModelError(
+                f"left padding without position_ids for {type(model).__name__}",
+                rule="this model counts positions from the attention_mask unless it gets position_ids",
+                remedy="pass position_ids, or pad on the right",
+            )
+        apart = "packed" not in self.inexact or mask is not None or batch.get("cu_seq_lens_q") is not None
+        if apart or positions is None:
             return
         if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
             raise UspModelError(

@@ -29,11 +29,12 @@ from .shard import IGNORED, ShardOptions, shard_with
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, device: torch.device) -> bool:
+def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, device: torch.device) -> frozenset[str]:
     """Raise `UspModelError` on every rank of the mesh if sharding changes what the model computes.
 
-    Returns whether the model, in one process, keeps packed documents apart by their restarting `position_ids`. Some do
-    not (their masks never see position_ids); sharded, documents are apart.
+    Returns which kinds of batch are not exact though plain ones are: "packed" where one process does not keep documents
+    apart by their restarting `position_ids` (some masks never see position_ids; sharded, documents are apart),
+    "left" where a model counts positions from the attention_mask when no position_ids are passed.
     """
     assert mesh.group is not None
     batch = _random_batch(model, mesh, device)
@@ -42,7 +43,10 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     packed = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
     with _unnoticed(model, device):
         found = _compare(model, batch, mesh, options)
-        mixes = _compare(model, {**batch, "position_ids": packed}, mesh, options) is not None
+        inexact = [
+            _compare(model, {**batch, "position_ids": packed}, mesh, options) is not None,
+            _compare(model, {**batch, "attention_mask": _left_padding(batch)}, mesh, options) is not None,
+        ]
     error = found and UspModelError(
         f"{type(model).__name__} computes something else when its sequence is sharded: {found}",
         rule="outside attention a token may not look at other tokens, and positions come from position_ids",
@@ -50,7 +54,14 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
         "UspParallelismConfig(self_check=False) switches the check off",
     )
     agree(torch.zeros(1, dtype=torch.int64, device=device), error or None, mesh.group, UspModelError)
-    return int(all_gather_ints(torch.tensor([mixes], dtype=torch.int64, device=device), mesh.group).sum()) == 0
+    votes = all_gather_ints(torch.tensor(inexact, dtype=torch.int64, device=device), mesh.group).sum(0).tolist()
+    return frozenset(kind for kind, count in zip(("packed", "left"), votes, strict=True) if count)
+
+
+def _left_padding(batch: dict[str, Tensor]) -> Tensor:
+    mask = torch.ones_like(batch["input_ids"])
+    mask[:, :2] = 0
+    return mask
 
 
 def _compare(model: PreTrainedModel, batch: dict[str, Tensor], mesh: UspMesh, options: ShardOptions) -> str | None:
@@ -65,7 +76,7 @@ def _compare(model: PreTrainedModel, batch: dict[str, Tensor], mesh: UspMesh, op
 
 
 def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Tensor]:
-    length = max(2 * mesh.size, 4 * mesh.ring_degree)
+    length = max(2 * mesh.size, 4 * mesh.ring_degree) - 1  # not a multiple: the last rank gets padding of ours
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=generator)
@@ -150,7 +161,7 @@ def _difference(
         if share.shape != (1, layout.local_length, *whole.shape[2:]):
             error = torch.tensor(float("inf"))
         else:
-            errors = _errors(share, cut(whole, layout))
+            errors = _errors(share, cut(whole, layout))[: _real(layout)]
             error = errors.max() if tolerance < 1e-2 else errors.quantile(0.5)
         if not bool(error <= tolerance):
             kind = type(model.get_submodule(name)).__name__
@@ -159,6 +170,11 @@ def _difference(
                 f"short random batch, where {tolerance:.0e} is allowed"
             )
     return None
+
+
+def _real(layout: Layout) -> int:
+    """How many of this rank's tokens are not padding of ours; they come first."""
+    return int((layout.row_positions() < layout.length).sum())
 
 
 def _errors(mine: Tensor, theirs: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from .mesh import UspMesh
 from .rope import GlobalPositions
 
 IGNORED = -100
-# Per-token inputs and what our padding holds. Everything else of a batch must not depend on the sequence.
-FILL = {"input_ids": 0, "inputs_embeds": 0, "token_type_ids": 0, "position_ids": 0}
+# Per-token inputs; our padding repeats a row's last token. Everything else of a batch must not depend on the sequence.
+PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 # Described by the layout from here on; a model must not see those of the full batch.
 DESCRIBED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -36,10 +36,16 @@ class ShardOptions:
     kernel: str | None = None
 
 
+_SAME_MASK = (
+    Tensor.to, Tensor.bool, Tensor.long, Tensor.int, Tensor.float, Tensor.contiguous, Tensor.clone, Tensor.detach,
+    Tensor.view, Tensor.reshape,
+)  # fmt: skip
+
+
 class LayoutMask(Tensor):
     """This rank's padding mask [B, L] (True: a token) that carries the layout to where attention masks are made.
 
-    Anything computed from it is a plain tensor; only moving and casting keep the layout.
+    Anything computed from it is a plain tensor; only moving, casting and looking at it otherwise keep the layout.
     """
 
     usp_layout: Layout
@@ -55,7 +61,8 @@ class LayoutMask(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
-        if func in (Tensor.to, Tensor.bool, Tensor.long, Tensor.int, Tensor.contiguous):
+        same = isinstance(result, cls) and args and isinstance(args[0], cls) and result.shape == args[0].shape
+        if same and func in _SAME_MASK:
             return cls.of(result, args[0].usp_layout)
         return tree_map(lambda x: x.as_subclass(Tensor) if isinstance(x, cls) else x, result)
 
@@ -150,7 +157,7 @@ def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> L
 
 def _check_tensor(name: str, value: Tensor, rows: int, length: int) -> None:
     """Refuse tensors that do not fit the tokens, or that we do not know how to cut."""
-    per_token = {*FILL, "labels", "shift_labels", "attention_mask"}
+    per_token = {*PER_TOKEN, "labels", "shift_labels", "attention_mask"}
     if name in per_token:
         dims = value.shape[-2:] if name == "position_ids" else value.shape[:2]
         if name == "attention_mask" and value.ndim == 4:
@@ -209,7 +216,7 @@ def _cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     mask = full.pop("attention_mask", None)
     mask = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask.bool()
     share = {
-        name: cut(value, layout, FILL[name], value.ndim - 1 if name == "position_ids" else 1) if name in FILL else value
+        name: cut(value, layout, dim=value.ndim - 1 if name == "position_ids" else 1) if name in PER_TOKEN else value
         for name, value in full.items()
     }
     share["attention_mask"] = LayoutMask.of(cut(mask, layout, 0), layout)
