@@ -76,7 +76,7 @@ def _compare(model: PreTrainedModel, batch: dict[str, Tensor], mesh: UspMesh, op
 
 
 def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Tensor]:
-    length = max(2 * mesh.size, 4 * mesh.ring_degree) - 1  # not a multiple: the last rank gets padding of ours
+    length = max(2 * mesh.size, 4 * mesh.ring_degree, 6) - 1  # not a multiple: the last rank gets padding of ours
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=generator)
@@ -87,7 +87,7 @@ def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -
         batch["position_ids"] = torch.arange(start, start + length, device=device)[None]
     if model.loss_function is ForCausalLMLoss:
         labels = ids.clone()
-        labels[:, :3] = IGNORED
+        labels[:, :2] = IGNORED
         batch["labels"] = labels.to(device)
     return batch
 
