@@ -44,9 +44,12 @@ def test_counts_are_what_the_plan_predicts(four_ranks: Ranks, degrees: tuple[int
     for measured, predicted in everyone:
         assert measured["all_to_alls"] == predicted["all_to_alls"]
         assert measured["messages"] == predicted["messages"]
+        assert measured["all_to_alls_backward"] == predicted["all_to_alls"]
+        assert measured["messages_backward"] == predicted["messages_backward"]
         assert measured["saved"] <= 1.01 * predicted["saved"]
         # Windows are cut into blocks of rows by the CPU kernel: at most an eighth more than the band.
-        assert predicted["area"] <= measured["area"] <= (1.125 if case == "window" else 1.002) * predicted["area"]
+        for way in ("area", "area_backward"):
+            assert predicted["area"] <= measured[way] <= (1.125 if case == "window" else 1.002) * predicted["area"]
     for way in ("wire_forward", "wire_backward"):
         sent = sum(m[way] for m, _ in everyone)
         planned = sum(p[way] for _, p in everyone)

@@ -1,6 +1,6 @@
 """One attention call, forward and backward, in one process and over 1x2, 2x1 and 2x2 (ring x ulysses) CPU processes.
 
-    python scripts/benchmarks/attention.py                      # 4,096 tokens, bf16 and fp32, about 3 minutes
+    python scripts/benchmarks/attention.py                      # 4,096 tokens, bf16 and fp32, 4 to 8 minutes
     python scripts/benchmarks/attention.py --tokens 1024 --repeats 1 --dtypes float32
 
 Prints prediction beside measurement per case and writes results/attention-<date>.json, .md and .png with hardware,
@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent))
+import memory  # noqa: E402
 from counting import count  # noqa: E402
 
 import hf_usp  # noqa: E402
@@ -34,13 +35,16 @@ from hf_usp.layout import Documents  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH = 8, 4, 64
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2)]
-CASES = ["causal", "window", "packed"]
+NOTES = """All-to-alls, messages: of the busiest rank, forward + backward. Copied: all copies and casts that were seen,
+those of kernels and merges included, mean of forward and backward; the causal 1x2 row is the ulysses relayout alone."""
+CASES = ["causal", "window", "packed", "aligned"]
 
 
 def documents_of(case: str, tokens: int) -> Documents:
-    """Documents of uneven lengths for "packed", one otherwise."""
-    edges = [0, tokens // 7, tokens // 3, tokens // 2, tokens * 5 // 6, tokens] if case == "packed" else [0, tokens]
-    return Documents.from_bounds(edges)
+    """Documents of uneven lengths for "packed", four that end where shards end for "aligned", one otherwise."""
+    if case == "packed":
+        return Documents.from_bounds([0, tokens // 7, tokens // 3, tokens // 2, tokens * 5 // 6, tokens])
+    return Documents.from_bounds([0, *(tokens * i // 4 for i in ((1, 2, 3) if case == "aligned" else ())), tokens])
 
 
 def predict(layout: hf_usp.Layout, kind: MaskKind, size: int) -> dict[str, float]:
@@ -62,8 +66,10 @@ def predict(layout: hf_usp.Layout, kind: MaskKind, size: int) -> dict[str, float
         "wire_backward": out + back + plan.rows_sent * row + returning,
         "all_to_alls": 2 * exchange,
         "messages": plan.messages,
+        "messages_backward": plan.messages + sum(step.receive_rows > 0 for step in plan.steps),
         "area": plan.area * mine.num_query,
         "saved": tensors + lse,
+        "payload": (2 * HEADS + 2 * KV_HEADS) * unit,
     }
 
 
@@ -95,19 +101,20 @@ def rank_main(rank: int, world: int, port: int, args: argparse.Namespace, result
                 )
                 if rank == 0 and world > 1:
                     print(f"  {case}, {name}, ring {ring} x ulysses {ulysses}: done", flush=True)
-    results[rank] = rows
+    results[rank] = rows, memory.peaks(world)
     dist.destroy_process_group()
 
 
-def run_world(world: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of all ranks for the meshes of this many processes."""
+def run_world(world: int, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All rows and all peaks of all ranks for the meshes of this many processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(rank_main, (world, port, args, results), nprocs=world)
-        return [row for rank in range(world) for row in results[rank]]
+        rows, peaks = zip(*(results[rank] for rank in range(world)), strict=True)
+        return sum(rows, []), sum(peaks, [])
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,6 +129,8 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return sum(r[side][name] for r in ranks)
 
         areas = [r["measured"]["area"] for r in ranks]
+        busiest = max((r["measured"] for r in ranks), key=lambda m: m["messages"] + m["messages_backward"])
+        copied = total("copied") + total("copied_backward")
         slowest = max(r["measured"]["cpu_seconds"] for r in ranks)
         lines.append(
             {
@@ -130,8 +139,9 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "wire_predicted_MB": (total("wire_forward", "predicted") + total("wire_backward", "predicted")) / 1e6,
                 "area_max_over_mean": max(areas) * len(areas) / sum(areas),
                 "area_over_ideal": sum(areas) / total("area", "predicted"),
-                "all_to_alls": ranks[0]["measured"]["all_to_alls"],
-                "messages": max(r["measured"]["messages"] for r in ranks),
+                "all_to_alls": _both_ways(busiest, "all_to_alls"),
+                "messages": _both_ways(busiest, "messages"),
+                "copied_over_payload": copied / (2 * total("payload", "predicted")),
                 "saved_over_floor": total("saved") / total("saved", "predicted"),
                 "cpu_ms": slowest * 1e3,
                 "cpu_efficiency": alone["measured"]["cpu_seconds"] / (len(ranks) * slowest),
@@ -141,12 +151,17 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def _both_ways(measured: dict[str, int], name: str) -> str:
+    return f"{measured[name]} + {measured[name + '_backward']}"
+
+
 def as_table(lines: list[dict[str, Any]]) -> str:
     """Markdown."""
     head = {
         "case": "case", "dtype": "dtype", "mesh": "ring x ulysses", "order": "order", "wire_MB": "sent, MB",
         "wire_predicted_MB": "predicted, MB", "area_max_over_mean": "area max/mean", "area_over_ideal": "area/ideal",
-        "all_to_alls": "all-to-alls", "messages": "messages", "saved_over_floor": "saved/floor", "cpu_ms": "CPU ms",
+        "all_to_alls": "all-to-alls", "messages": "messages",
+        "copied_over_payload": "copied/(2h + 2hk) u", "saved_over_floor": "saved/floor", "cpu_ms": "CPU ms",
         "cpu_efficiency": "CPU efficiency", "wall_ms": "wall ms",
     }  # fmt: skip
     cells = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in (line[k] for k in head)] for line in lines]
@@ -182,21 +197,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    peaks: list[dict[str, Any]] = []
     for world in (1, 2, 4):
         print(f"{world} process(es)", flush=True)
-        rows += run_world(world, args)
+        of_ranks, of_memory = run_world(world, args)
+        rows += of_ranks
+        peaks += of_memory
     lines = summarise(rows)
-    table = as_table(lines)
+    table = f"{as_table(lines)}\n\n{NOTES}\n\nPeak memory of a rank, {memory.PER_RANK} tokens on each:\n\n"
+    table += memory.summarise(peaks)
     cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "unknown")
     machine = f"{os.cpu_count()} cores, {cpu}, {platform.system()}"
     versions = f"torch {torch.__version__}, hf_usp {hf_usp.__version__}, Python {platform.python_version()}"
     sizes = f"{args.tokens} tokens, {HEADS} query and {KV_HEADS} kv heads of width {WIDTH}, one row"
-    command = f"python scripts/benchmarks/attention.py {' '.join(sys.argv[1:])}".strip()
+    command = f"python scripts/benchmarks/attention.py --tokens {args.tokens} --repeats {args.repeats} --dtypes"
+    command = " ".join([command, *args.dtypes])
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / f"attention-{date.today().isoformat()}"
     stem.with_suffix(".md").write_text(f"# Attention\n\n`{command}`\n\n{sizes}\n\n{machine}\n\n{versions}\n\n{table}\n")
     notes = {"command": command, "sizes": sizes, "machine": machine, "versions": versions}
-    stem.with_suffix(".json").write_text(json.dumps({**notes, "lines": lines, "ranks": rows}, indent=1))
+    stem.with_suffix(".json").write_text(json.dumps({**notes, "lines": lines, "ranks": rows, "peaks": peaks}, indent=1))
     draw(lines, stem.with_suffix(".png"))
     print(f"{table}\n\nwritten to {stem}.md, .json and .png")
 

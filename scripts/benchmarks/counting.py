@@ -22,14 +22,18 @@ COPIES = {"clone", "copy_", "cat", "stack", "_to_copy", "index_select", "repeat_
 
 @dataclass
 class Counts:
-    """Of one rank."""
+    """Of one rank. Without a suffix: of the forward."""
 
     wire_forward: int = 0
     wire_backward: int = 0
     all_to_alls: int = 0
+    all_to_alls_backward: int = 0
     messages: int = 0
+    messages_backward: int = 0
     area: int = 0
+    area_backward: int = 0
     copied: int = 0
+    copied_backward: int = 0
     saved: int = 0
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
@@ -58,10 +62,12 @@ class Watch(TorchDispatchMode):
         name = str(func)
         if name.startswith("c10d."):
             self.calls[name.split(".")[1]] += 1
-        elif "scaled_dot_product_flash" in name and "backward" not in name:
-            q, k = args[0], args[1]
+        elif "scaled_dot_product_flash" in name:
+            # q, k, v, dropout, causal; backward: dout, q, k, v, out, lse, dropout, causal. Defaults are left out.
+            first, flag = (1, 7) if "backward" in name else (0, 4)
+            q, k = args[first], args[first + 1]
             rows, keys = q.shape[-2], k.shape[-2]
-            causal = len(args) > 4 and args[4]  # defaults are left out
+            causal = len(args) > flag and args[flag]
             # A causal call is a square: its upper triangle is not computed.
             self.area += q.shape[1] * (rows * (rows + 1) // 2 if causal else rows * keys)
         elif name.split(".")[1] in COPIES and isinstance(result, Tensor):
@@ -110,9 +116,13 @@ def count(step: Callable[[], Tensor], gradient: Tensor, repeats: int) -> Counts:
     counts.all_to_alls = watch.calls["alltoall_base_"]
     counts.messages = watch.calls["send"]
     before = wire_bytes()
-    out.backward(gradient)
+    with Watch() as watch:
+        out.backward(gradient)
     _settle()
     counts.wire_backward = wire_bytes() - before
+    counts.copied_backward, counts.area_backward = watch.copied, watch.area
+    counts.all_to_alls_backward = watch.calls["alltoall_base_"]
+    counts.messages_backward = watch.calls["send"]
     times = []
     for _ in range(repeats):
         cpu, wall = time.process_time(), time.perf_counter()

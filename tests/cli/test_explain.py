@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hf_usp.batch import make_layout
 from hf_usp.cli import main
 from hf_usp.degrees import ring_bytes, ulysses_bytes
 from hf_usp.explain import Case, Explanation, explain, messages, report
+from hf_usp.layout import Documents
+from hf_usp.mesh import UspMesh
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
@@ -231,3 +234,29 @@ def test_help_imports_neither_matplotlib_nor_the_explanation() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "--ranks-per-node" in result.stdout
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (1, 4), (4, 1)])
+def test_explained_bytes_are_those_that_the_benchmark_predicts_and_counts(
+    ulysses: int, ring: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tests/test_counts.py` holds the benchmark's prediction against what really crosses the wire."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts" / "benchmarks"))
+    import attention as benchmark
+
+    case = Case(
+        tokens=2048, ranks=4, heads=benchmark.HEADS, kv_heads=benchmark.KV_HEADS, head_dim=benchmark.WIDTH,
+        ulysses=ulysses, window=window, dtype="fp32",
+    )  # fmt: skip
+    it = explain(case)
+    for rank in range(4):
+        mesh = UspMesh(ring, ulysses, *divmod(rank, ulysses), tuple(range(4)), None, None, None)
+        layout = make_layout(Documents.from_bounds([0, 2048]), 1, 2048, mesh, "auto", (case.kind,))
+        predicted = benchmark.predict(layout, case.kind, 4)
+        forward = it.traffic.ring_forward + it.traffic.ulysses_forward
+        backward = it.traffic.ring_backward + it.traffic.ulysses_backward
+        assert [forward[rank].sum(), backward[rank].sum()] == [predicted["wire_forward"], predicted["wire_backward"]]
+        hops, exchanges = messages(it.plans[rank // ulysses], ulysses)
+        assert hops == predicted["messages"] + predicted["messages_backward"]
+        assert exchanges == 2 * predicted["all_to_alls"]
