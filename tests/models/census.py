@@ -1,0 +1,114 @@
+"""A tiny random model of every causal-LM architecture of the installed Transformers, with the layer kinds it has."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .sizes import FAMILIES, SMALL, VARIANTS, VOCABULARY
+
+LAYERS = 4
+LENGTH = 29
+LARGEST = 8_000_000  # parameters
+# Configuration entries with the kind of every layer.
+KINDS = ("layer_types", "mlp_layer_types")
+
+
+def causal_lm_types() -> list[str]:
+    """Every model type that `AutoModelForCausalLM` knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def subjects() -> list[str]:
+    """What the census looks at: every model type, and "type/variant" for layers that only some checkpoints have."""
+    return sorted([*causal_lm_types(), *VARIANTS])
+
+
+def tiny_config(subject: str) -> Any:
+    """A configuration with the family's own defaults wherever they are not sizes."""
+    model_type = subject.split("/")[0]
+    return _tiny(CONFIG_MAPPING[model_type], FAMILIES.get(model_type, {}) | VARIANTS.get(subject, {}))
+
+
+def _tiny(kind: type, family: dict[str, Any]) -> Any:
+    """`kind(...)` with small sizes, also in the configurations inside it (for which `family` may hold dicts)."""
+    names = set(inspect.signature(kind.__init__).parameters)
+    sizes = {name: value for name, value in SMALL.items() if name in names}
+    try:
+        default = kind()
+    except Exception:
+        default = None  # a default that its own checks refuse
+    for name in KINDS:
+        if name in names and getattr(default, name, None):
+            kinds = list(dict.fromkeys(getattr(default, name)))
+            sizes[name] = list(islice(cycle(kinds), LAYERS)) if name == "layer_types" else _dense_first(kinds)
+    if "kv_lora_rank" in names:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # latent attention makes a key for every head
+    family = dict(family)
+    for name in getattr(kind, "sub_configs", {}):
+        inner = getattr(default, name, None)
+        if inner is not None:
+            sizes[name] = _tiny(type(inner), family.pop(name, {})).to_dict()
+    return kind(**sizes | family)
+
+
+def _dense_first(kinds: list[str]) -> list[str]:
+    return kinds + kinds[-1:] * (LAYERS - len(kinds))
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kinds of layers that a configuration (or the one of its text model) names, in their order."""
+    text = config if getattr(config, "layer_types", None) else _text_config(config)
+    named = [getattr(text, name, None) or [] for name in ("layer_types", "layers_block_type", "mlp_layer_types")]
+    return list(dict.fromkeys(kind for kinds in named for kind in kinds))
+
+
+def _text_config(config: Any) -> Any:
+    try:
+        return config.get_text_config()
+    except ValueError:  # several of them
+        return config
+
+
+def tiny_model(subject: str, attention: str) -> Any:
+    """A random model, the same in every process, with weights so large that every layer shows in the logits."""
+    from transformers import AutoModelForCausalLM
+
+    import hf_usp  # noqa: F401  registers "usp"
+
+    config = tiny_config(subject)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters are not tiny")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(subject), attn_implementation=attention)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(2)
+    return model
+
+
+def batch_of(form: str) -> dict[str, Tensor]:
+    """Two rows of 29 tokens: plain, one padded on the right or left, or three packed documents in each."""
+    ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    labels = ids.clone()
+    labels[:, :2] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    if form == "packed":
+        batch["position_ids"] = torch.cat([torch.arange(n) for n in (9, 2, 18)])[None].expand(2, -1).contiguous()
+    if form in ("left", "right"):
+        mask = torch.ones_like(ids)
+        mask[0, slice(0, 5) if form == "left" else slice(-5, None)] = 0
+        labels[mask == 0] = -100
+        labels[0, 5] = -100  # predicted from padding where that is on the left: means nothing
+        batch["attention_mask"] = mask
+    return batch

@@ -1,0 +1,91 @@
+"""docs/models.md: one row for each architecture, written from the verdicts and read back by the tests."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+
+from .census import layer_kinds, tiny_config
+from .listed import LISTED
+from .verdict import CASES, EXACT, REFUSED, TOLERANCE, Verdict
+
+PATH = Path(__file__).parents[2] / "docs" / "models.md"
+HEAD = """# Every causal language model of Transformers: exact or refused
+
+A tiny random model of each of the {total} architectures of `AutoModelForCausalLM`, with the layer kinds that it has,
+runs sharded on four processes and alone in one process with eager attention. Four forms of batches: {forms} (ring x
+ulysses). *Exact*: loss, logits and the gradient of every parameter are the same up to rounding (the last column is
+the largest relative error, {tolerance:.0e} would be wrong). *Refused*: a `UspError` before a step with
+other numbers is taken.
+
+| | architectures |
+|---|---|
+{counts}
+
+Written by `python -m tests.models.write_table` with Transformers {transformers} and torch {torch}; the tests compare
+every row with what happens today.
+
+Rows with a slash are variants of an architecture; the counts leave them out.
+
+| architecture | layers | verdict | reason | error |
+|---|---|---|---|---|
+"""
+
+
+def versions() -> dict[str, str]:
+    """Of what the verdicts depend on."""
+    return {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
+
+
+def render(verdicts: dict[str, Verdict]) -> str:
+    """The page."""
+    types = [name for name in verdicts if "/" not in name]
+    counts = Counter(_group(verdicts[name]) for name in types)
+    lines = [f"| {group} | {counts[group]} |" for group in sorted(counts, key=lambda g: (-counts[g], g))]
+    forms = ", ".join(f"{form} on {ring} x {ulysses}" for form, (ring, ulysses) in CASES.items())
+    head = HEAD.format(
+        total=len(types), forms=forms, tolerance=TOLERANCE, counts="\n".join(lines), **versions()
+    )  # fmt: skip
+    return head + "".join(_row(name, verdicts[name]) for name in sorted(verdicts))
+
+
+def _group(verdict: Verdict) -> str:
+    outcomes = set(verdict.forms.values())
+    if outcomes == {EXACT, REFUSED}:
+        return f"{EXACT}, but refused in some form of batch"
+    return verdict.summary()
+
+
+def _row(name: str, verdict: Verdict) -> str:
+    try:
+        kinds = ", ".join(kind.replace("_attention", "") for kind in layer_kinds(tiny_config(name)))
+    except Exception:
+        kinds = ""
+    reason = LISTED[name][1] if name in LISTED else shorten(verdict.reason())
+    error = f"{verdict.error:.0e}" if EXACT in verdict.forms.values() else ""
+    return f"| {name} | {kinds} | {verdict.summary()} | {reason} | {error} |\n"
+
+
+def shorten(reason: str) -> str:
+    """A reason without the numbers of one run, fit for a cell of a table."""
+    found = re.search(r"the first module whose output differs is (\S+ \(\w+\))", reason)
+    if found:
+        reason = f"self-check: {found[1]} differs"
+    reason = re.sub(r"^\w+ computes something else when its sequence is sharded: ", "self-check: ", reason)
+    return " ".join(reason.replace("|", "/").split())[:160]
+
+
+def read(text: str) -> dict[str, str]:
+    """Architecture -> verdict of a page."""
+    rows = re.findall(r"^\| ([\w./ -]+) \| [^|]* \| ([^|]+) \| [^|]* \| [^|]* \|$", text, flags=re.MULTILINE)
+    return dict(rows)
+
+
+def written_with(text: str) -> dict[str, str]:
+    """The versions a page was written with."""
+    found = re.search(r"with Transformers (\S+) and torch ([\d.]+\d)", text)
+    return {"transformers": found[1], "torch": found[2]} if found else {}

@@ -1,0 +1,56 @@
+"""Every causal LM of Transformers is exact or refused, in four forms of batches, and docs/models.md says which."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..ranks import Ranks
+from .census import causal_lm_types, layer_kinds, subjects, tiny_config
+from .listed import LISTED
+from .table import PATH, read, versions, written_with
+from .verdict import EXACT, REFUSED, UNBUILT, WRONG, Step, judge
+
+TABLE = PATH.read_text()
+ROWS = read(TABLE)
+SAME_VERSIONS = written_with(TABLE) == versions()
+
+
+@pytest.mark.parametrize("subject", subjects())
+def test_exact_or_refused(four_ranks: Ranks, subject: str) -> None:
+    verdict = judge(four_ranks, subject)
+    if subject in LISTED:
+        outcome, reason = LISTED[subject]
+        assert set(verdict.forms.values()) == {outcome}, f"listed as {outcome} ({reason}), now {verdict}"
+    else:
+        assert set(verdict.forms.values()) <= {EXACT, REFUSED}, verdict
+    if SAME_VERSIONS:
+        assert ROWS[subject] == verdict.summary(), "docs/models.md is old: run python -m tests.models.write_table"
+
+
+def test_the_table_has_a_row_for_each() -> None:
+    assert not SAME_VERSIONS or sorted(ROWS) == subjects()
+    assert len(ROWS) > 150 and "exact" in ROWS["llama"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "bamba", "lfm2", "recurrent_gemma"])
+def test_the_census_sees_what_is_silently_wrong(four_ranks: Ranks, model_type: str) -> None:
+    """With the self-check off nothing stops a model whose layers look past the shard's edge."""
+    verdict = judge(four_ranks, model_type, self_check=False)
+    assert set(verdict.forms.values()) == {WRONG}, verdict
+
+
+def test_one_wrong_gradient_is_an_error() -> None:
+    right = Step(torch.tensor(2.0), torch.ones(5, 7), [torch.ones(3, 3), 1e-2 * torch.ones(4)])
+    wrong = Step(right.loss, right.logits, [right.gradients[0], right.gradients[1] * 1.001])
+    assert right.largest_error(right) == 0.0
+    assert 5e-4 < right.largest_error(wrong) < 1e-3
+    wrong.gradients[0] = torch.full((3, 3), float("nan"))
+    assert right.largest_error(wrong) == float("inf")
+
+
+@pytest.mark.parametrize("model_type", [t for t in causal_lm_types() if LISTED.get(t, ("", ""))[0] != UNBUILT])
+def test_tiny_models_have_every_kind_of_layer(model_type: str) -> None:
+    """All kinds of the family's default configuration are in the tiny one."""
+    assert set(layer_kinds(CONFIG_MAPPING[model_type]())) <= set(layer_kinds(tiny_config(model_type)))

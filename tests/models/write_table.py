@@ -1,0 +1,33 @@
+"""Writes docs/models.md: builds, runs and judges every architecture (about four minutes on two cores).
+
+python -m tests.models.write_table                # all, and the page
+python -m tests.models.write_table llama gemma3   # these only, printed
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from ..ranks import Ranks
+from .census import subjects
+from .table import PATH, render
+from .verdict import judge
+
+
+def main(names: list[str]) -> None:
+    ranks, verdicts, start = Ranks(4), {}, time.time()
+    try:
+        for name in names or subjects():
+            verdicts[name] = judge(ranks, name)
+            verdict = verdicts[name]
+            seconds = time.time() - start
+            print(f"{seconds:4.0f} s {name}: {verdict.summary()} {verdict.error:.0e} {verdict.reason()}", flush=True)
+    finally:
+        ranks.stop()
+    if not names:
+        PATH.write_text(render(verdicts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
