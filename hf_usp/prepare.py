@@ -223,6 +223,13 @@ def check_model(model: PreTrainedModel) -> None:
             rule="the model's attention goes through Transformers' attention interface",
             remedy="use an architecture that does (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
         )
+    if any(getattr(m, "attn_temperature_tuning", False) and not getattr(m, "use_rope", True) for m in model.modules()):
+        # A short batch does not show it: the scale changes every `floor_scale` tokens (8,192 in Llama 4).
+        raise UspModelError(
+            f"{name} scales its queries by positions that its attention counts itself (attn_temperature_tuning)",
+            rule="each rank passes the positions of its tokens; a layer that counts them starts at 0 everywhere",
+            remedy="set attn_temperature_tuning=False in the model's config, if the model was trained so",
+        )
     forward = inspect.signature(type(model).forward).parameters.values()
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward):
         raise UspModelError(
