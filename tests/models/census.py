@@ -39,7 +39,7 @@ def tiny_config(subject: str) -> Any:
 
 def _tiny(kind: type, family: dict[str, Any]) -> Any:
     """`kind(...)` with small sizes, also in the configurations inside it (for which `family` may hold dicts)."""
-    names = set(inspect.signature(kind).parameters)
+    names = set(inspect.signature(kind.__init__).parameters)
     sizes = {name: value for name, value in SMALL.items() if name in names}
     try:
         default = kind()

@@ -16,23 +16,20 @@ from .verdict import CASES, EXACT, REFUSED, TOLERANCE, Verdict
 PATH = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Every causal language model of Transformers: exact or refused
 
-A tiny random model of each of the {total} architectures of `AutoModelForCausalLM`, with the kinds of layers that it
-has, runs sharded over four processes, and alone in one process with eager attention. Four forms of batches:
+A tiny random model of each of the {total} architectures of `AutoModelForCausalLM`, with the layer kinds that it has,
+runs sharded on four processes and alone in one process with eager attention. Four forms of batches: {forms} (ring x
+ulysses). *Exact*: loss, logits and the gradient of every parameter are the same up to rounding (the last column is
+the largest relative error, {tolerance:.0e} would be wrong). *Refused*: a `UspError` before a step with
+other numbers is taken.
 
-| batch | ring x ulysses |
-|---|---|
-{forms}
-
-**Exact**: loss, logits and the gradient of every parameter are those of one process up to rounding. The last column is
-the largest relative error; {tolerance:.0e} would be wrong. **Refused**: a `UspError` instead of other numbers.
-**Not built**, **crash**: a tiny model cannot be built here, or Transformers itself raises; nothing trains.
-
-| verdict | architectures |
+| | architectures |
 |---|---|
 {counts}
 
-Written by `python -m tests.models.write_table` with Transformers {transformers} and torch {torch}. The tests run all
-of it again and compare every row. Rows with a slash are variants of an architecture and not counted above.
+Written by `python -m tests.models.write_table` with Transformers {transformers} and torch {torch}; the tests compare
+every row with what happens today.
+
+Rows with a slash are variants of an architecture; the counts leave them out.
 
 | architecture | layers | verdict | reason | error |
 |---|---|---|---|---|
@@ -49,21 +46,23 @@ def render(verdicts: dict[str, Verdict]) -> str:
     types = [name for name in verdicts if "/" not in name]
     counts = Counter(_group(verdicts[name]) for name in types)
     lines = [f"| {group} | {counts[group]} |" for group in sorted(counts, key=lambda g: (-counts[g], g))]
-    forms = "\n".join(f"| {form} | {ring} x {ulysses} |" for form, (ring, ulysses) in CASES.items())
-    head = HEAD.format(total=len(types), forms=forms, tolerance=TOLERANCE, counts="\n".join(lines), **versions())
+    forms = ", ".join(f"{form} on {ring} x {ulysses}" for form, (ring, ulysses) in CASES.items())
+    head = HEAD.format(
+        total=len(types), forms=forms, tolerance=TOLERANCE, counts="\n".join(lines), **versions()
+    )  # fmt: skip
     return head + "".join(_row(name, verdicts[name]) for name in sorted(verdicts))
 
 
 def _group(verdict: Verdict) -> str:
     outcomes = set(verdict.forms.values())
     if outcomes == {EXACT, REFUSED}:
-        return f"{EXACT}, some forms of batches refused"
+        return f"{EXACT}, but refused in some form of batch"
     return verdict.summary()
 
 
 def _row(name: str, verdict: Verdict) -> str:
     try:
-        kinds = ", ".join(kind.replace("_attention", "") for kind in layer_kinds(tiny_config(name))) or "one kind"
+        kinds = ", ".join(kind.replace("_attention", "") for kind in layer_kinds(tiny_config(name)))
     except Exception:
         kinds = ""
     reason = LISTED[name][1] if name in LISTED else shorten(verdict.reason())
@@ -82,9 +81,8 @@ def shorten(reason: str) -> str:
 
 def read(text: str) -> dict[str, str]:
     """Architecture -> verdict of a page."""
-    rows = text.partition("| architecture | layers |")[2]
-    found = re.findall(r"^\| ([\w./ -]+) \| [^|]* \| ([^|]+) \| [^|]* \| [^|]* \|$", rows, flags=re.MULTILINE)
-    return dict(found)
+    rows = re.findall(r"^\| ([\w./ -]+) \| [^|]* \| ([^|]+) \| [^|]* \| [^|]* \|$", text, flags=re.MULTILINE)
+    return dict(rows)
 
 
 def written_with(text: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from .table import PATH, read, versions, written_with
 from .verdict import EXACT, REFUSED, UNBUILT, WRONG, Step, judge
 
 TABLE = PATH.read_text()
-ROWS = read(TABLE)
+ROWS = {name: verdict for name, verdict in read(TABLE).items() if name != "architecture"}
 SAME_VERSIONS = written_with(TABLE) == versions()
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 import time
 
-from transformers.utils import logging
-
 from ..ranks import Ranks
 from .census import subjects
 from .table import PATH, render
@@ -18,7 +16,6 @@ from .verdict import judge
 
 
 def main(names: list[str]) -> None:
-    logging.set_verbosity(logging.CRITICAL)
     ranks, verdicts, start = Ranks(4), {}, time.time()
     try:
         for name in names or subjects():
