@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .comm import all_to_all
 from .errors import UspBatchError
+from .kernels import accumulation_dtype
 from .layout import UNLIMITED, Documents, IntArray, Mask, choose_order, deal, over_batch
 from .mesh import UspMesh
 from .plan import RingPlan, make_plan
@@ -87,6 +88,17 @@ class Layout:
             self._made["work", kind, device] = prepare(self.plan(kind), device)
         return self._made["work", kind, device]
 
+    def taken(self, device: torch.device) -> tuple[Tensor, int]:
+        """Tokens of a full row that this rank takes [L], and how many of the last are padding of ours; made once.
+
+        Padding repeats the last token of the row.
+        """
+        if ("taken", device) not in self._made:
+            positions = self.row_positions()
+            index = torch.from_numpy(np.minimum(positions, self.length - 1)).to(device)
+            self._made["taken", device] = index, int((positions >= self.length).sum())
+        return self._made["taken", device]
+
 
 def make_layout(
     documents: Documents,
@@ -104,8 +116,8 @@ def make_layout(
     unit = mesh.ring_degree * int(np.lcm(2 if mesh.ring_degree > 1 else 1, mesh.ulysses_degree))
     padded = -(-length // unit) * unit
     layout = Layout(mesh, batch, length, padded, "contiguous", _append_padding(documents, batch, length, padded))
-    masks = {kind: layout.mask(kind) for kind in kinds}
     if order == "auto":
+        masks = {kind: layout.mask(kind) for kind in kinds}
         layout.order = choose_order(batch, padded, mesh.ring_degree, [masks[kind] for kind in kinds])
     else:
         deal(mesh.ring_degree, mesh.ring_degree, order)  # refuses an unknown order
@@ -189,10 +201,8 @@ def cut(full: Tensor, layout: Layout, fill: float | None = None, dim: int = 1) -
     """This rank's tokens of a tensor whose dim `dim` is the full sequence; our padding is `fill`, or the last token."""
     if layout.mesh.size == 1:
         return full
-    positions = layout.row_positions()
-    index = torch.from_numpy(np.minimum(positions, layout.length - 1)).to(full.device)
+    index, beyond = layout.taken(full.device)
     share = full.index_select(dim, index)
-    beyond = int((positions >= layout.length).sum())
     if beyond and fill is not None:
         # Positions ascend, so ours are the last.
         share.narrow(dim, share.shape[dim] - beyond, beyond).fill_(fill)
@@ -241,8 +251,7 @@ class _Unshard(torch.autograd.Function):
         blocks = torch.stack(dealt.chunk(mesh.size, dim))
         sizes = [blocks[0].numel()] * mesh.size
         received = all_to_all(blocks.view(-1), sizes, sizes, mesh.group).view_as(blocks)
-        wide = torch.float32 if received.dtype in (torch.float16, torch.bfloat16) else received.dtype
-        return received.sum(0, dtype=wide).to(received.dtype), None, None
+        return received.sum(0, dtype=accumulation_dtype(received.dtype)).to(received.dtype), None, None
 
 
 def _where_from(layout: Layout) -> Tensor:

@@ -71,9 +71,7 @@ class UspMesh:
         """
         names = mesh.mesh_dim_names or ()
         if {"ring", "ulysses"} <= set(names):
-            uly, ring = mesh["ulysses"], mesh["ring"]
-            ranks = mesh["ring", "ulysses"].mesh.flatten().tolist()
-            return cls._of(tuple(ranks), uly.size(), mesh_check=(ring.size(), uly.size()))
+            return cls._of(tuple(mesh["ring", "ulysses"].mesh.flatten().tolist()), mesh["ulysses"].size())
         if cp_axis not in names:
             raise UspConfigError(
                 f"a device mesh with axes {tuple(names)}",
@@ -84,10 +82,9 @@ class UspMesh:
         return cls._of(tuple(axis.mesh.flatten().tolist()), ulysses_degree or axis.size())
 
     @classmethod
-    def _of(cls, ranks: tuple[int, ...], ulysses_degree: int, mesh_check: tuple[int, int] | None = None) -> UspMesh:
+    def _of(cls, ranks: tuple[int, ...], ulysses_degree: int) -> UspMesh:
         """The mesh over these global ranks, in order. Only they take part, so other meshes of the world may differ."""
         ring_degree = check_degrees(len(ranks), ulysses_degree)
-        assert mesh_check in (None, (ring_degree, ulysses_degree))
         me = ranks.index(dist.get_rank())
         ring_rank, ulysses_rank = divmod(me, ulysses_degree)
         return cls(

@@ -20,7 +20,7 @@ from .degrees import check_degrees, choose_ulysses_degree
 from .errors import UspConfigError, UspModelError
 from .layout import ORDERS
 from .mesh import DeviceMesh, UspMesh
-from .prepare import attach, find_model, mask_kinds, sharded_forward
+from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .shard import ShardOptions
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
@@ -166,7 +166,7 @@ class _Seam:
     def __init__(self, accelerator: Accelerator, config: UspParallelismConfig) -> None:
         self.config = config
         self.accelerator = accelerator
-        self.prepared: list[Any] = []
+        self.prepared: list[ShardedForward] = []
         self.meshes: dict[int, UspMesh] = {}
         self.stock = {n: getattr(accelerator, n) for n in ("prepare", "prepare_model", "pad_across_processes")}
         for name in (*self.stock, "gather_for_metrics"):
@@ -196,8 +196,7 @@ class _Seam:
             axis = self.accelerator.torch_device_mesh
             self.meshes[degree] = UspMesh.from_device_mesh(axis, ulysses_degree=degree)
         options = ShardOptions(config.sequence_order, mask_kinds(model), config.kernel)
-        attach(module, self.meshes[degree], options, config.gather_outputs, config.self_check)
-        self.prepared.append(module)
+        self.prepared.append(attach(module, self.meshes[degree], options, config.gather_outputs, config.self_check))
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """As in Accelerate, from the ranks that hold different rows: one of each context-parallel group."""
@@ -218,10 +217,8 @@ class _Seam:
         return recursively_apply(distinct, self.accelerator.gather(input_data))
 
     def pad_across_processes(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        for module in self.prepared:
-            hooks = sharded_forward(module)
-            share = None if hooks is None else hooks.last_share
-            if isinstance(tensor, torch.Tensor) and share == (tensor.data_ptr(), tuple(tensor.shape)):
+        for hooks in self.prepared:
+            if isinstance(tensor, torch.Tensor) and hooks.last_share == (tensor.data_ptr(), tuple(tensor.shape)):
                 raise UspModelError(
                     f"logits {tuple(tensor.shape)} to be gathered over processes that hold shares of the tokens",
                     rule="whole logits are only there with gather_outputs=True",

@@ -1,7 +1,7 @@
 """What makes a model take full batches: two hooks that cut before its forward and put together after it.
 
-The hooks sit on the innermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. They keep nothing between calls:
-everything about one forward travels in its `Layout`.
+The hooks sit on the outermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. Everything about one forward
+travels in its `Layout`; between calls they keep only what the self-check found and where the last logits lie.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from .layout import UNLIMITED
 from .loss import whole_loss
 from .mesh import UspMesh
 from .modeling import NAME, no_attention_weights
-from .rope import length_dependent_ropes, use_global_length
 from .selfcheck import self_check
 from .shard import ShardOptions, shard_with
 
@@ -39,12 +38,10 @@ class ShardedForward:
         self.inexact: frozenset[str] = frozenset()  # kinds of batch that the self-check found different
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
-        self.ropes = length_dependent_ropes(model)
-        self._handles = [
+        self._handles = (
             model.register_forward_pre_hook(self.cut, with_kwargs=True),
             model.register_forward_hook(self.put_together, with_kwargs=True),
-            *(handle for rope in self.ropes for handle in use_global_length(rope)),
-        ]
+        )
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -168,14 +165,14 @@ def _check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
 
 def attach(
     module: nn.Module, mesh: UspMesh, options: ShardOptions, gather_outputs: bool = False, check: bool = True
-) -> None:
+) -> ShardedForward:
     """Make the Transformers model inside `module` shard its batches over `mesh`. Attaching again replaces the first."""
     model = find_model(module)
     check_model(model)
     previous = sharded_forward(model)
     if previous is not None:
         previous.remove()
-    ShardedForward(model, mesh, options, gather_outputs, check)
+    return ShardedForward(model, mesh, options, gather_outputs, check)
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:

@@ -45,7 +45,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall
     ) -> Tensor:
-        if call.work.direct and len(call.heads) == 1 and sinks_H is None:
+        if _needs_no_merge(sinks_H, call):
             out_THE, lse_HT = call.kernel.forward(
                 q_THD, k_TGD, v_TGE, call.work.stages[0].calls[0].segments, call.softmax
             )
@@ -60,12 +60,17 @@ class _RingAttention(torch.autograd.Function):
         q_THD, k_TGD, v_TGE, sinks_H, out_THE, lse_HT = ctx.saved_tensors
         (dout_THE,) = grads
         call: RingCall = ctx.call
-        if call.work.direct and len(call.heads) == 1 and sinks_H is None:
+        if _needs_no_merge(sinks_H, call):
             segments = call.work.stages[0].calls[0].segments
             tensors = (dout_THE, q_THD, k_TGD, v_TGE, out_THE, lse_HT)
             return (*call.kernel.backward(*tensors, segments, call.softmax), None, None)
         dq, dk, dv = _backward(dout_THE, q_THD, k_TGD, v_TGE, out_THE, lse_HT, call)
         return dq, dk, dv, _sink_gradient(dout_THE, out_THE, lse_HT, sinks_H), None
+
+
+def _needs_no_merge(sinks_H: Tensor | None, call: RingCall) -> bool:
+    """One kernel call is the whole answer, bit for bit."""
+    return call.work.direct and len(call.heads) == 1 and sinks_H is None
 
 
 def _forward(

@@ -269,3 +269,41 @@ def test_a_model_that_mixes_packed_documents_is_told(four_ranks: Ranks) -> None:
     assert all("cu_seq_lens_q" in x for x in four_ranks.run(packed_verdict, "gpt_oss", BEYOND["gpt_oss"], False))
     assert four_ranks.run(packed_verdict, "gpt_oss", BEYOND["gpt_oss"], True) == ["True"] * 4
     assert four_ranks.run(packed_verdict, "llama", {}, False) == ["True"] * 4
+
+
+def hand_loop_rope_error(kind: str) -> float:
+    """The same for a hand-written loop, which attaches no hooks to the model."""
+    import hf_usp
+
+    changes = {"max_position_embeddings": 64, "rope_parameters": ROPES[kind], "initializer_range": 0.3}
+    reference, model = tiny_model("llama", "eager", **changes), tiny_model("llama", "usp", **changes)
+    ids = torch.randint(3, 64, (1, 80), generator=torch.Generator().manual_seed(0))
+    share = hf_usp.shard({"input_ids": ids}, hf_usp.UspMesh.build(ring_degree=4, ulysses_degree=1), order="contiguous")
+    logits = hf_usp.unshard(model(**share, use_cache=False).logits, share["usp"])
+    return relative(logits.detach(), reference(input_ids=ids).logits.detach())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_hand_written_loops_use_the_global_length_too(four_ranks: Ranks, kind: str) -> None:
+    assert max(four_ranks.run(hand_loop_rope_error, kind)) < 1e-4
+
+
+def meshes_of_a_device_mesh() -> list[tuple[int, ...]]:
+    """(ring degree, ulysses degree, ring rank, ulysses rank, *ranks) for three device meshes."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import hf_usp
+
+    plain = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+    around = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    whole = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
+    build = hf_usp.UspMesh.from_device_mesh
+    meshes = [build(plain), build(around), build(whole, ulysses_degree=2)]
+    return [(m.ring_degree, m.ulysses_degree, m.ring_rank, m.ulysses_rank, *m.ranks) for m in meshes]
+
+
+def test_a_mesh_out_of_a_device_mesh(four_ranks: Ranks) -> None:
+    for rank, found in enumerate(four_ranks.run(meshes_of_a_device_mesh)):
+        square = (2, 2, rank // 2, rank % 2, 0, 1, 2, 3)
+        first = rank - rank % 2
+        assert found == [square, (1, 2, 0, rank % 2, first, first + 1), square]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,23 +41,8 @@ class FlashAttnKernel:
         self, q_THD: Tensor, k_KGD: Tensor, v_KGE: Tensor, segments: Segments, softmax: Softmax
     ) -> tuple[Tensor, Tensor]:
         q, k, v = operands(q_THD, k_KGD, v_KGE)
-        call = bounds(segments)
         out, lse_HT, *_ = _require()._flash_attn_varlen_forward(
-            q=q,
-            k=k,
-            v=v,
-            cu_seqlens_q=segments.cu_q,
-            cu_seqlens_k=segments.cu_k,
-            max_seqlen_q=call.max_q,
-            max_seqlen_k=call.max_k,
-            dropout_p=0.0,
-            softmax_scale=softmax.scale,
-            causal=call.causal,
-            window_size_left=call.left,
-            window_size_right=call.right,
-            softcap=softmax.softcap or 0.0,
-            alibi_slopes=None,
-            return_softmax=False,
+            q=q, k=k, v=v, return_softmax=False, **_common(segments, softmax)
         )
         return out[..., : v_KGE.shape[2]], lse_HT
 
@@ -72,7 +58,6 @@ class FlashAttnKernel:
         softmax: Softmax,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dout, q, k, v, out = operands(dout_THE, q_THD, k_KGD, v_KGE, out_THE)
-        call = bounds(segments)
         # The gradients are written into tensors of ours.
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         _require()._flash_attn_varlen_backward(
@@ -85,22 +70,30 @@ class FlashAttnKernel:
             dq=dq,
             dk=dk,
             dv=dv,
-            cu_seqlens_q=segments.cu_q,
-            cu_seqlens_k=segments.cu_k,
-            max_seqlen_q=call.max_q,
-            max_seqlen_k=call.max_k,
-            dropout_p=0.0,
-            softmax_scale=softmax.scale,
-            causal=call.causal,
-            window_size_left=call.left,
-            window_size_right=call.right,
-            softcap=softmax.softcap or 0.0,
-            alibi_slopes=None,
+            **_common(segments, softmax),
             # The package's default is False; torch's own switch is honoured as torch's own operator does.
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         head_dim = q_THD.shape[2]
         return dq[..., :head_dim], dk[..., :head_dim], dv[..., : v_KGE.shape[2]]
+
+
+def _common(segments: Segments, softmax: Softmax) -> dict[str, Any]:
+    """The arguments that forward and backward share."""
+    call = bounds(segments)
+    return {
+        "cu_seqlens_q": segments.cu_q,
+        "cu_seqlens_k": segments.cu_k,
+        "max_seqlen_q": call.max_q,
+        "max_seqlen_k": call.max_k,
+        "dropout_p": 0.0,
+        "softmax_scale": softmax.scale,
+        "causal": call.causal,
+        "window_size_left": call.left,
+        "window_size_right": call.right,
+        "softcap": softmax.softcap or 0.0,
+        "alibi_slopes": None,
+    }
 
 
 def _missing() -> str | None:
