@@ -10,6 +10,7 @@ The same steps and losses on 4 processes, ulysses 2 x ring 2 (the same time: the
     accelerate launch --config_file configs/cpu_4_processes.yaml scripts/finetune.py ...the flags above... \
         --context-parallel-size 4 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2
 
+A run that was cut off: the same flags with --resume_from_checkpoint last, on any number of processes.
 8 GPUs: the first lines of configs/one_node_8_gpus_fsdp2.yaml. All flags: python scripts/finetune.py --help.
 """
 
@@ -33,6 +34,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_usp import checkpoint
 from hf_usp.errors import UspConfigError
 
 logger = logging.getLogger("finetune")
@@ -102,6 +104,19 @@ def load_rows(documents: list[str], tokenizer: texts.Tokenizer, length: int | No
     return rows
 
 
+def checkpoint_to_continue(args: TrainingArguments) -> str | None:
+    """`--resume_from_checkpoint last`: the newest complete one in the output folder, if any. A path must be one."""
+    if args.resume_from_checkpoint is None or args.output_dir is None:
+        return None
+    if args.resume_from_checkpoint == "last":
+        found = checkpoint.last_complete(args.output_dir)
+    else:
+        found = args.resume_from_checkpoint
+        checkpoint.check_complete(found)
+    logger.info("continuing from %s", found)
+    return found
+
+
 def main() -> None:
     kinds: Any = (ContextParallelArguments, ModelArguments, TextArguments, TrainingArguments)
     parser = HfArgumentParser(kinds)
@@ -142,7 +157,7 @@ def main() -> None:
         data_collator=partial(texts.pad_right, pad_token_id=tokenizer.eos_token_id or 0),
         processing_class=None if isinstance(tokenizer, texts.ByteTokenizer) else tokenizer,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_continue(args))
     if eval_rows is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_state()

@@ -38,16 +38,20 @@ def test_two_processes_log_the_losses_of_one(tmp_path: Path, rows: str, algorith
 
 
 @pytest.mark.timeout(180)
-def test_resuming_continues_the_same_run(tmp_path: Path) -> None:
+def test_two_processes_continue_a_run_of_one_that_was_cut_off(tmp_path: Path) -> None:
+    out = tmp_path / "out"
     flags = [*write_inputs(tmp_path), "--sequence_length", "64", "--save_steps", "1", "--max_steps", "3"]
     flags += ["--lr_scheduler_type", "constant", "--eval_file", str(tmp_path / "texts" / "a.txt")]
-    printed = succeeded(start(SCRIPT, *flags, "--output_dir", str(tmp_path / "whole")))
+    flags += ["--output_dir", str(out), "--resume_from_checkpoint", "last"]
+    printed = succeeded(start(SCRIPT, *flags))
+    assert "continuing from None" in printed
     assert "eval_loss" in printed
-    resumed = ["--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint"]
-    succeeded(start(SCRIPT, *flags, *resumed, str(tmp_path / "whole" / "checkpoint-2")))
-    whole, again = steps(tmp_path / "whole"), steps(tmp_path / "resumed")
-    assert [entry["loss"] for entry in again] == pytest.approx([entry["loss"] for entry in whole], abs=1e-6)
-    assert (tmp_path / "resumed" / "model.safetensors").exists()
+    whole = steps(out)
+    (out / "checkpoint-3" / "trainer_state.json").unlink()  # as a run leaves it that is killed while it saves
+    printed = succeeded(accelerate(2, SCRIPT, *flags, "--context-parallel-size", "2"))
+    assert f"continuing from {out / 'checkpoint-2'}" in printed
+    assert [entry["loss"] for entry in steps(out)] == pytest.approx([entry["loss"] for entry in whole], abs=1e-5)
+    assert (out / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
