@@ -21,6 +21,7 @@ from .kernels import accumulation_dtype
 from .layout import UNLIMITED, Documents, IntArray, Mask, choose_order, deal, over_batch
 from .mesh import UspMesh
 from .plan import RingPlan, make_plan
+from .scan_plan import plan_halo, plan_scan
 from .work import Work, prepare
 
 
@@ -36,6 +37,16 @@ class MaskKind:
 CAUSAL = MaskKind()
 
 
+@dataclass(frozen=True, eq=False)
+class Halo:
+    """A `HaloPlan` on a device."""
+
+    send: list[Tensor]
+    receive: list[int]
+    extended: Tensor
+    results: Tensor
+
+
 @dataclass(eq=False)
 class Layout:
     """Who holds which token of one batch.
@@ -43,7 +54,8 @@ class Layout:
     mesh: the ranks. batch, length: rows and tokens per row as the caller passed them. padded: tokens per row after ours
     were appended so that every rank holds equally many. order: the assignment of tokens to ring ranks. kernel: the one
     asked for by name, or None. calls: how many attention layers have used this layout; dtype: what the last computed
-    in. items_given: whether the caller passed `num_items_in_batch`.
+    in. items_given: whether the caller passed `num_items_in_batch`. by_hand: whether `hf_usp.shard` made it for a
+    hand-written loop, whose model nobody prepared.
     """
 
     mesh: UspMesh
@@ -56,6 +68,7 @@ class Layout:
     calls: int = 0
     dtype: torch.dtype = torch.float32
     items_given: bool = False
+    by_hand: bool = False
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -87,6 +100,32 @@ class Layout:
         if ("work", kind, device) not in self._made:
             self._made["work", kind, device] = prepare(self.plan(kind), device)
         return self._made["work", kind, device]
+
+    def held(self) -> IntArray:
+        """Positions of every rank's tokens, flattened over the batch [P, B * L]."""
+        mesh = self.mesh
+        rows = np.stack([self.row_positions(*divmod(rank, mesh.ulysses_degree)) for rank in range(mesh.size)])
+        offsets = np.arange(self.batch)[None, :, None] * self.padded
+        return (rows[:, None] + offsets).reshape(mesh.size, -1)
+
+    def scan(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """Index tensors of a `ScanPlan`: rows, and the way back; made once."""
+        if ("scan", device) not in self._made:
+            plan = plan_scan(self.documents, self.held(), self.length, self.padded)
+            rows = [torch.from_numpy(index).to(device) for index in plan.rows]
+            self._made["scan", device] = rows, torch.from_numpy(plan.back).to(device)
+        return self._made["scan", device]
+
+    def halo(self, reach: int, device: torch.device) -> Halo:
+        """What a convolution over `reach` earlier tokens fetches; made once."""
+        if ("halo", reach, device) not in self._made:
+            plan = plan_halo(self.documents, self.held(), self.mesh.rank, reach)
+            send, extended, results = (
+                [torch.from_numpy(index).to(device) for index in indices]
+                for indices in (plan.send, [plan.extended], [plan.results])
+            )
+            self._made["halo", reach, device] = Halo(send, plan.receive, extended[0], results[0])
+        return self._made["halo", reach, device]
 
     def taken(self, device: torch.device) -> tuple[Tensor, int]:
         """Tokens of a full row that this rank takes [L], and how many of the last are padding of ours; made once.

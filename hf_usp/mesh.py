@@ -104,6 +104,11 @@ class UspMesh:
         return self.ring_degree * self.ulysses_degree
 
     @property
+    def rank(self) -> int:
+        """This rank's place in `ranks`."""
+        return self.ring_rank * self.ulysses_degree + self.ulysses_rank
+
+    @property
     def ring_ranks(self) -> tuple[int, ...]:
         """Global ranks along the ring axis through this rank, in ring order."""
         return self.ranks[self.ulysses_rank :: self.ulysses_degree]

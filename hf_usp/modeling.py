@@ -41,6 +41,10 @@ HARMLESS = {
 }  # fmt: skip
 
 
+# Entries of a config's layer types whose layers look across tokens outside attention.
+RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "linear"}
+
+
 class _MaskTouchedError(UspMaskError, AttributeError):
     """A model computes with the mask itself; also an AttributeError, so that `hasattr` stays a question."""
 
@@ -138,6 +142,8 @@ def usp_attention_forward(
     else:
         layout, kind = usp, _kind_without_mask(module, attention_mask, sliding_window, kwargs.get("is_causal"))
     _refuse(module, dropout, kwargs)
+    if layout.by_hand:
+        _refuse_recurrent(module)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
     q_BLHD, k_BLGD, v_BLGE = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return attend(q_BLHD, k_BLGD, v_BLGE, s_aux, layout, kind, softmax), None
@@ -174,6 +180,19 @@ def _refuse(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> 
                 rule="an argument is translated or refused, never ignored",
                 remedy="this model cannot be sharded exactly; train it without UspParallelismConfig",
             )
+
+
+def _refuse_recurrent(module: torch.nn.Module) -> None:
+    """In a hand-written loop nobody has prepared a model's recurrent layers."""
+    config = getattr(module, "config", None)
+    types = [t for name in ("layer_types", "layers_block_type") for t in getattr(config, name, None) or ()]
+    found = sorted(RECURRENT.intersection(types))
+    if found:
+        raise UspModelError(
+            f"a model with layers of type {', '.join(found)} in a hand-written loop",
+            rule="layers with a state along the sequence exchange tokens, which only a prepared model does",
+            remedy="let Accelerator(parallelism_config=UspParallelismConfig(...)).prepare(model) shard the batches",
+        )
 
 
 def no_attention_weights() -> UspModelError:

@@ -20,6 +20,7 @@ from .layout import UNLIMITED
 from .loss import whole_loss
 from .mesh import UspMesh
 from .modeling import NAME, no_attention_weights
+from .recurrent import RecurrentLayers, has_recurrent_layers
 from .selfcheck import self_check
 from .shard import ShardOptions, shard_with
 
@@ -38,6 +39,7 @@ class ShardedForward:
         self.inexact: frozenset[str] = frozenset()  # kinds of batch that the self-check found different
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
+        self.recurrent = RecurrentLayers(model)
         self._handles = (
             model.register_forward_pre_hook(self.cut, with_kwargs=True),
             model.register_forward_hook(self.put_together, with_kwargs=True),
@@ -46,6 +48,7 @@ class ShardedForward:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self.recurrent.release()
 
     def __deepcopy__(self, memo: dict) -> ShardedForward:
         """A copied model shards over the same mesh."""
@@ -85,8 +88,8 @@ class ShardedForward:
         if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
             raise UspModelError(
                 f"packed documents, told apart by position_ids, for {type(model).__name__}",
-                rule="a sharded run equals one process, where masks of this model ignore position_ids and documents "
-                "see each other",
+                rule="a sharded run equals one process, where masks or recurrent layers of this model ignore "
+                "position_ids and documents see each other",
                 remedy="pass cu_seq_lens_q as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True)), which "
                 "keeps documents apart as flash attention does, or do not pack",
             )
@@ -212,9 +215,10 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} is an encoder-decoder model", rule="one sequence of tokens attends to itself",
             remedy="use a decoder-only model",
         )  # fmt: skip
-    if not getattr(type(model), "_supports_attention_backend", False) and not getattr(
-        type(model), "_supports_sdpa", False
-    ):
+    # A model whose layers all are recurrent has no attention to speak of, and no positions.
+    recurrent = has_recurrent_layers(model)
+    supported = any(getattr(type(model), f"_supports_{way}", False) for way in ("attention_backend", "sdpa"))
+    if not supported and not recurrent:
         raise UspModelError(
             f"{name} has attention code of its own",
             rule="the model's attention goes through Transformers' attention interface",
@@ -235,7 +239,7 @@ def check_model(model: PreTrainedModel) -> None:
             remedy="use an architecture whose forward takes **kwargs",
         )
     body = inspect.signature(type(model.base_model).forward).parameters
-    if "position_ids" not in body:
+    if "position_ids" not in body and not recurrent:
         raise UspModelError(
             f"{type(model.base_model).__name__} takes no position_ids",
             rule="each rank passes the positions of its tokens; a model that counts them itself starts at 0 everywhere",

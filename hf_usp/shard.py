@@ -38,14 +38,16 @@ class ShardOptions:
 
 _SAME_MASK = (
     Tensor.to, Tensor.bool, Tensor.long, Tensor.int, Tensor.float, Tensor.contiguous, Tensor.clone, Tensor.detach,
-    Tensor.view, Tensor.reshape,
+    Tensor.view, Tensor.reshape, Tensor.__getitem__, Tensor.eq, Tensor.__eq__, torch.eq,
 )  # fmt: skip
 
 
 class LayoutMask(Tensor):
-    """This rank's padding mask [B, L] (True: a token) that carries the layout to where attention masks are made.
+    """This rank's padding mask [B, L] (True: a token) that carries the layout to where masks are made and read.
 
-    Anything computed from it is a plain tensor; only moving, casting and looking at it otherwise keep the layout.
+    Anything computed from it is a plain tensor; only moving, casting and looking at it otherwise keep the layout. Asked
+    whether all is True it says no: models drop a mask without padding, which would depend on the rank, and the layout
+    with it.
     """
 
     usp_layout: Layout
@@ -61,6 +63,8 @@ class LayoutMask(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
+        if func in (torch.all, Tensor.all):
+            return torch.zeros_like(result, dtype=torch.bool).as_subclass(Tensor)
         same = isinstance(result, cls) and args and isinstance(args[0], cls) and result.shape == args[0].shape
         if same and func in _SAME_MASK:
             return cls.of(result, args[0].usp_layout)
@@ -90,7 +94,8 @@ def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kerne
     Raises:
         UspBatchError on every rank of the mesh, also where only one of them has bad input or another batch.
     """
-    share, _ = shard_with(batch, mesh, ShardOptions(order, (CAUSAL,), kernel))
+    share, layout = shard_with(batch, mesh, ShardOptions(order, (CAUSAL,), kernel))
+    layout.by_hand = True
     if "shift_labels" in share:
         share.setdefault("num_items_in_batch", share.pop("num_labels") / mesh.size)
     return share

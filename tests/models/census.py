@@ -31,10 +31,10 @@ def subjects() -> list[str]:
     return sorted([*causal_lm_types(), *VARIANTS])
 
 
-def tiny_config(subject: str) -> Any:
-    """A configuration with the family's own defaults wherever they are not sizes."""
+def tiny_config(subject: str, **changes: Any) -> Any:
+    """A configuration with the family's own defaults wherever they are not sizes, and then the changes."""
     model_type = subject.split("/")[0]
-    return _tiny(CONFIG_MAPPING[model_type], FAMILIES.get(model_type, {}) | VARIANTS.get(subject, {}))
+    return _tiny(CONFIG_MAPPING[model_type], FAMILIES.get(model_type, {}) | VARIANTS.get(subject, {}) | changes)
 
 
 def _tiny(kind: type, family: dict[str, Any]) -> Any:
@@ -77,19 +77,19 @@ def _text_config(config: Any) -> Any:
         return config
 
 
-def tiny_model(subject: str, attention: str) -> Any:
+def tiny_model(subject: str, attention: str, **changes: Any) -> Any:
     """A random model, the same in every process, with weights so large that every layer shows in the logits."""
     from transformers import AutoModelForCausalLM
 
     import hf_usp  # noqa: F401  registers "usp"
 
-    config = tiny_config(subject)
+    config = tiny_config(subject, **changes)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters are not tiny")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(subject), attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(tiny_config(subject, **changes), attn_implementation=attention)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:

@@ -135,12 +135,12 @@ def _references(reference: Any) -> tuple[Step | None, list[str]]:
     return expected, problems
 
 
-def attach_to(model: Any, degrees: tuple[int, int], self_check: bool) -> None:
+def attach_to(model: Any, degrees: tuple[int, int], self_check: bool) -> Any:
     """What `Accelerator.prepare` does to a model, on a mesh of (ring, ulysses) degrees."""
     from hf_usp.prepare import attach, mask_kinds
     from hf_usp.shard import ShardOptions
 
-    attach(model, mesh_of(*degrees), ShardOptions("auto", mask_kinds(model)), True, self_check)
+    return attach(model, mesh_of(*degrees), ShardOptions("auto", mask_kinds(model)), True, self_check)
 
 
 @cache
