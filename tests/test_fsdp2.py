@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .ranks import Ranks
-from .tiny import rows, tiny_model
+from .tiny import HYBRID, rows, tiny_model
 
 
 @contextmanager
@@ -43,9 +43,9 @@ def cpu_as_accelerator() -> Iterator[None]:
         reset()
 
 
-def train(sizes: dict[str, int] | None) -> dict[str, Any]:
+def train(sizes: dict[str, int] | None, family: str = "qwen2", changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """Four AdamW steps on batches of four rows; FSDP2 where `sizes` are given, else one process."""
-    model = tiny_model("qwen2", "usp" if sizes else "eager", tie_word_embeddings=False)
+    model = tiny_model(family, "usp" if sizes else "eager", tie_word_embeddings=False, **changes or {})
     if sizes is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
         return _steps(model, optimizer, [rows(4, 33) for _ in range(4)], lambda loss: loss.backward())
@@ -57,7 +57,7 @@ def train(sizes: dict[str, int] | None) -> dict[str, Any]:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+            transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
         )
         config = hf_usp.UspParallelismConfig(**sizes)
         accelerator = Accelerator(fsdp_plugin=plugin, parallelism_config=config)
@@ -101,8 +101,15 @@ SIZES = [
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_fsdp2_equals_one_process(four_ranks: Ranks, sizes: dict[str, int]) -> None:
-    reference = train(None)
-    results = four_ranks.run(train, sizes)
+    compare(four_ranks.run(train, sizes), train(None))
+
+
+def test_fsdp2_with_recurrent_layers(four_ranks: Ranks) -> None:
+    model = "qwen3_5_text", HYBRID
+    compare(four_ranks.run(train, {"cp_size": 4, "ulysses_degree": 2}, *model), train(None, *model))
+
+
+def compare(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
     for mine in results:
         assert mine["sharded"]
         assert mine["norms"] == pytest.approx(reference["norms"], rel=1e-4)

@@ -114,10 +114,8 @@ def family_verdict(family: str, changes: dict[str, Any]) -> str:
     return "passed"
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "bloom"])
+@pytest.mark.parametrize("family", ["minimax", "recurrent_gemma", "bloom"])
 def test_families_beyond_us_are_refused(four_ranks: Ranks, family: str) -> None:
-    changes = {"qwen3_next": {"num_hidden_layers": 4}, "lfm2": {"layer_types": ["conv", "full_attention"]}}.get(
-        family, {}
-    )
+    changes = {"minimax": {"layer_types": ["linear_attention", "full_attention"]}}.get(family, {})
     for message in four_ranks.run(family_verdict, family, changes, timeout=40):
         assert message.startswith("usp: "), message

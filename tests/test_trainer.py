@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from .ranks import Ranks
-from .tiny import largest_difference, rows, tiny_model
+from .tiny import HYBRID, largest_difference, rows, tiny_model
 
 # (cp_size, ulysses_degree, order); the rest of the four ranks is data parallel.
 MESHES = [(4, 1, "zigzag"), (4, 2, "zigzag"), (4, 4, "contiguous"), (2, 1, "contiguous"), (2, 2, "auto")]
@@ -47,7 +47,7 @@ def run_trainer(folder: str, mesh: tuple[int, int | None, str] | None, setup: di
         output_dir=folder, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
         dataloader_pin_memory=False, parallelism_config=config, **arguments,
     )  # fmt: skip
-    model = tiny_model(setup.get("family", "llama"), "usp" if config else "eager")
+    model = tiny_model(setup.get("family", "llama"), "usp" if config else "eager", **setup.get("changes", {}))
     if "checkpointing" in setup:
         # Renamed in Transformers 5.2x; the old name warns there.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -98,6 +98,13 @@ def test_fifty_adamw_steps_follow_the_same_losses(four_ranks: Ranks, tmp_path: P
     for mine in four_ranks.run(run_trainer, str(tmp_path), (4, 2, "auto"), setup):
         assert mine["losses"] == pytest.approx(reference["losses"], abs=1e-4)
         assert mine["counts"] == reference["counts"]
+
+
+def test_a_model_with_recurrent_layers(four_ranks: Ranks, tmp_path: Path) -> None:
+    setup = {"rows": 12, "batch": 2, "steps": 4, "family": "qwen3_5_text", "changes": HYBRID}
+    reference = run_trainer(str(tmp_path), None, setup)
+    for mine in four_ranks.run(run_trainer, str(tmp_path), (4, 2, "zigzag"), setup):
+        compare(mine, reference)
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])

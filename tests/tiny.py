@@ -29,6 +29,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
 }
 
+# Three layers of the gated delta rule and one of full attention.
+HYBRID = {
+    "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+
 
 def tiny_model(
     family: str = "llama", attention: str = "usp", dtype: torch.dtype = torch.float32, **changes: Any
