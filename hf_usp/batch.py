@@ -8,8 +8,9 @@ model, to every attention layer, and makes each mask's plan once per batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from .kernels import accumulation_dtype
 from .layout import UNLIMITED, Documents, IntArray, Mask, choose_order, deal, over_batch
 from .mesh import UspMesh
 from .plan import RingPlan, make_plan
-from .scan_plan import plan_halo, plan_scan
 from .work import Work, prepare
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,6 @@ class MaskKind:
 CAUSAL = MaskKind()
 
 
-@dataclass(frozen=True, eq=False)
-class Halo:
-    """A `HaloPlan` on a device."""
-
-    send: list[Tensor]
-    receive: list[int]
-    extended: Tensor
-    results: Tensor
-
-
 @dataclass(eq=False)
 class Layout:
     """Who holds which token of one batch.
@@ -55,7 +47,8 @@ class Layout:
     were appended so that every rank holds equally many. order: the assignment of tokens to ring ranks. kernel: the one
     asked for by name, or None. calls: how many attention layers have used this layout; dtype: what the last computed
     in. items_given: whether the caller passed `num_items_in_batch`. by_hand: whether `hf_usp.shard` made it for a
-    hand-written loop, whose model nobody prepared.
+    hand-written loop, whose model nobody prepared. pass_states: whether recurrent layers pass states between ranks or
+    exchange heads for tokens, where they can do both; None: what costs less.
     """
 
     mesh: UspMesh
@@ -69,6 +62,7 @@ class Layout:
     dtype: torch.dtype = torch.float32
     items_given: bool = False
     by_hand: bool = False
+    pass_states: bool | None = None
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -85,10 +79,12 @@ class Layout:
 
     def plan(self, kind: MaskKind = CAUSAL) -> RingPlan:
         """What this rank computes and sends for such a mask; made once."""
-        if ("plan", kind) not in self._made:
+
+        def make() -> RingPlan:
             shards = over_batch(deal(self.padded, self.mesh.ring_degree, self.order), self.batch, self.padded)
-            self._made["plan", kind] = make_plan(shards, self.mask(kind), self.mesh.ring_rank)
-        return self._made["plan", kind]
+            return make_plan(shards, self.mask(kind), self.mesh.ring_rank)
+
+        return self.once(("plan", kind), make)
 
     def mask(self, kind: MaskKind = CAUSAL) -> Mask:
         """The mask over the whole batch, positions flattened."""
@@ -97,9 +93,7 @@ class Layout:
 
     def work(self, kind: MaskKind, device: torch.device) -> Work:
         """The plan on a device; made once."""
-        if ("work", kind, device) not in self._made:
-            self._made["work", kind, device] = prepare(self.plan(kind), device)
-        return self._made["work", kind, device]
+        return self.once(("work", kind, device), lambda: prepare(self.plan(kind), device))
 
     def held(self) -> IntArray:
         """Positions of every rank's tokens, flattened over the batch [P, B * L]."""
@@ -108,35 +102,24 @@ class Layout:
         offsets = np.arange(self.batch)[None, :, None] * self.padded
         return (rows[:, None] + offsets).reshape(mesh.size, -1)
 
-    def scan(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
-        """Index tensors of a `ScanPlan`: rows, and the way back; made once."""
-        if ("scan", device) not in self._made:
-            plan = plan_scan(self.documents, self.held(), self.length, self.padded)
-            rows = [torch.from_numpy(index).to(device) for index in plan.rows]
-            self._made["scan", device] = rows, torch.from_numpy(plan.back).to(device)
-        return self._made["scan", device]
-
-    def halo(self, reach: int, device: torch.device) -> Halo:
-        """What a convolution over `reach` earlier tokens fetches; made once."""
-        if ("halo", reach, device) not in self._made:
-            plan = plan_halo(self.documents, self.held(), self.mesh.rank, reach)
-            send, extended, results = (
-                [torch.from_numpy(index).to(device) for index in indices]
-                for indices in (plan.send, [plan.extended], [plan.results])
-            )
-            self._made["halo", reach, device] = Halo(send, plan.receive, extended[0], results[0])
-        return self._made["halo", reach, device]
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made once for this batch."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def taken(self, device: torch.device) -> tuple[Tensor, int]:
         """Tokens of a full row that this rank takes [L], and how many of the last are padding of ours; made once.
 
         Padding repeats the last token of the row.
         """
-        if ("taken", device) not in self._made:
+
+        def make() -> tuple[Tensor, int]:
             positions = self.row_positions()
             index = torch.from_numpy(np.minimum(positions, self.length - 1)).to(device)
-            self._made["taken", device] = index, int((positions >= self.length).sum())
-        return self._made["taken", device]
+            return index, int((positions >= self.length).sum())
+
+        return self.once(("taken", device), make)
 
 
 def make_layout(
@@ -295,8 +278,9 @@ class _Unshard(torch.autograd.Function):
 
 def _where_from(layout: Layout) -> Tensor:
     """For each position of a row its place in the concatenation of all ranks' shares [S]."""
-    if "where_from" not in layout._made:
-        mesh = layout.mesh
-        held = [layout.row_positions(*divmod(rank, mesh.ulysses_degree)) for rank in range(mesh.size)]
-        layout._made["where_from"] = torch.from_numpy(np.argsort(np.concatenate(held))[: layout.length].copy())
-    return layout._made["where_from"]
+
+    def make() -> Tensor:
+        held = layout.held()[:, : layout.local_length]  # of the first row
+        return torch.from_numpy(np.argsort(held.reshape(-1))[: layout.length].copy())
+
+    return layout.once("where_from", make)

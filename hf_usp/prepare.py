@@ -69,6 +69,7 @@ class ShardedForward:
         if num_labels is not None:
             share["num_items_in_batch"] = num_labels if items is None else items
         layout.items_given = items is not None
+        layout.pass_states = False if "states" in self.inexact else None
         share["use_cache"] = False
         return (), share
 

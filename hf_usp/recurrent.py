@@ -23,7 +23,10 @@ from .batch import Layout
 from .errors import UspModelError
 from .modeling import ShardedMask
 from .scan import causal_conv, scan_over_heads
+from .scan_plan import ScanSizes, states_pay
+from .scan_work import state_plan
 from .shard import LayoutMask
+from .states import scan_by_states
 
 Function = Callable[..., Any]
 
@@ -121,10 +124,22 @@ def _delta_rule(original: Function, layout: Layout, query: Tensor, key: Tensor, 
     beta [B, L, H], g [B, L, H] or [B, L, H, N]."""
     _refuse_packing(kwargs, ("initial_state", "output_final_state", "cu_seqlens"))
 
+    heads, groups = {"value": value, "g": g, "beta": beta}, {"query": query, "key": key}
+    sizes = ScanSizes(value.shape[2], key.shape[2], key.shape[3], value.shape[3], value.element_size())
+    tokens = layout.batch * layout.local_length
+    pays = layout.pass_states
+    if pays is None:
+        pays = states_pay(sizes, tokens, layout.mesh.size, state_plan(layout).busiest)
+    if pays:
+
+        def with_states(x: Mapping[str, Tensor], first: Tensor | None, final: bool) -> tuple[Tensor, Tensor | None]:
+            return original(**x, initial_state=first, output_final_state=final, **kwargs)
+
+        return scan_by_states(with_states, layout, groups | heads), None
+
     def kernel(heads: Mapping[str, Tensor], groups: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> Tensor:
         return original(**groups, **heads, **kwargs)[0]
 
-    heads, groups = {"value": value, "g": g, "beta": beta}, {"query": query, "key": key}
     return scan_over_heads(kernel, layout, heads, groups, {}, value.shape[-1]), None
 
 

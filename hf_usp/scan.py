@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .batch import Layout
 from .comm import Group, all_to_all
+from .scan_work import halo_work, scan_work
 
 # First and past-the-last head, and the same for groups.
 Share = tuple[int, int, int, int]
@@ -57,7 +58,7 @@ def scan_over_heads(
     h0, h1, g0, g1 = shares[layout.mesh.rank]
     whole = _to_heads(inputs, shares, layout)
     my_parameters = {name: x[h0:h1] for name, x in parameters.items()}
-    rows, back = layout.scan(first.device)
+    rows, back = scan_work(layout, first.device)
     results = []
     for index_NM in rows:
         tensors = {name: x[index_NM] for name, x in whole.items()}
@@ -108,7 +109,7 @@ def _to_heads(inputs: Mapping[str, tuple[Tensor, int]], shares: Sequence[Share],
         sends.append(torch.cat([block.reshape(-1) for block in blocks]))
         send_sizes.append([block.numel() for block in blocks])
         receive_sizes.append([blocks[layout.mesh.rank].numel()] * len(shares))
-    received = _Exchange.apply(layout.mesh.group, send_sizes, receive_sizes, *sends)
+    received = exchange(layout.mesh.group, send_sizes, receive_sizes, *sends)
     tokens = len(shares) * layout.batch * layout.local_length
     whole = {}
     for flat, together in zip(received, names.values(), strict=True):
@@ -131,16 +132,23 @@ def _to_tokens(
     tokens = layout.batch * layout.local_length
     flat = results[back].reshape(-1)
     receive_sizes = [tokens * (share[1] - share[0]) * width for share in shares]
-    (received,) = _Exchange.apply(
-        layout.mesh.group, [[flat.numel() // len(shares)] * len(shares)], [receive_sizes], flat
-    )
+    (received,) = exchange(layout.mesh.group, [[flat.numel() // len(shares)] * len(shares)], [receive_sizes], flat)
     blocks = [b.view(*shape, -1, width) for b in received.split(receive_sizes) if b.numel()]
     return torch.cat(blocks, dim=2)
 
 
-class _Exchange(torch.autograd.Function):
-    """One all-to-all per flat tensor; a single node, so that all ranks run the backwards in the same order."""
+def exchange(
+    group: Group | None, send_sizes: list[list[int]], receive_sizes: list[list[int]], *flats: Tensor
+) -> tuple[Tensor, ...]:
+    """One all-to-all per flat tensor, slice i of which goes to rank i of the group. Differentiable.
 
+    A single node of the graph, so that all ranks run the backwards of several in the same order. Every rank must need
+    its gradient, also one that has nothing to send or to receive.
+    """
+    return _Exchange.apply(group, send_sizes, receive_sizes, *flats)
+
+
+class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, group: Group | None, send_sizes: list[list[int]], receive_sizes: list[list[int]], *flats: Tensor
@@ -174,11 +182,11 @@ def causal_conv(convolve: Callable[[Tensor], Tensor], x_BCL: Tensor, reach: int,
         reach: how many earlier tokens a result depends on (kernel size - 1).
         layout: of this batch. Documents do not see each other.
     """
-    plan = layout.halo(reach, x_BCL.device)
+    plan = halo_work(layout, reach, x_BCL.device)
     x_TC = x_BCL.transpose(1, 2).reshape(-1, x_BCL.shape[1])
     channels = x_TC.shape[1]
     sent = torch.cat([x_TC[index].reshape(-1) for index in plan.send])
-    (halo,) = _Exchange.apply(
+    (halo,) = exchange(
         layout.mesh.group,
         [[len(index) * channels for index in plan.send]],
         [[n * channels for n in plan.receive]],

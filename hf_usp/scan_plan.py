@@ -106,3 +106,133 @@ def _before_runs(documents: Documents, positions: IntArray, reach: int) -> tuple
     starts = np.flatnonzero(begins)
     before = positions[starts, None] - np.arange(reach, 0, -1)[None]
     return starts, np.where(before >= documents.bounds[document[starts], None], before, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class StatePlan:
+    """Runs of consecutive tokens of one document on every rank, and the states that pass between them.
+
+    rows: index arrays [n, m] into this rank's tokens, a run each; sizes: tokens of each run, beyond which its last is
+    repeated. back [N]: for this rank's tokens their place in the flattened rows, one array after the other.
+    gives: for each rank how many of its runs do not end their document; giving: which of this rank's rows do, in the
+    order of their positions. takes [P]: for each rank, in the order of all giving runs' positions, which of them come
+    right before a run of its own; taking: for each of this rank's rows its place among `takes[rank]`, or -1.
+    order: the giving runs of rank 0, of rank 1, ... put into the order of their positions; chained: whether the run
+    before a giving run gives too. busiest: tokens in the giving runs of the rank that has most, and their number.
+    """
+
+    rows: list[IntArray]
+    sizes: list[IntArray]
+    back: IntArray
+    gives: list[int]
+    giving: IntArray
+    takes: list[IntArray]
+    taking: IntArray
+    order: IntArray
+    chained: IntArray
+    busiest: tuple[int, int]
+
+
+def plan_states(documents: Documents, held: IntArray, rank: int, length: int, padded: int) -> StatePlan:
+    """The plan of one rank; every rank computes its own from the same integers. Padding of ours passes no state."""
+    owner, start, size, document = _all_runs(documents, held)
+    real = start % padded < length
+    # In the order of positions a document's runs are neighbours.
+    carry_in = np.concatenate(([False], document[1:] == document[:-1])) & real
+    carry_out = np.concatenate((carry_in[1:], [False]))
+    by_rank = [np.flatnonzero(carry_out & (owner == p)) for p in range(len(held))]
+    giving = np.flatnonzero(carry_out)
+
+    mine = np.flatnonzero(owner == rank)
+    place = np.empty(held.size, dtype=np.int64)
+    place[held[rank]] = np.arange(len(held[rank]))
+    rows, sizes, kept, offset = [], [], [], 0
+    back = np.empty(len(held[rank]), dtype=np.int64)
+    magnitude = np.ceil(np.log2(size[mine])).astype(np.int64)
+    for group in np.unique(magnitude):
+        runs = mine[magnitude == group]
+        column = np.arange(size[runs].max())[None]
+        index = place[start[runs]][:, None] + np.minimum(column, size[runs][:, None] - 1)
+        inside = column < size[runs][:, None]
+        back[index[inside]] = offset + np.flatnonzero(inside)
+        rows.append(index)
+        sizes.append(size[runs])
+        kept.append(runs)
+        offset += index.size
+    runs = np.concatenate(kept)
+    row_of = np.full(len(owner), -1, dtype=np.int64)
+    row_of[runs] = np.arange(len(runs))
+    takes = [np.searchsorted(giving, np.flatnonzero(carry_in & (owner == p)) - 1) for p in range(len(held))]
+    taken_by_me = np.flatnonzero(carry_in & (owner == rank))
+    taking = np.full(len(runs), -1, dtype=np.int64)
+    taking[row_of[taken_by_me]] = np.arange(len(taken_by_me))
+    return StatePlan(
+        rows=rows,
+        sizes=sizes,
+        back=back,
+        gives=[len(runs) for runs in by_rank],
+        giving=row_of[by_rank[rank]],
+        takes=takes,
+        taking=taking,
+        order=np.argsort(np.concatenate(by_rank), kind="stable"),
+        chained=carry_in[giving],
+        busiest=max((int(size[runs].sum()), len(runs)) for runs in by_rank),
+    )
+
+
+def _all_runs(documents: Documents, held: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Owner, first position, size and document of every rank's runs, in the order of their positions."""
+    owners, firsts, sizes = [], [], []
+    for rank, positions in enumerate(held):
+        starts, _ = _before_runs(documents, positions, 1)
+        owners.append(np.full(len(starts), rank))
+        firsts.append(positions[starts])
+        sizes.append(np.diff(np.append(starts, len(positions))))
+    owner, first, size = (np.concatenate(parts) for parts in (owners, firsts, sizes))
+    by_position = np.argsort(first, kind="stable")
+    owner, first, size = owner[by_position], first[by_position], size[by_position]
+    return owner, first, size, np.searchsorted(documents.bounds, first, side="right") - 1
+
+
+@dataclass(frozen=True)
+class ScanSizes:
+    """What a layer's scan works on: heads, groups of heads that share a key, key and value width, bytes a number."""
+
+    heads: int
+    groups: int
+    key: int
+    value: int
+    item: int
+
+
+# An H100 computes about this many operations in the time in which NVLink moves a byte; slower links only make moving
+# dearer, and so states pay earlier than this says.
+FLOPS_PER_BYTE = 1000
+CHUNK = 64  # tokens that the kernels of the delta rule take at once
+
+
+def states_pay(sizes: ScanSizes, tokens: int, ranks: int, busiest: tuple[int, int]) -> bool:
+    """Whether passing states costs less than exchanging heads for tokens, both as bytes of the busiest rank.
+
+    Args:
+        sizes: of the layer.
+        tokens: on each of `ranks` ranks.
+        busiest: tokens and number of the runs that give a state on the rank that has most.
+    """
+    if ranks == 1:
+        return False
+    # q and k of each group, v, out and two gates of each head; then every rank scans all tokens for its heads.
+    numbers = 2 * sizes.groups * sizes.key + sizes.heads * (2 * sizes.value + 2)
+    mine = -(-sizes.heads // ranks)
+    heads = tokens * numbers * sizes.item * (ranks - 1) / ranks
+    heads += ranks * tokens * mine * _flops(sizes.key, sizes.value) / FLOPS_PER_BYTE
+    # The state's affine map goes out in fp32, the state comes back; giving runs are scanned twice, first with the map.
+    given_tokens, given_runs = busiest
+    states = given_runs * sizes.heads * sizes.key * (sizes.key + 2 * sizes.value) * 4
+    work = tokens * _flops(sizes.key, sizes.value) + given_tokens * _flops(sizes.key, sizes.key + sizes.value)
+    return states + work * sizes.heads / FLOPS_PER_BYTE < heads
+
+
+def _flops(key: int, value: int) -> int:
+    """Operations per token and head of a chunked delta rule: inside a chunk, and reading and writing the state."""
+    return 4 * CHUNK * (key + value) + 6 * key * value

@@ -21,6 +21,7 @@ from .batch import Layout, cut
 from .comm import agree, all_gather_ints, all_reduce_sum
 from .errors import UspModelError
 from .mesh import UspMesh
+from .recurrent import has_recurrent_layers
 from .rope import length_dependent_ropes
 from .shard import IGNORED, ShardOptions, shard_with
 
@@ -34,7 +35,8 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
 
     Returns which kinds of batch are not exact though plain ones are: "packed" where one process does not keep documents
     apart by their restarting `position_ids` (some masks never see position_ids; sharded, documents are apart),
-    "left" where a model counts positions from the attention_mask when no position_ids are passed.
+    "left" where a model counts positions from the attention_mask when no position_ids are passed, "states" where the
+    kernel of recurrent layers does not continue from a state that it is given.
     """
     assert mesh.group is not None
     batch = _random_batch(model, mesh, device)
@@ -46,6 +48,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
         inexact = [
             _compare(model, {**batch, "position_ids": packed}, mesh, options) is not None,
             _compare(model, {**batch, "attention_mask": _left_padding(batch)}, mesh, options) is not None,
+            has_recurrent_layers(model) and _compare(model, batch, mesh, options, pass_states=True) is not None,
         ]
     error = found and UspModelError(
         f"{type(model).__name__} computes something else when its sequence is sharded: {found}",
@@ -55,7 +58,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     )
     agree(torch.zeros(1, dtype=torch.int64, device=device), error or None, mesh.group, UspModelError)
     votes = all_gather_ints(torch.tensor(inexact, dtype=torch.int64, device=device), mesh.group).sum(0).tolist()
-    return frozenset(kind for kind, count in zip(("packed", "left"), votes, strict=True) if count)
+    return frozenset(kind for kind, count in zip(("packed", "left", "states"), votes, strict=True) if count)
 
 
 def _left_padding(batch: dict[str, Tensor]) -> Tensor:
@@ -64,9 +67,16 @@ def _left_padding(batch: dict[str, Tensor]) -> Tensor:
     return mask
 
 
-def _compare(model: PreTrainedModel, batch: dict[str, Tensor], mesh: UspMesh, options: ShardOptions) -> str | None:
+def _compare(
+    model: PreTrainedModel,
+    batch: dict[str, Tensor],
+    mesh: UspMesh,
+    options: ShardOptions,
+    pass_states: bool = False,
+) -> str | None:
     """What differs on this rank between the sharded and the whole run of a batch, in words."""
     share, layout = shard_with(batch, mesh, options)
+    layout.pass_states = pass_states
     items = share.pop("num_labels", None)
     given = {} if items is None else {"num_items_in_batch": items}
     mine, sharded = _outputs(model, share | given)

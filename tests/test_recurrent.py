@@ -7,6 +7,8 @@ precision, checkpointing, and what is left behind.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -40,8 +42,29 @@ def document_steps(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Te
     return loss.detach(), torch.cat(logits).detach()
 
 
-def packed_error(subject: str, mesh: tuple[int, int], changes: dict[str, Any]) -> tuple[float, int]:
+@contextmanager
+def passing_states(way: bool | None) -> Iterator[None]:
+    """Scans pass states, or exchange heads, or what costs less (None)."""
+    from hf_usp import recurrent
+
+    stock = recurrent.states_pay
+    if way is not None:
+        recurrent.states_pay = lambda *args: way
+    try:
+        yield
+    finally:
+        recurrent.states_pay = stock
+
+
+def packed_error(
+    subject: str, mesh: tuple[int, int], changes: dict[str, Any], states: bool | None = None
+) -> tuple[float, int]:
     """Largest relative error of packed rows whose documents are told by cu_seq_lens; recurrent layers found."""
+    with passing_states(states):
+        return _packed_error(subject, mesh, changes)
+
+
+def _packed_error(subject: str, mesh: tuple[int, int], changes: dict[str, Any]) -> tuple[float, int]:
     reference, model = tiny_model(subject, "eager", **changes).train(), tiny_model(subject, "usp", **changes).train()
     batch = batch_of("packed")
     edges = torch.tensor([0, *torch.tensor(LENGTHS * 2).cumsum(0).tolist()])
@@ -69,34 +92,60 @@ def test_packed_documents_start_from_nothing(four_ranks: Ranks, subject: str, me
         assert error < 1e-4 and layers > 0
 
 
+@pytest.mark.parametrize("states", [True, False])
 @pytest.mark.parametrize("heads", [(1, 1), (1, 3), (3, 3), (2, 6)], ids=str)
-def test_any_number_of_heads(four_ranks: Ranks, heads: tuple[int, int]) -> None:
+def test_any_number_of_heads(four_ranks: Ranks, heads: tuple[int, int], states: bool) -> None:
     """Fewer heads than ranks, and numbers that no split divides."""
     changes = {"linear_num_key_heads": heads[0], "linear_num_value_heads": heads[1]}
-    for error, _ in four_ranks.run(packed_error, "qwen3_next", (2, 2), changes):
+    for error, _ in four_ranks.run(packed_error, "qwen3_next", (2, 2), changes, states):
         assert error < 1e-4
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("subject", ["qwen3_next", "kimi_linear"])
+def test_packed_documents_pass_states(four_ranks: Ranks, subject: str, mesh: tuple[int, int]) -> None:
+    for error, _ in four_ranks.run(packed_error, subject, mesh, {}, True):
+        assert error < 1e-4
+
+
+def padded_error(form: str) -> float:
+    """Relative error of logits and gradients when states pass, against heads for tokens."""
+    steps = []
+    for way in (True, False):
+        with passing_states(way):
+            model = tiny_model("qwen3_5_text", "usp").train()
+            attach_to(model, (2, 2), True)
+            out = model(**batch_of(form))
+            out.loss.backward()
+            steps.append(step_of(out.loss, out.logits, model))
+            steps[-1].average_gradients()
+    return steps[0].largest_error(steps[1])
+
+
+@pytest.mark.parametrize("form", ["plain", "left", "right"])
+def test_both_ways_are_the_same(four_ranks: Ranks, form: str) -> None:
+    assert max(four_ranks.run(padded_error, form)) < 1e-4
 
 
 def sabotaged(what: str) -> str:
     """The self-check's verdict on a model whose exchange is broken in one way."""
-    import hf_usp.batch
-    from hf_usp import UspError
+    from hf_usp import UspError, scan
 
     model = tiny_model("qwen3_next", "usp").eval()
     hooks = attach_to(model, (2, 2), True)
-    scan, halo = hf_usp.batch.Layout.scan, hf_usp.batch.Layout.halo
+    stock = scan.scan_work, scan.halo_work
     try:
         if what == "order":  # results go home one token late
-            hf_usp.batch.Layout.scan = lambda *a: (scan(*a)[0], scan(*a)[1].roll(1))
+            scan.scan_work = lambda *a: (stock[0](*a)[0], stock[0](*a)[1].roll(1))
         if what == "halo":
-            hf_usp.batch.Layout.halo = lambda layout, reach, device: halo(layout, reach - 1, device)
+            scan.halo_work = lambda layout, reach, device: stock[1](layout, reach - 1, device)
         if what == "layout":
             hooks.recurrent.release()
         model(**batch_of("plain"))
     except UspError as refusal:
         return str(refusal)
     finally:
-        hf_usp.batch.Layout.scan, hf_usp.batch.Layout.halo = scan, halo
+        scan.scan_work, scan.halo_work = stock
     return ""
 
 
@@ -149,6 +198,32 @@ def low_precision_error() -> tuple[float, float]:
 def test_bf16_is_as_exact_as_one_process(four_ranks: Ranks) -> None:
     for sharded, alone in four_ranks.run(low_precision_error):
         assert sharded < 1.2 * alone
+
+
+def deaf_to_states() -> tuple[frozenset[str], bool]:
+    """What the self-check finds where a kernel ignores the state it is given, and whether the batch was right."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+
+    stock = modeling.torch_chunk_gated_delta_rule
+    changes = {"linear_num_key_heads": 1, "linear_num_value_heads": 1}  # states would pay
+    expected = tiny_model("qwen3_next", "eager", **changes).eval()(**batch_of("plain")).loss
+    model = tiny_model("qwen3_next", "usp", **changes).eval()
+
+    def deaf(*args: Any, initial_state: Any = None, **kwargs: Any) -> Any:
+        return stock(*args, **kwargs)
+
+    try:
+        modeling.torch_chunk_gated_delta_rule = deaf
+        hooks = attach_to(model, (2, 2), True)
+    finally:
+        modeling.torch_chunk_gated_delta_rule = stock
+    loss = model(**batch_of("plain")).loss
+    return hooks.inexact, bool((loss - expected).abs() < 1e-5)
+
+
+def test_a_kernel_that_ignores_states_gets_heads(four_ranks: Ranks) -> None:
+    for inexact, right in four_ranks.run(deaf_to_states):
+        assert "states" in inexact and right
 
 
 def left_behind() -> list[bool]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_usp.layout import ORDERS, Documents, IntArray, deal
-from hf_usp.scan_plan import plan_halo, plan_scan
+from hf_usp.scan_plan import ScanSizes, plan_halo, plan_scan, plan_states, states_pay
 
 
 @dataclass
@@ -75,6 +75,45 @@ def test_a_convolution_finds_the_tokens_before_it(scene: Dealt, reach: int) -> N
             start = scene.documents.bounds[np.searchsorted(scene.documents.bounds, position, side="right") - 1]
             expected = [p if p >= start else -1 for p in range(position - reach, position + 1)]
             assert extended[place - reach : place + 1].tolist() == expected
+
+
+@given(dealt())
+def test_every_run_begins_with_what_its_document_left_behind(scene: Dealt) -> None:
+    """Follows every state, here the list of the tokens that it has seen."""
+    bounds = scene.documents.bounds
+    ranks = range(len(scene.held))
+    plans = [plan_states(scene.documents, scene.held, r, scene.length, scene.padded) for r in ranks]
+    runs = []  # of each rank, the tokens of its rows
+    for plan, own in zip(plans, scene.held, strict=True):
+        rows = [
+            row[:n]
+            for rows, sizes in zip(plan.rows, plan.sizes, strict=True)
+            for row, n in zip(rows, sizes, strict=True)
+        ]
+        runs.append([own[row].tolist() for row in rows])
+        assert sorted(sum(runs[-1], [])) == sorted(own.tolist()), "every token is in one run"
+        repeated = np.concatenate([rows.reshape(-1) for rows in plan.rows])
+        assert np.array_equal(repeated[plan.back], np.arange(len(own)))
+    sent = [tokens for plan, mine in zip(plans, runs, strict=True) for tokens in (mine[row] for row in plan.giving)]
+    assert [len(plan.giving) for plan in plans] == plans[0].gives
+    after: list[list[int]] = []
+    for index, chained in zip(plans[0].order, plans[0].chained, strict=True):
+        after.append((after[-1] if chained else []) + sent[index])
+    for rank in ranks:
+        begins = [after[index] for index in plans[0].takes[rank]] + [[]]
+        for tokens, place in zip(runs[rank], plans[rank].taking, strict=True):
+            if tokens[0] % scene.padded < scene.length:
+                start = bounds[np.searchsorted(bounds, tokens[0], side="right") - 1]
+                assert begins[place] == list(range(start, tokens[0]))
+
+
+def test_states_pay_for_long_shards_few_heads_and_documents_inside_a_rank() -> None:
+    layer = ScanSizes(heads=32, groups=16, key=128, value=128, item=2)  # Qwen3-Next
+    assert not states_pay(layer, tokens=512, ranks=8, busiest=(512, 2))
+    assert states_pay(layer, tokens=16_384, ranks=8, busiest=(16_384, 2))
+    assert states_pay(layer, tokens=512, ranks=8, busiest=(0, 0)), "nothing travels where documents end inside"
+    assert states_pay(layer, tokens=512, ranks=128, busiest=(512, 2)), "more ranks than heads"
+    assert not states_pay(layer, tokens=16_384, ranks=1, busiest=(0, 0))
 
 
 def test_a_halo_is_no_more_than_the_reach_at_every_edge() -> None:
