@@ -190,8 +190,8 @@ def _refuse_recurrent(module: torch.nn.Module) -> None:
     if found:
         raise UspModelError(
             f"a model with layers of type {', '.join(found)} in a hand-written loop",
-            rule="layers with a state along the sequence exchange tokens, which only a prepared model does",
-            remedy="let Accelerator(parallelism_config=UspParallelismConfig(...)).prepare(model) shard the batches",
+            rule="layers with a state along the sequence exchange tokens, which they do in a prepared model only",
+            remedy="call hf_usp.shard_recurrent_layers(model) once before the loop",
         )
 
 

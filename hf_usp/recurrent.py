@@ -40,10 +40,10 @@ class RecurrentLayers:
         for layer in self.layers:
             layer.forward = MethodType(self._rebind(type(layer).forward), layer)
         # The mask that a layer gets carries the layout, also when the layer is recomputed in the backward.
-        self._handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
+        self.handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
 
     def release(self) -> None:
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
         for layer in self.layers:
             del layer.forward
@@ -80,6 +80,22 @@ class RecurrentLayers:
             return None  # a fused kernel; the layer then takes its separate steps, as it does without that kernel
         kwargs = {name: value for name, value in kwargs.items() if value is not self.layout}
         return sharded(original, self.layout, *args, **kwargs)
+
+
+def shard_recurrent_layers(model: nn.Module) -> RecurrentLayers:
+    """Make a model's recurrent layers work on `hf_usp.shard`'s batches, for a hand-written loop. Call it once.
+
+    `Accelerator.prepare` does the same for a prepared model. The result's `release()` takes it back.
+    """
+    layers = RecurrentLayers(model)
+
+    def vouch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        layout = _find_layout(tuple(kwargs.values()))
+        if layout is not None:
+            layout.by_hand = False  # somebody has prepared what attention cannot see to
+
+    layers.handles.append(model.register_forward_pre_hook(vouch, with_kwargs=True))
+    return layers
 
 
 def has_recurrent_layers(model: nn.Module) -> bool:

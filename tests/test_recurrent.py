@@ -245,19 +245,33 @@ def test_copies_generation_and_release(four_ranks: Ranks) -> None:
     assert four_ranks.run(left_behind) == [[True] * 3] * 4
 
 
-def by_hand() -> str:
+def by_hand() -> tuple[str, float]:
+    """What a loop over `shard` is told, and its error once it has followed."""
     import hf_usp
 
-    model = tiny_model("qwen3_next", "usp").eval()
-    share = hf_usp.shard(batch_of("plain"), hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=2))
+    reference, model = tiny_model("qwen3_next", "eager").train(), tiny_model("qwen3_next", "usp").train()
+    share = hf_usp.shard(batch_of("right"), hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=2))
     try:
-        model(**share)
-    except hf_usp.UspError as refusal:
-        dist.barrier()
-        return str(refusal)
-    return ""
+        model(**share, use_cache=False)
+        refusal = ""
+    except hf_usp.UspError as error:
+        refusal = str(error)
+    dist.barrier()
+    hf_usp.shard_recurrent_layers(model)
+    out = model(**share, use_cache=False)
+    out.loss.backward()
+    whole = reference(**batch_of("right"), use_cache=False)
+    whole.loss.backward()
+    loss = out.loss.detach().clone()
+    dist.all_reduce(loss)
+    seen = batch_of("right")["attention_mask"].bool()
+    logits = hf_usp.unshard(out.logits.detach(), share["usp"])
+    got = step_of(loss / 4, logits[seen], model)
+    got.average_gradients()
+    return refusal, step_of(whole.loss, whole.logits[seen], reference).largest_error(got)
 
 
-def test_a_hand_written_loop_is_told_to_prepare_the_model(four_ranks: Ranks) -> None:
-    for verdict in four_ranks.run(by_hand):
-        assert "linear_attention" in verdict and "prepare" in verdict
+def test_a_hand_written_loop_prepares_such_layers_once(four_ranks: Ranks) -> None:
+    for refusal, error in four_ranks.run(by_hand):
+        assert "linear_attention" in refusal and "shard_recurrent_layers" in refusal
+        assert error < 1e-4
