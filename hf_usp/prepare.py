@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .batch import CAUSAL, Layout, MaskKind, unshard
+from .batch import CAUSAL, MaskKind
+from .bodies import CutBody, check_surroundings, find_body, gather_outputs, layout_of, pool_again, share_for
 from .errors import UspModelError
 from .layout import UNLIMITED
 from .loss import whole_loss
@@ -22,10 +23,7 @@ from .mesh import UspMesh
 from .modeling import NAME, no_attention_weights
 from .recurrent import RecurrentLayers, has_recurrent_layers
 from .selfcheck import self_check
-from .shard import ShardOptions, shard_with
-
-# Outputs with one entry per token, [B, L, ...] (or tuples of such).
-PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states")
+from .shard import ShardOptions
 
 
 class ShardedForward:
@@ -40,9 +38,12 @@ class ShardedForward:
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
         self.recurrent = RecurrentLayers(model)
+        body = find_body(model)
+        self.inside, self.whole_head = body.module is not model, body.whole_head
         self._handles = (
             model.register_forward_pre_hook(self.cut, with_kwargs=True),
             model.register_forward_hook(self.put_together, with_kwargs=True),
+            *(CutBody(body, mesh).handles if self.inside else ()),
         )
 
     def remove(self) -> None:
@@ -64,13 +65,12 @@ class ShardedForward:
             self.inexact = self_check(model, self.mesh, self.options, next(model.parameters()).device)
             self.unchecked = False
         items = batch.get("num_items_in_batch")
-        share, layout = shard_with(batch, self.mesh, self.options, lambda b: self._check(model, b))
+        share, layout = share_for(model, batch, self.mesh, self.options, lambda b: self._check(model, b))
         num_labels = share.pop("num_labels", None)
         if num_labels is not None:
             share["num_items_in_batch"] = num_labels if items is None else items
         layout.items_given = items is not None
         layout.pass_states = False if "states" in self.inexact else None
-        share["use_cache"] = False
         return (), share
 
     def _check(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
@@ -97,8 +97,8 @@ class ShardedForward:
 
     def put_together(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward: the loss of the whole batch, and whole outputs where they were asked for."""
-        layout = kwargs.get("usp")
-        if not isinstance(layout, Layout) or layout.mesh is not self.mesh:
+        layout = layout_of(kwargs)
+        if layout is None or layout.mesh is not self.mesh:
             return output
         if layout.calls == 0:
             raise UspModelError(
@@ -107,20 +107,21 @@ class ShardedForward:
                 remedy="this model has attention code of its own and cannot be sharded; train it without "
                 "UspParallelismConfig, or use an architecture that supports attn_implementation='sdpa' as a function",
             )
+        if self.whole_head:
+            if output.get("loss") is not None and layout.items_given:
+                # Whole already, on every rank; the caller's factor counts each of them (see `whole_loss`).
+                output["loss"] = output["loss"] / self.mesh.size
+            return output
         if output.get("loss") is not None:
             assert self.mesh.group is not None
             output["loss"] = whole_loss(output["loss"], self.mesh.group, self.mesh.size, layout.items_given)
+        if not self.inside:
+            pool_again(model, output, layout, gathered=False)
         if self.gather_outputs:
-            for name in PER_TOKEN_OUTPUTS:
-                if output.get(name) is not None:
-                    output[name] = _gather(output[name], layout)
+            gather_outputs(output, layout)
         elif isinstance(output.get("logits"), Tensor):
             self.last_share = (output["logits"].data_ptr(), tuple(output["logits"].shape))
         return output
-
-
-def _gather(value: Any, layout: Layout) -> Any:
-    return tuple(_gather(x, layout) for x in value) if isinstance(value, tuple | list) else unshard(value, layout)
 
 
 def _is_generation(batch: Mapping[str, Any]) -> bool:
@@ -153,7 +154,7 @@ def _check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         )
     if not has_labels:
         return
-    if model.loss_function is not ForCausalLMLoss:
+    if model.loss_function is not ForCausalLMLoss and not find_body(model).whole_head:
         raise UspModelError(
             f"{type(model).__name__} with labels and the loss {getattr(model.loss_function, '__name__', 'custom')}",
             rule="a loss is a sum over tokens that takes shift_labels and num_items_in_batch (ForCausalLMLoss)",
@@ -232,17 +233,19 @@ def check_model(model: PreTrainedModel) -> None:
             rule="each rank passes the positions of its tokens; a layer that counts them starts at 0 everywhere",
             remedy="set attn_temperature_tuning=False in the model's config, if the model was trained so",
         )
-    forward = inspect.signature(type(model).forward).parameters.values()
+    body = find_body(model).module
+    if body is not model:
+        check_surroundings(model, body)
+    forward = inspect.signature(type(body).forward).parameters.values()
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward):
         raise UspModelError(
-            f"{name}.forward takes no further keywords",
+            f"{type(body).__name__}.forward takes no further keywords",
             rule="the layout, shifted labels and num_items_in_batch reach layers and loss through **kwargs",
             remedy="use an architecture whose forward takes **kwargs",
         )
-    body = inspect.signature(type(model.base_model).forward).parameters
-    if "position_ids" not in body and not recurrent:
+    if "position_ids" not in inspect.signature(type(body.base_model).forward).parameters and not recurrent:
         raise UspModelError(
-            f"{type(model.base_model).__name__} takes no position_ids",
+            f"{type(body.base_model).__name__} takes no position_ids",
             rule="each rank passes the positions of its tokens; a model that counts them itself starts at 0 everywhere",
             remedy="use an architecture whose forward takes position_ids",
         )
@@ -252,11 +255,13 @@ def mask_kinds(model: PreTrainedModel) -> tuple[MaskKind, ...]:
     """The masks of the model's layers as its config tells, one entry a layer. They decide only the order of tokens."""
     config = model.config.get_text_config()
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    if not getattr(config, "is_causal", True):
-        return (MaskKind(UNLIMITED, UNLIMITED),)
-    sliding = MaskKind(left=window - 1) if window else CAUSAL
-    by_type = {"sliding_attention": sliding, "chunked_attention": MaskKind(chunk=chunk) if chunk else CAUSAL}
+    causal = {getattr(module, "is_causal", None) for module in find_body(model).module.modules()}
+    full, sliding = CAUSAL, MaskKind(left=window - 1) if window else CAUSAL
+    if not getattr(config, "is_causal", True) or (False in causal and True not in causal):
+        full = MaskKind(UNLIMITED, UNLIMITED)
+        sliding = MaskKind(window, window) if window else full
+    by_type = {"sliding_attention": sliding, "chunked_attention": MaskKind(chunk=chunk) if chunk else full}
     types = getattr(config, "layer_types", None)
     if types:
-        return tuple(by_type.get(t, CAUSAL) for t in types)
-    return (sliding,) if getattr(config, "use_sliding_window", True) else (CAUSAL,)
+        return tuple(by_type.get(t, full) for t in types)
+    return (sliding,) if getattr(config, "use_sliding_window", True) else (full,)

@@ -8,6 +8,7 @@ hooks, so FSDP and DDP do not notice; it leaves the random state, buffers, gradi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .batch import Layout, cut
+from .bodies import find_body, pool_again, share_for
 from .comm import agree, all_gather_ints, all_reduce_sum
 from .errors import UspModelError
 from .mesh import UspMesh
 from .recurrent import has_recurrent_layers
 from .rope import length_dependent_ropes
-from .shard import IGNORED, ShardOptions, shard_with
+from .shard import IGNORED, ShardOptions
 
 # Largest relative error: of any token, and in low precision, where rounding may flip a router's choice, of the median
 # token. Shares are so short that an error at their edges reaches half of the tokens.
@@ -61,7 +62,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     return frozenset(kind for kind, count in zip(("packed", "left", "states"), votes, strict=True) if count)
 
 
-def _left_padding(batch: dict[str, Tensor]) -> Tensor:
+def _left_padding(batch: dict[str, Any]) -> Tensor:
     mask = torch.ones_like(batch["input_ids"])
     mask[:, :2] = 0
     return mask
@@ -69,33 +70,38 @@ def _left_padding(batch: dict[str, Tensor]) -> Tensor:
 
 def _compare(
     model: PreTrainedModel,
-    batch: dict[str, Tensor],
+    batch: dict[str, Any],
     mesh: UspMesh,
     options: ShardOptions,
     pass_states: bool = False,
 ) -> str | None:
     """What differs on this rank between the sharded and the whole run of a batch, in words."""
-    share, layout = shard_with(batch, mesh, options)
+    share, layout = share_for(model, batch, mesh, options)
     layout.pass_states = pass_states
     items = share.pop("num_labels", None)
     given = {} if items is None else {"num_items_in_batch": items}
     mine, sharded = _outputs(model, share | given)
+    if find_body(model).module is model:
+        pool_again(model, sharded, layout, gathered=False)
     theirs, whole = _outputs(model, batch)
     wrong_loss = _loss_difference(layout, sharded, whole)  # on every rank: it communicates
-    return _difference(model, layout, mine, theirs) or wrong_loss
+    return _difference(model, layout, mine, theirs) or _output_difference(layout, sharded, whole) or wrong_loss
 
 
-def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Tensor]:
+def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Any]:
     length = max(2 * mesh.size, 4 * mesh.ring_degree, 6) - 1  # not a multiple: the last rank gets padding of ours
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=generator)
-    batch = {"input_ids": ids.to(device)}
+    batch: dict[str, Any] = {"input_ids": ids.to(device)}
+    forward = inspect.signature(type(model).forward).parameters
+    if "use_cache" in forward or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward.values()):
+        batch["use_cache"] = False
     if ropes := length_dependent_ropes(model):
         # Around the length at which their frequencies change.
         start = max(0, min(_original_length(rope) for rope in ropes) - length // 2)
         batch["position_ids"] = torch.arange(start, start + length, device=device)[None]
-    if model.loss_function is ForCausalLMLoss:
+    if find_body(model).token_loss:
         labels = ids.clone()
         labels[:, :2] = IGNORED
         batch["labels"] = labels.to(device)
@@ -146,7 +152,7 @@ def _outputs(model: PreTrainedModel, keywords: dict[str, Any]) -> tuple[dict[str
 
     handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
     try:
-        output = model.forward(**keywords, use_cache=False)
+        output = model.forward(**keywords)
     finally:
         for handle in handles:
             handle.remove()
@@ -168,18 +174,36 @@ def _difference(
         share = mine.get(name)
         if share is None or whole.ndim < 3 or whole.shape[:2] != (1, layout.length):
             continue
-        if share.shape != (1, layout.local_length, *whole.shape[2:]):
-            error = torch.tensor(float("inf"))
-        else:
+        if share.shape == whole.shape:  # around the body that is cut
+            errors = _errors(share, whole)
+        elif share.shape == (1, layout.local_length, *whole.shape[2:]):
             ours = layout.taken(whole.device)[1]
             errors = _errors(share, cut(whole, layout))[: layout.local_length - ours]
-            error = errors.max() if tolerance < 1e-2 else errors.quantile(0.5)
+        else:
+            errors = torch.full((1,), float("inf"))
+        error = errors.max() if tolerance < 1e-2 else errors.quantile(0.5)
         if not bool(error <= tolerance):
             kind = type(model.get_submodule(name)).__name__
             return (
                 f"the first module whose output differs is {name} ({kind}), by {error.item():.1e} of its size on a "
                 f"short random batch, where {tolerance:.0e} is allowed"
             )
+    return None
+
+
+def _output_difference(layout: Layout, sharded: Any, whole: Any) -> str | None:
+    """The first output without a dim of tokens (pooled, say) that differs, in words."""
+    for name, theirs in whole.items():
+        mine = sharded.get(name)
+        if name == "loss" or not isinstance(theirs, Tensor) or not theirs.is_floating_point():
+            continue
+        if not isinstance(mine, Tensor):
+            return f"its output {name} is missing"
+        if mine.shape != theirs.shape:
+            continue  # of tokens; the modules that it comes from were compared
+        error = (mine - theirs).double().norm() / theirs.double().norm().clamp_min(1e-12)
+        if not bool(error <= TOLERANCE[layout.dtype]):
+            return f"its output {name} differs by {error.item():.1e} of its size on a short random batch"
     return None
 
 

@@ -6,7 +6,7 @@ Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +111,26 @@ def shard_with(
 
     `check(batch)` may refuse the batch by raising; whatever is raised on one rank ends the call on all of them.
     """
+    layout = agree_on_layout(batch, mesh, options, check)
+    return cut_all(batch, layout), layout
+
+
+def agree_on_layout(
+    batch: Mapping[str, Any],
+    mesh: UspMesh,
+    options: ShardOptions,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+    names: Container[str] | None = None,
+) -> Layout:
+    """The layout of a full batch, once all ranks of the mesh hold the same one and none refuses it.
+
+    `names`: the tensors that are cut or describe documents (all, by default); others may have any shape.
+    """
     layout, error = None, None
     try:
         if check is not None:
             check(batch)
-        layout = _layout(batch, mesh, options)
+        layout = _layout({n: x for n, x in batch.items() if names is None or n in names}, mesh, options)
         fingerprint = _fingerprint(batch)
     except Exception as problem:  # every rank must hear of it, whatever it is
         error = problem
@@ -127,7 +142,7 @@ def shard_with(
     elif error is not None:
         raise error
     assert layout is not None
-    return _cut_all(batch, layout), layout
+    return layout
 
 
 def _tokens(batch: Mapping[str, Any]) -> Any:
@@ -154,7 +169,10 @@ def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> L
         if isinstance(value, Tensor):
             _check_tensor(name, value, rows, length)
     seq_lens = batch.get("cu_seq_lens_q")
-    documents = find_documents(rows, length, batch.get("attention_mask"), batch.get("position_ids"), seq_lens)
+    positions = batch.get("position_ids")
+    if positions is not None and positions.ndim == 3 and len(positions) == 4:
+        positions = positions[0]  # Qwen-VL: positions in the text come before those in time, height and width
+    documents = find_documents(rows, length, batch.get("attention_mask"), positions, seq_lens)
     layout = make_layout(documents, rows, length, mesh, options.order, options.kinds)
     layout.kernel = options.kernel
     return layout
@@ -205,14 +223,13 @@ def _fingerprint(batch: Mapping[str, Any]) -> Tensor:
     return torch.stack([names, values])
 
 
-def _cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """This rank's share of a full batch that was found good."""
     full = {name: value for name, value in batch.items() if name not in DESCRIBED and value is not None}
     tokens = _tokens(full)
     rows, length, device = layout.batch, layout.length, tokens.device
-    labels = full.pop("shift_labels", None)
-    if labels is None and "labels" in full:
-        # Shifted here, where the neighbour token is still visible.
-        labels = torch.nn.functional.pad(full["labels"][:, 1:], (0, 1), value=IGNORED)
+    labels = shifted_labels(full)
+    full.pop("shift_labels", None)
     positions = full.pop("position_ids", None)
     if positions is None:
         positions = torch.arange(length, device=device)[None]
@@ -227,7 +244,20 @@ def _cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     share["attention_mask"] = LayoutMask.of(cut(mask, layout, 0), layout)
     share["position_ids"] = GlobalPositions.of(share["position_ids"], largest)
     share["usp"] = layout
-    if labels is not None:
-        share["labels"] = share["shift_labels"] = cut(labels, layout, IGNORED).contiguous()
-        share["num_labels"] = (labels != IGNORED).sum()
-    return share
+    return share | cut_labels(labels, layout)
+
+
+def shifted_labels(batch: Mapping[str, Any]) -> Tensor | None:
+    """Labels [B, S] of each token's successor, shifted where the neighbour token is still visible; None without."""
+    if batch.get("shift_labels") is not None:
+        return batch["shift_labels"]
+    labels = batch.get("labels")
+    return None if labels is None else torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def cut_labels(shifted_BS: Tensor | None, layout: Layout) -> dict[str, Tensor]:
+    """The keywords of a loss over this rank's tokens, and `num_labels`, the label tokens of the whole batch []."""
+    if shifted_BS is None:
+        return {}
+    share_BL = cut(shifted_BS, layout, IGNORED).contiguous()
+    return {"labels": share_BL, "shift_labels": share_BL, "num_labels": (shifted_BS != IGNORED).sum()}
