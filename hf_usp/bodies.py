@@ -42,6 +42,8 @@ from .shard import (
 
 # Outputs with one entry per token, [B, L, ...] (or tuples of such).
 PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states")
+# Inputs that a model around its body prepares, one entry per token, [B, S, ...].
+PREPARED = ("per_layer_inputs",)
 # What reaches a body and is of no concern there: they belong to the loss of the model around it.
 OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
 
@@ -160,6 +162,7 @@ class CutBody:
 def _cut_inputs(body: PreTrainedModel, batch: dict[str, Any], layout: Layout) -> dict[str, Any]:
     mask, passed = batch.pop("attention_mask"), {n: batch.pop(n) for n in OF_THE_LOSS if n in batch}
     visual_BS, features = batch.pop("visual_pos_masks", None), batch.pop("deepstack_visual_embeds", None)
+    prepared = {name: batch.pop(name) for name in PREPARED if batch.get(name) is not None}
     for name, value in batch.items():
         known = name in PER_TOKEN or name in DESCRIBED
         if not known and any(isinstance(x, Tensor) and x.ndim > 0 for x in tree_leaves(value)):
@@ -174,6 +177,7 @@ def _cut_inputs(body: PreTrainedModel, batch: dict[str, Any], layout: Layout) ->
         share = {**cut_all(batch, layout), "attention_mask": mask}
     if visual_BS is not None and features is not None:
         share["visual_pos_masks"], share["deepstack_visual_embeds"] = _cut_features(visual_BS, features, layout)
+    share |= {name: cut(value, layout) for name, value in prepared.items()}
     return {**share, **passed, "use_cache": False}
 
 
