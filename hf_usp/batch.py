@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from .comm import all_to_all
+from .dealing import deal_row
 from .errors import UspBatchError
 from .kernels import accumulation_dtype
-from .layout import UNLIMITED, Documents, IntArray, Mask, choose_order, deal, over_batch
+from .layout import UNLIMITED, Documents, IntArray, Mask, over_batch
 from .mesh import UspMesh
 from .plan import RingPlan, make_plan
 from .work import Work, prepare
@@ -44,10 +45,11 @@ class Layout:
     """Who holds which token of one batch.
 
     mesh: the ranks. batch, length: rows and tokens per row as the caller passed them. padded: tokens per row after ours
-    were appended so that every rank holds equally many. order: the assignment of tokens to ring ranks. kernel: the one
-    asked for by name, or None. calls: how many attention layers have used this layout; dtype: what the last computed
-    in. items_given: whether the caller passed `num_items_in_batch`. by_hand: whether `hf_usp.shard` made it for a
-    hand-written loop, whose model nobody prepared. pass_states: whether recurrent layers pass states between ranks or
+    were appended so that every rank holds equally many. order: name of the assignment of tokens to ring ranks. shards:
+    positions of a row that each ring rank holds. kernel: the one asked for by name, or None. calls: how many layers
+    have used this layout; dtype: what attention last computed in. items_given: whether the caller passed
+    `num_items_in_batch`. by_hand: whether `hf_usp.shard` made it for a hand-written loop, whose model nobody prepared.
+    pass_states: whether recurrent layers pass states between ranks or
     exchange heads for tokens, where they can do both; None: what costs less.
     """
 
@@ -57,6 +59,7 @@ class Layout:
     padded: int
     order: str
     documents: Documents
+    shards: list[IntArray] = field(default_factory=list, repr=False)
     kernel: str | None = None
     calls: int = 0
     dtype: torch.dtype = torch.float32
@@ -74,14 +77,13 @@ class Layout:
         """Positions in a row, ascending, that a rank of the mesh holds [L]; this rank by default."""
         ring_rank = self.mesh.ring_rank if ring_rank is None else ring_rank
         ulysses_rank = self.mesh.ulysses_rank if ulysses_rank is None else ulysses_rank
-        shard = deal(self.padded, self.mesh.ring_degree, self.order)[ring_rank]
-        return np.split(shard, self.mesh.ulysses_degree)[ulysses_rank]
+        return np.split(self.shards[ring_rank], self.mesh.ulysses_degree)[ulysses_rank]
 
     def plan(self, kind: MaskKind = CAUSAL) -> RingPlan:
         """What this rank computes and sends for such a mask; made once."""
 
         def make() -> RingPlan:
-            shards = over_batch(deal(self.padded, self.mesh.ring_degree, self.order), self.batch, self.padded)
+            shards = over_batch(self.shards, self.batch, self.padded)
             return make_plan(shards, self.mask(kind), self.mesh.ring_rank)
 
         return self.once(("plan", kind), make)
@@ -132,18 +134,14 @@ def make_layout(
 ) -> Layout:
     """Layout of `batch` rows of `length` tokens; `documents` cover batch * length positions.
 
-    order "auto" takes the better balanced one for `kinds`, one entry per layer.
+    order "auto" takes what suits the masks of `kinds`, one entry per layer (`dealing.deal_row`).
     """
     # Zigzag wants 2 chunks per ring rank, ulysses equal slices of each ring rank's tokens.
     unit = mesh.ring_degree * int(np.lcm(2 if mesh.ring_degree > 1 else 1, mesh.ulysses_degree))
     padded = -(-length // unit) * unit
-    layout = Layout(mesh, batch, length, padded, "contiguous", _append_padding(documents, batch, length, padded))
-    if order == "auto":
-        masks = {kind: layout.mask(kind) for kind in kinds}
-        layout.order = choose_order(batch, padded, mesh.ring_degree, [masks[kind] for kind in kinds])
-    else:
-        deal(mesh.ring_degree, mesh.ring_degree, order)  # refuses an unknown order
-        layout.order = order
+    layout = Layout(mesh, batch, length, padded, order, _append_padding(documents, batch, length, padded))
+    masks = {kind: layout.mask(kind) for kind in kinds}
+    layout.order, layout.shards = deal_row(batch, padded, mesh.ring_degree, order, [masks[kind] for kind in kinds])
     return layout
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from .batch import Layout, MaskKind, make_layout
+from .dealing import ALL_ORDERS, deal_row
 from .degrees import HeadShare, check_degrees, choose_ulysses_degree, split_heads, ulysses_bytes
 from .errors import UspConfigError
 from .kernels import Softmax, kernel_report
-from .layout import ORDERS, UNLIMITED, Documents, IntArray, Mask, balance, deal, over_batch
+from .layout import UNLIMITED, Documents, IntArray, Mask, balance, over_batch
 from .mesh import UspMesh
 from .plan import RingPlan, make_plan
 
@@ -112,14 +113,9 @@ def explain(case: Case) -> Explanation:
     rows = np.arange(case.batch)[:, None] * case.tokens
     documents = Documents.from_bounds(np.append((rows + starts).ravel(), case.batch * case.tokens))
     layout = make_layout(documents, case.batch, case.tokens, mesh, case.order, (case.kind,))
-    mask, shards = layout.mask(case.kind), shards_in(layout.order, layout)
+    mask, shards = layout.mask(case.kind), over_batch(layout.shards, layout.batch, layout.padded)
     plans = [make_plan(shards, mask, rank) for rank in range(ring)]
     return Explanation(case, layout, reason, mask, shards, plans, shares, count_traffic(plans, shares, case))
-
-
-def shards_in(order: str, layout: Layout) -> list[IntArray]:
-    """Flattened positions that each ring rank would hold in such an order."""
-    return over_batch(deal(layout.padded, layout.mesh.ring_degree, order), layout.batch, layout.padded)
 
 
 def check_sizes(case: Case) -> None:
@@ -222,8 +218,9 @@ def _order(it: Explanation) -> list[str]:
     if len(it.plans) == 1:
         return ["one ring rank holds everything"]
     figures = []
-    for order in ORDERS:
-        shards = shards_in(order, it.layout)
+    for order in ALL_ORDERS:
+        row = deal_row(it.layout.batch, it.layout.padded, len(it.plans), order, [it.mask]).shards
+        shards = over_batch(row, it.layout.batch, it.layout.padded)
         areas = [it.mask.area(shard) for shard in shards]
         work = sum(areas) / (len(areas) * max(areas)) if max(areas) else 1.0
         figures.append(f"{order}: work {work:.1%}, with waiting {balance(shards, it.mask):.1%}")

@@ -92,10 +92,13 @@ class Mask:
             )
 
     def interval(self, positions: IntArray) -> tuple[IntArray, IntArray]:
-        """First and past-the-last visible global position of each query; equal or crossed where it sees nothing."""
+        """First and past-the-last visible global position of each query; equal or crossed where it sees nothing.
+
+        `positions` ascend, so documents are looked up among positions and not the other way around.
+        """
         docs = self.documents
-        index = np.searchsorted(docs.bounds, positions, side="right") - 1
-        lo, hi = docs.first[index], docs.last[index]
+        counts = np.diff(np.searchsorted(positions, docs.bounds))
+        lo, hi = np.repeat(docs.first, counts), np.repeat(docs.last, counts)
         if self.left != UNLIMITED:
             lo = np.maximum(lo, positions - self.left)
         if self.right != UNLIMITED:
@@ -145,7 +148,7 @@ def deal(num_tokens: int, ring: int, order: str) -> list[IntArray]:
     if order not in ORDERS:
         raise UspConfigError(
             f"sequence_order={order!r}",
-            rule=f"an order is one of {', '.join(ORDERS)}, or 'auto'",
+            rule=f"a fixed order is one of {', '.join(ORDERS)}",
             remedy="use sequence_order='auto', which takes the better balanced one",
         )
     if ring < 1:
@@ -206,15 +209,24 @@ def _overlap(lo: IntArray, hi: IntArray) -> int:
 def visible(q_pos: IntArray, k_pos: IntArray, mask: Mask) -> tuple[IntArray, IntArray]:
     """Interval of local key rows that each local query row sees on a shard holding `k_pos` (hi <= lo: nothing)."""
     lo, hi = mask.interval(q_pos)
-    return np.searchsorted(k_pos, lo), np.searchsorted(k_pos, hi)
+    return _rows_before(k_pos, lo), _rows_before(k_pos, hi)
+
+
+def _rows_before(k_pos: IntArray, positions: IntArray) -> IntArray:
+    """How many of the ascending `k_pos` come before each position: a lookup among their few runs."""
+    if len(k_pos) == 0:
+        return np.zeros_like(positions)
+    row = np.concatenate(([0], np.flatnonzero(np.diff(k_pos) != 1) + 1))  # where a run of consecutive keys begins
+    length = np.diff(np.append(row, len(k_pos)))
+    run = np.searchsorted(k_pos[row], positions, side="right") - 1
+    inside = np.minimum(positions - k_pos[row][run], length[run])
+    return np.where(run < 0, 0, row[run] + inside)
 
 
 def needed_rows(lo: IntArray, hi: IntArray, num_keys: int) -> IntArray:
     """Key rows that at least one query sees, as sorted disjoint intervals [M, 2]."""
     alive = hi > lo
-    depth = np.zeros(num_keys + 1, dtype=np.int64)
-    np.add.at(depth, lo[alive], 1)
-    np.add.at(depth, hi[alive], -1)
+    depth = np.bincount(lo[alive], minlength=num_keys + 1) - np.bincount(hi[alive], minlength=num_keys + 1)
     edges = np.flatnonzero(np.diff(np.concatenate(([0], np.cumsum(depth[:-1]) > 0, [0])).astype(np.int8)))
     return edges.reshape(-1, 2)
 

@@ -16,9 +16,9 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import gather_object, recursively_apply
 
 from .comm import world_size
+from .dealing import ALL_ORDERS
 from .degrees import check_degrees, choose_ulysses_degree
 from .errors import UspConfigError, UspModelError
-from .layout import ORDERS
 from .mesh import DeviceMesh, UspMesh
 from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .shard import ShardOptions
@@ -38,7 +38,8 @@ class UspParallelismConfig(ParallelismConfig):
             `ring_degree = cp_size // ulysses_degree`. None: chosen at `prepare` for the model's heads, by bytes moved.
         dp_replicate_size, dp_shard_size, tp_size: as in `ParallelismConfig`. If neither data-parallel size is given
             (nor set in the environment), the ranks left over are data parallel: dp_shard under FSDP, else dp_replicate.
-        sequence_order: "auto" (the better balanced for the batch's mask), "contiguous" or "zigzag".
+        sequence_order: "auto" (what suits the masks of the batch), "contiguous", "zigzag", or "balanced" (chunks dealt
+            so that ranks have equal work, also for packed documents of uneven length).
         gather_outputs: whether logits and hidden states come back whole on every rank, or as this rank's share.
         kernel: name of the attention kernel to use; None: the best installed.
         self_check: whether a prepared model first shows on a short random batch that sharding changes nothing.
@@ -139,9 +140,11 @@ def _check_options(cp_size: int, ulysses_degree: int | None, sequence_order: str
         raise UspConfigError(f"cp_size={cp_size!r}", rule="cp_size is a whole number of at least 1")
     if ulysses_degree is not None:
         check_degrees(cp_size, ulysses_degree)
-    if sequence_order not in ("auto", *ORDERS):
+    if sequence_order not in ("auto", *ALL_ORDERS):
         raise UspConfigError(
-            f"sequence_order={sequence_order!r}", rule=f"it is one of auto, {', '.join(ORDERS)}", remedy="use 'auto'"
+            f"sequence_order={sequence_order!r}",
+            rule=f"it is one of auto, {', '.join(ALL_ORDERS)}",
+            remedy="use 'auto'",
         )
 
 

@@ -83,7 +83,7 @@ def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kerne
             packed documents, if there is no attention_mask), `cu_seq_lens_q`. Other tensors are refused, other values
             passed on.
         mesh: see `UspMesh.build`.
-        order: "auto" (the better balanced), "contiguous" or "zigzag".
+        order: "auto" (what suits the masks of the batch), "contiguous", "zigzag" or "balanced".
         kernel: name of the kernel to use, by default the best installed.
 
     Returns:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_usp.dealing import ALL_ORDERS
+
 from .oracle import dense_attention
 from .ranks import Ranks
 
@@ -41,11 +43,11 @@ def core_error(mesh_degrees: tuple[int, int], sabotage: str = "", dtype: torch.d
     mesh = hf_usp.UspMesh.build(ring_degree=mesh_degrees[0], ulysses_degree=mesh_degrees[1])
     worst = 0.0
     cases = itertools.product(
-        ("contiguous", "zigzag"), HEADS, BATCHES.values(), (False, True), (None, 5), (True, False), (False, True)
+        ALL_ORDERS, HEADS, BATCHES.values(), (False, True), (None, 5), (True, False), (False, True)
     )
     for number, (order, heads, (rows, length), packed, window, causal, sink) in enumerate(cases):
-        if number % (7 if sabotage else 3):
-            continue  # a third of the product; coprime steps reach every value of every factor
+        if number % (7 if sabotage else 5):
+            continue  # a fifth of the product; coprime steps reach every value of every factor
         torch.manual_seed(number)
         query, kv, width, value_width = heads
         shapes = ((query, width), (kv, width), (kv, value_width), (query, value_width))

@@ -20,7 +20,7 @@ ROOT = Path(hf_usp.__file__).parent
 # Imports point downwards, or sideways without a cycle. A new module takes its place here.
 FLOORS = {
     0: ("errors", "versions", "checkpoint"),
-    1: ("layout", "plan", "scan_plan", "degrees", "comm"),
+    1: ("layout", "dealing", "plan", "scan_plan", "degrees", "comm"),
     2: ("kernels", "mesh", "work"),
     3: ("ring", "ulysses", "batch", "scan_work", "loss", "rope", "shard"),
     4: ("attention", "scan", "states"),
@@ -33,7 +33,7 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 # Package -> the rooms that may import it. What is not listed here is free everywhere.
 ONLY_IN = {
-    "torch": set(FLOOR) - {"errors", "versions", "layout", "plan", "scan_plan", "degrees", "cli", "picture"},
+    "torch": set(FLOOR) - {"errors", "versions", "layout", "dealing", "plan", "scan_plan", "degrees", "cli", "picture"},
     "torch.distributed": {"comm", "mesh", "loss"},
     "transformers": {room for room, floor in FLOOR.items() if floor >= 5},
     "accelerate": {room for room, floor in FLOOR.items() if floor >= 6},
@@ -41,7 +41,7 @@ ONLY_IN = {
     "flash_attn": {"kernels"},
 }
 # Decided in integers, without torch: these rooms import each other and nothing else of ours.
-INTEGERS = {"errors", "layout", "plan", "scan_plan", "degrees"}
+INTEGERS = {"errors", "layout", "dealing", "plan", "scan_plan", "degrees"}
 LONGEST_FILE = 320
 CONTAINERS = {"dict", "list", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict", "SimpleNamespace"}
 HIDDEN = {"local", "ContextVar", "cache", "lru_cache", "WeakKeyDictionary", "WeakValueDictionary", "WeakSet"}

@@ -13,7 +13,7 @@ from .ranks import Ranks
 from .tiny import HYBRID, largest_difference, rows, tiny_model
 
 # (cp_size, ulysses_degree, order); the rest of the four ranks is data parallel.
-MESHES = [(4, 1, "zigzag"), (4, 2, "zigzag"), (4, 4, "contiguous"), (2, 1, "contiguous"), (2, 2, "auto")]
+MESHES = [(4, 1, "zigzag"), (4, 2, "zigzag"), (4, 4, "contiguous"), (2, 1, "balanced"), (2, 2, "auto")]
 
 
 def run_trainer(folder: str, mesh: tuple[int, int | None, str] | None, setup: dict[str, Any]) -> dict[str, Any]:

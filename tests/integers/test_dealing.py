@@ -1,0 +1,91 @@
+"""Tokens dealt for the masks of a batch: as many for every rank, and as much work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_usp.dealing import ALL_ORDERS, UNEVEN, deal_row
+from hf_usp.errors import UspConfigError
+from hf_usp.layout import ORDERS, Documents, IntArray, Mask, deal
+
+
+def packed(num_tokens: int, mean: int, sigma: float, seed: int) -> Documents:
+    """Documents of log-normal lengths, as real corpora have them, in one row."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(mean), sigma, num_tokens).astype(int) + 1
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    return Documents.from_bounds(np.append(bounds[bounds < num_tokens], num_tokens))
+
+
+def unevenness(shards: list[IntArray], mask: Mask) -> float:
+    areas = [mask.area(shard) for shard in shards]
+    return max(areas) * len(areas) / sum(areas)
+
+
+@given(st.integers(1, 5), st.integers(1, 60), st.sampled_from(("auto", *ALL_ORDERS)), st.integers(0, 9))
+def test_every_token_goes_to_one_rank_and_every_rank_has_as_many(ring: int, each: int, order: str, seed: int) -> None:
+    mask = Mask(packed(ring * each, 7, 1.0, seed))
+    dealt = deal_row(1, ring * each, ring, order, [mask])
+    assert sorted(np.concatenate(dealt.shards).tolist()) == list(range(ring * each))
+    for shard in dealt.shards:
+        assert len(shard) == each or order == "zigzag"
+        assert (np.diff(shard) > 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from((4, 8)), st.sampled_from((500, 2000, 8000)), st.sampled_from((0.5, 1.0, 1.5)), st.integers(0, 99)
+)
+def test_packed_documents_are_even(ring: int, mean: int, sigma: float, seed: int) -> None:
+    mask = Mask(packed(65536, mean, sigma, seed))
+    assert unevenness(deal_row(1, 65536, ring, "balanced", [mask]).shards, mask) <= 1 + UNEVEN
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_auto_evens_out_what_fixed_orders_leave(seed: int) -> None:
+    """Fixed patterns leave one of eight ranks with 1.3 to 3 times the mean."""
+    mask = Mask(packed(131072, 4000, 1.0, seed))
+    fixed = min(unevenness(deal(131072, 8, order), mask) for order in ("contiguous", "zigzag"))
+    dealt = deal_row(1, 131072, 8, "auto", [mask])
+    assert fixed > 1.2 and dealt.order == "balanced"
+    assert unevenness(dealt.shards, mask) < 1.15, "even, up to what fetching more keys would cost"
+
+
+def test_auto_stays_with_a_fixed_order_where_that_is_even() -> None:
+    whole, aligned = Documents.from_bounds([0, 4096]), Documents.from_bounds([0, 1024, 2048, 3072, 4096])
+    assert deal_row(1, 4096, 4, "auto", [Mask(whole)]).order == "zigzag"
+    assert deal_row(1, 4096, 4, "auto", [Mask(whole, left=511)]).order == "contiguous"
+    assert deal_row(1, 4096, 4, "auto", [Mask(aligned)]).order == "contiguous"
+    assert deal_row(1, 4096, 4, "auto", [Mask(whole, right=-1)]).order == "zigzag"
+
+
+def test_documents_too_short_to_matter_stay_where_they_are() -> None:
+    """Many short documents and one a little longer: evening out would fetch keys for longer than it computes."""
+    mask = Mask(Documents.from_bounds(np.append(np.arange(0, 8000, 100), [8000, 8192])))
+    dealt = deal_row(1, 8192, 8, "auto", [mask])
+    assert dealt.order in ORDERS and unevenness(dealt.shards, mask) > 1 + UNEVEN
+
+
+def test_rows_of_a_batch_are_dealt_alike_for_their_work_together() -> None:
+    """One row has its long document at the front, the other at the back."""
+    documents = Documents.from_bounds([0, 3000, 3500, 4096, 4596, 5196, 8192])
+    mask = Mask(documents)
+    shards = deal_row(2, 4096, 4, "balanced", [mask]).shards
+    both = [np.concatenate((shard, shard + 4096)) for shard in shards]
+    assert unevenness(both, mask) <= 1 + UNEVEN
+
+
+def test_layers_count_as_often_as_they_are() -> None:
+    documents = packed(65536, 8000, 1.0, 0)
+    full, window = Mask(documents), Mask(documents, left=255)
+    for masks in ([full], [full, window, window, window]):
+        shards = deal_row(1, 65536, 8, "balanced", masks).shards
+        areas = np.array([sum(mask.area(shard) for mask in masks) for shard in shards])
+        assert areas.max() <= (1 + UNEVEN) * areas.mean()
+
+
+def test_an_unknown_order_is_refused() -> None:
+    with pytest.raises(UspConfigError, match="striped"):
+        deal_row(1, 8, 1, "striped", [])
