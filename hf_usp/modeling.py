@@ -28,6 +28,7 @@ from .batch import Layout, MaskKind
 from .errors import UspMaskError, UspModelError
 from .kernels import Softmax
 from .layout import UNLIMITED
+from .positions import is_temperature_tuned, with_global_temperature
 from .shard import LayoutMask
 
 NAME = "usp"
@@ -56,10 +57,16 @@ class ShardedMask:
     layout: Layout
     kind: MaskKind
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> ShardedMask:
+        # Gemma 4 cuts off nothing from the masks of its last layers in this way.
+        if all(_takes_all(part) for part in (index if isinstance(index, tuple) else (index,))):
+            return self
+        return self._touched(index)
+
+    def _touched(self, other: Any) -> Any:
         self.__getattr__("[...]")
 
-    __add__ = __radd__ = __mul__ = __rmul__ = __and__ = __or__ = __sub__ = __rsub__ = __getitem__
+    __add__ = __radd__ = __mul__ = __rmul__ = __and__ = __or__ = __sub__ = __rsub__ = _touched
 
     def __getattr__(self, name: str) -> Any:
         raise _MaskTouchedError(
@@ -67,6 +74,11 @@ class ShardedMask:
             rule="in a sharded forward masks are intervals in integers, not tensors; a model may only pass them on",
             remedy="this model cannot be sharded exactly; train it without UspParallelismConfig",
         )
+
+
+def _takes_all(index: Any) -> bool:
+    """Whether an index of one dim (or the dots for several) leaves it whole."""
+    return index is Ellipsis or (isinstance(index, slice) and index in (slice(None), slice(0, None)))
 
 
 def usp_mask(
@@ -144,6 +156,8 @@ def usp_attention_forward(
     _refuse(module, dropout, kwargs)
     if layout.by_hand:
         _refuse_recurrent(module)
+    if is_temperature_tuned(module):
+        query = with_global_temperature(query, module, layout)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
     q_BLHD, k_BLGD, v_BLGE = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return attend(q_BLHD, k_BLGD, v_BLGE, s_aux, layout, kind, softmax), None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from .layout import UNLIMITED
 from .loss import whole_loss
 from .mesh import UspMesh
 from .modeling import NAME, no_attention_weights
+from .positions import own_positions, visible_positions
 from .recurrent import RecurrentLayers, has_recurrent_layers
 from .selfcheck import self_check
 from .shard import ShardOptions
@@ -34,7 +36,7 @@ class ShardedForward:
     ) -> None:
         self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
         self.unchecked = check
-        self.inexact: frozenset[str] = frozenset()  # kinds of batch that the self-check found different
+        self.inexact: frozenset[str] = frozenset()  # what the self-check found besides
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
         self.recurrent = RecurrentLayers(model)
@@ -64,6 +66,8 @@ class ShardedForward:
             # Every rank comes here with its first batch, whatever that batch is.
             self.inexact = self_check(model, self.mesh, self.options, next(model.parameters()).device)
             self.unchecked = False
+            if "visible" in self.inexact:
+                self.options = replace(self.options, positions=visible_positions)
         items = batch.get("num_items_in_batch")
         share, layout = share_for(model, batch, self.mesh, self.options, lambda b: self._check(model, b))
         num_labels = share.pop("num_labels", None)
@@ -80,7 +84,7 @@ class ShardedForward:
         if "left" in self.inexact and positions is None and mask is not None and not bool(mask[:, 0].all()):
             raise UspModelError(
                 f"left padding without position_ids for {type(model).__name__}",
-                rule="this model counts positions from the attention_mask unless it gets position_ids",
+                rule="this model counts positions in a way of its own unless it gets position_ids",
                 remedy="pass position_ids, or pad on the right",
             )
         apart = "packed" not in self.inexact or mask is not None or batch.get("cu_seq_lens_q") is not None
@@ -177,6 +181,7 @@ def attach(
     previous = sharded_forward(model)
     if previous is not None:
         previous.remove()
+    options = replace(options, positions=own_positions(model))
     return ShardedForward(model, mesh, options, gather_outputs, check)
 
 
@@ -225,13 +230,6 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} has attention code of its own",
             rule="the model's attention goes through Transformers' attention interface",
             remedy="use an architecture that does (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
-        )
-    if any(getattr(m, "attn_temperature_tuning", False) and not getattr(m, "use_rope", True) for m in model.modules()):
-        # A short batch does not show it: the scale changes every `floor_scale` tokens (8,192 in Llama 4).
-        raise UspModelError(
-            f"{name} scales its queries by positions that its attention counts itself (attn_temperature_tuning)",
-            rule="each rank passes the positions of its tokens; a layer that counts them starts at 0 everywhere",
-            remedy="set attn_temperature_tuning=False in the model's config, if the model was trained so",
         )
     body = find_body(model).module
     if body is not model:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .bodies import find_body, pool_again, share_for
 from .comm import agree, all_gather_ints, all_reduce_sum
 from .errors import UspModelError
 from .mesh import UspMesh
+from .positions import may_count_visible, temperature_tuned, visible_positions
 from .recurrent import has_recurrent_layers
 from .rope import length_dependent_ropes
 from .shard import IGNORED, ShardOptions
@@ -34,32 +36,47 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torc
 def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, device: torch.device) -> frozenset[str]:
     """Raise `UspModelError` on every rank of the mesh if sharding changes what the model computes.
 
-    Returns which kinds of batch are not exact though plain ones are: "packed" where one process does not keep documents
-    apart by their restarting `position_ids` (some masks never see position_ids; sharded, documents are apart),
-    "left" where a model counts positions from the attention_mask when no position_ids are passed, "states" where the
-    kernel of recurrent layers does not continue from a state that it is given.
+    Returns what holds besides: "packed" where one process does not keep documents apart by their restarting
+    `position_ids` (some masks never see position_ids; sharded, documents are apart); "visible" where, without
+    position_ids, a model counts the tokens that the attention_mask shows (`positions.visible_positions`); "left" where
+    it takes yet other positions for a row padded on the left; "states" where the kernel of recurrent layers does not
+    continue from a state that it is given.
     """
-    assert mesh.group is not None
+    group = mesh.group
+    assert group is not None
     batch = _random_batch(model, mesh, device)
     length = batch["input_ids"].shape[1]
     first = length // 2 + 1
     packed = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
+    kinds = []
+
+    def differs(batch: dict[str, Tensor], options: ShardOptions = options, pass_states: bool = False) -> bool:
+        """Whether a batch differs on any rank of the mesh."""
+        here = _compare(model, batch, mesh, options, pass_states) is not None
+        return bool(all_gather_ints(torch.tensor([here], dtype=torch.int64, device=device), group).any())
+
     with _unnoticed(model, device):
         found = _compare(model, batch, mesh, options)
-        inexact = [
-            _compare(model, {**batch, "position_ids": packed}, mesh, options) is not None,
-            _compare(model, {**batch, "attention_mask": _left_padding(batch)}, mesh, options) is not None,
-            has_recurrent_layers(model) and _compare(model, batch, mesh, options, pass_states=True) is not None,
-        ]
-    error = found and UspModelError(
+        error = None if found is None else _refusal(model, found)
+        agree(torch.zeros(1, dtype=torch.int64, device=device), error, group, UspModelError)
+        if differs({**batch, "position_ids": packed}):
+            kinds.append("packed")
+        left = {**batch, "attention_mask": _left_padding(batch)}
+        if differs(left):
+            visible = replace(options, positions=visible_positions)
+            kinds.append("visible" if may_count_visible(model) and not differs(left, visible) else "left")
+        if has_recurrent_layers(model) and differs(batch, pass_states=True):
+            kinds.append("states")
+    return frozenset(kinds)
+
+
+def _refusal(model: PreTrainedModel, found: str) -> UspModelError:
+    return UspModelError(
         f"{type(model).__name__} computes something else when its sequence is sharded: {found}",
         rule="outside attention a token may not look at other tokens, and positions come from position_ids",
         remedy="train this model without UspParallelismConfig; if you know better, "
         "UspParallelismConfig(self_check=False) switches the check off",
     )
-    agree(torch.zeros(1, dtype=torch.int64, device=device), error or None, mesh.group, UspModelError)
-    votes = all_gather_ints(torch.tensor(inexact, dtype=torch.int64, device=device), mesh.group).sum(0).tolist()
-    return frozenset(kind for kind, count in zip(("packed", "left", "states"), votes, strict=True) if count)
 
 
 def _left_padding(batch: dict[str, Any]) -> Tensor:
@@ -121,19 +138,23 @@ def _unnoticed(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     buffers = [
         (module, name, b, b.clone()) for module in modules for name, b in module._buffers.items() if b is not None
     ]
-    ropes = [(rope, dict(rope.__dict__)) for rope in length_dependent_ropes(model)]
+    # Ropes change their own attributes; we let the temperature of Llama 4 change every other token (8,192 are usual).
+    tuned: list[Any] = temperature_tuned(model)
+    changing = [(module, dict(module.__dict__)) for module in (*length_dependent_ropes(model), *tuned)]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
         for module in modules:
             module.training = False
+        for module in tuned:
+            module.floor_scale = 2
         try:
             yield
         finally:
             for module, flag in zip(modules, training, strict=True):
                 module.training = flag
-            for rope, attributes in ropes:
-                rope.__dict__.update(attributes)
+            for module, attributes in changing:
+                module.__dict__.update(attributes)
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer.copy_(value)
 

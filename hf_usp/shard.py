@@ -29,11 +29,15 @@ DESCRIBED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How to cut: the order of tokens, the masks that layers will ask for (they decide order "auto"), the kernel."""
+    """How to cut: the order of tokens, the masks that layers will ask for (they decide order "auto"), the kernel.
+
+    positions: of a full batch without position_ids, [B, S] or None for 0, 1, 2 ...; they do not tell documents apart.
+    """
 
     order: str = "auto"
     kinds: tuple[MaskKind, ...] = (CAUSAL,)
     kernel: str | None = None
+    positions: Callable[[Mapping[str, Any]], Tensor | None] | None = None
 
 
 _SAME_MASK = (
@@ -81,7 +85,8 @@ def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kerne
         batch: the same full batch on every rank of the mesh: `input_ids` [B, S] (or `inputs_embeds` [B, S, D]), and any
             of `labels`, `shift_labels`, `attention_mask` (left or right padding), `position_ids` (restarting ones are
             packed documents, if there is no attention_mask), `cu_seq_lens_q`. Other tensors are refused, other values
-            passed on.
+            passed on. Without `position_ids` a row counts 0, 1, 2 ...; pass them for models that count otherwise
+            (RoBERTa from its padding token on, OPT padded on the left), which only prepared models do by themselves.
         mesh: see `UspMesh.build`.
         order: "auto" (what suits the masks of the batch), "contiguous", "zigzag" or "balanced".
         kernel: name of the kernel to use, by default the best installed.
@@ -174,7 +179,7 @@ def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> L
         positions = positions[0]  # Qwen-VL: positions in the text come before those in time, height and width
     documents = find_documents(rows, length, batch.get("attention_mask"), positions, seq_lens)
     layout = make_layout(documents, rows, length, mesh, options.order, options.kinds)
-    layout.kernel = options.kernel
+    layout.kernel, layout.positions = options.kernel, options.positions
     return layout
 
 
@@ -231,6 +236,8 @@ def cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     labels = shifted_labels(full)
     full.pop("shift_labels", None)
     positions = full.pop("position_ids", None)
+    if positions is None and layout.positions is not None:
+        positions = layout.positions(full)
     if positions is None:
         positions = torch.arange(length, device=device)[None]
     largest = positions.max()

@@ -22,7 +22,7 @@ FLOORS = {
     0: ("errors", "versions", "checkpoint"),
     1: ("layout", "dealing", "plan", "scan_plan", "degrees", "comm"),
     2: ("kernels", "mesh", "work"),
-    3: ("ring", "ulysses", "batch", "scan_work", "loss", "rope", "shard"),
+    3: ("ring", "ulysses", "batch", "scan_work", "loss", "positions", "rope", "shard"),
     4: ("attention", "scan", "states"),
     5: ("modeling", "bodies", "recurrent", "selfcheck"),
     6: ("prepare", "parallelism"),

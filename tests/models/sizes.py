@@ -125,7 +125,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
         "max_position_embeddings": 20,
     },
-    "llama4_text/no temperature tuning": {"attn_temperature_tuning": False},
     "phi3/longrope": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 20},
     "qwen3_next/no linear layers": {"layer_types": ["full_attention"] * 4},
 }
