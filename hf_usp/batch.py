@@ -8,8 +8,7 @@ model, to every attention layer, and makes each mask's plan once per batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -49,7 +48,7 @@ class Layout:
     were appended so that every rank holds equally many. order: name of the assignment of tokens to ring ranks. shards:
     positions of a row that each ring rank holds. kernel: the one asked for by name, or None. calls: how many layers
     have used this layout; dtype: what attention last computed in. items_given: whether the caller passed
-    `num_items_in_batch`. by_hand: whether `hf_usp.shard` made it for a
+    `num_items_in_batch`; router_logits: whether he asked for those. by_hand: whether `hf_usp.shard` made it for a
     hand-written loop, whose model nobody prepared. pass_states: whether recurrent layers pass states between ranks or
     exchange heads for tokens, where they can do both; None: what costs less. positions: of a full batch that has no
     position_ids [B, S], or None.
@@ -69,6 +68,7 @@ class Layout:
     by_hand: bool = False
     pass_states: bool | None = None
     positions: Callable[[Mapping[str, Any]], Tensor | None] | None = None
+    router_logits: bool = False
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

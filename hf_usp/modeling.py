@@ -156,6 +156,7 @@ def usp_attention_forward(
     _refuse(module, dropout, kwargs)
     if layout.by_hand:
         _refuse_recurrent(module)
+        _refuse_router_logits(module, kwargs.get("output_router_logits"))
     if is_temperature_tuned(module):
         query = with_global_temperature(query, module, layout)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
@@ -206,6 +207,18 @@ def _refuse_recurrent(module: torch.nn.Module) -> None:
             f"a model with layers of type {', '.join(found)} in a hand-written loop",
             rule="layers with a state along the sequence exchange tokens, which they do in a prepared model only",
             remedy="call hf_usp.shard_recurrent_layers(model) once before the loop",
+        )
+
+
+def _refuse_router_logits(module: torch.nn.Module, asked: bool | None) -> None:
+    """In a hand-written loop nobody adds up what shards do to the load-balancing loss of experts."""
+    if getattr(getattr(module, "config", None), "output_router_logits", False) if asked is None else asked:
+        raise UspModelError(
+            "output_router_logits=True in a hand-written loop",
+            rule="the load-balancing loss of a mixture of experts is not a sum over shards; a prepared model makes it "
+            "what one process computes",
+            remedy="let Accelerator(parallelism_config=UspParallelismConfig(...)).prepare(model) shard the batches, or "
+            "set output_router_logits=False",
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .batch import CAUSAL, MaskKind
+from .batch import CAUSAL, MaskKind, cut
 from .bodies import CutBody, check_surroundings, find_body, gather_outputs, layout_of, pool_again, share_for
 from .errors import UspModelError
 from .layout import UNLIMITED
@@ -24,6 +24,7 @@ from .mesh import UspMesh
 from .modeling import NAME, no_attention_weights
 from .positions import own_positions, visible_positions
 from .recurrent import RecurrentLayers, has_recurrent_layers
+from .router import RouterLoss, wants_router_logits
 from .selfcheck import self_check
 from .shard import ShardOptions
 
@@ -47,11 +48,13 @@ class ShardedForward:
             model.register_forward_hook(self.put_together, with_kwargs=True),
             *(CutBody(body, mesh).handles if self.inside else ()),
         )
+        self.router = RouterLoss(model)  # its hook runs after ours, where both are on one model
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self.recurrent.release()
+        self.router.remove()
 
     def __deepcopy__(self, memo: dict) -> ShardedForward:
         """A copied model shards over the same mesh."""
@@ -75,11 +78,16 @@ class ShardedForward:
             share["num_items_in_batch"] = num_labels if items is None else items
         layout.items_given = items is not None
         layout.pass_states = False if "states" in self.inexact else None
+        layout.router_logits = self._wants_router_logits(model, batch)
+        if layout.router_logits:
+            share["output_router_logits"] = False
         return (), share
 
     def _check(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         """Refuse what this model cannot do with this batch."""
         _check_call(model, batch)
+        if self._wants_router_logits(model, batch):
+            self.router.learn(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
         if "left" in self.inexact and positions is None and mask is not None and not bool(mask[:, 0].all()):
             raise UspModelError(
@@ -99,6 +107,9 @@ class ShardedForward:
                 "keeps documents apart as flash attention does, or do not pack",
             )
 
+    def _wants_router_logits(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
+        return not self.whole_head and wants_router_logits(model, batch)
+
     def put_together(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward: the loss of the whole batch, and whole outputs where they were asked for."""
         layout = layout_of(kwargs)
@@ -116,6 +127,9 @@ class ShardedForward:
                 # Whole already, on every rank; the caller's factor counts each of them (see `whole_loss`).
                 output["loss"] = output["loss"] / self.mesh.size
             return output
+        if layout.router_logits:
+            mask = kwargs["attention_mask"].as_subclass(Tensor)
+            output = self.router.add(output, layout, cut(mask, layout, 0) if self.inside else mask, self.gather_outputs)
         if output.get("loss") is not None:
             assert self.mesh.group is not None
             output["loss"] = whole_loss(output["loss"], self.mesh.group, self.mesh.size, layout.items_given)
@@ -163,12 +177,6 @@ def _check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
             f"{type(model).__name__} with labels and the loss {getattr(model.loss_function, '__name__', 'custom')}",
             rule="a loss is a sum over tokens that takes shift_labels and num_items_in_batch (ForCausalLMLoss)",
             remedy="use the model's ForCausalLM class with its own loss function",
-        )
-    if batch.get("output_router_logits", getattr(config, "output_router_logits", False)):
-        raise UspModelError(
-            "output_router_logits=True with labels",
-            rule="the load-balancing loss of a mixture of experts is not a sum over tokens: shards do not add up to it",
-            remedy="set output_router_logits=False in the model's config",
         )
 
 

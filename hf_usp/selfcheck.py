@@ -50,12 +50,12 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     packed = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
     kinds = []
 
-    def differs(batch: dict[str, Tensor], options: ShardOptions = options, pass_states: bool = False) -> bool:
+    def differs(batch: dict[str, Any], options: ShardOptions = options, pass_states: bool = False) -> bool:
         """Whether a batch differs on any rank of the mesh."""
         here = _compare(model, batch, mesh, options, pass_states) is not None
         return bool(all_gather_ints(torch.tensor([here], dtype=torch.int64, device=device), group).any())
 
-    with _unnoticed(model, device):
+    with unnoticed(model, device):
         found = _compare(model, batch, mesh, options)
         error = None if found is None else _refusal(model, found)
         agree(torch.zeros(1, dtype=torch.int64, device=device), error, group, UspModelError)
@@ -122,6 +122,8 @@ def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -
         labels = ids.clone()
         labels[:, :2] = IGNORED
         batch["labels"] = labels.to(device)
+    if hasattr(model.config.get_text_config(), "output_router_logits"):
+        batch["output_router_logits"] = False  # a share has no auxiliary loss of its own, see router.py
     return batch
 
 
@@ -131,7 +133,7 @@ def _original_length(rope: Any) -> int:
 
 
 @contextmanager
-def _unnoticed(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+def unnoticed(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """No gradients, no dropout; random state, training flags and buffers as before."""
     modules = list(model.modules())
     training = [module.training for module in modules]
