@@ -120,12 +120,23 @@ class UspParallelismConfig(ParallelismConfig):
     def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
         """The mesh over all processes, ranks left over filled in; None for a single one."""
         world = world_size()
+        self._adopt_model_sizes(world)
         if self.fill_data_parallel and world % self.total_size == 0 and world > self.total_size:
             sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
             self._set_size("dp_shard" if sharded else "dp_replicate", world // self.total_size)
         if self.total_size != world:
             raise _wrong_world(self, world)
         return super().build_device_mesh(device_type) if world > 1 else None
+
+    def _adopt_model_sizes(self, world: int) -> None:
+        """Take over what the Trainer reads off a model that was loaded with a `DistributedConfig` and sets on us.
+
+        Such a model's data-parallel axis (its `fsdp_size`) is dp_shard x cp here: it knows no axis of ours.
+        """
+        if self.tp_size > 1 and self.total_size == world * self.cp_size and self.dp_shard_size % self.cp_size == 0:
+            self._set_size("dp_shard", self.dp_shard_size // self.cp_size)
+        for axis in AXES:
+            self._sizes[axis] = getattr(self, f"{axis}_size")
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
         """Called by Accelerate with the accelerator that was made with this config: here its `prepare` learns of us."""
@@ -242,4 +253,5 @@ def _chosen_degree(config: UspParallelismConfig, model: Any) -> int:
             remedy="pass ulysses_degree=... yourself",
         )
     node = config.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
-    return choose_ulysses_degree(config.cp_size, heads // config.tp_size, kv_heads, node)[0]
+    heads, kv_heads = (max(1, count // config.tp_size) for count in (heads, kv_heads))
+    return choose_ulysses_degree(config.cp_size, heads, kv_heads, node)[0]

@@ -230,6 +230,7 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} is an encoder-decoder model", rule="one sequence of tokens attends to itself",
             remedy="use a decoder-only model",
         )  # fmt: skip
+    check_tensor_parallel(model)
     # A model whose layers all are recurrent has no attention to speak of, and no positions.
     recurrent = has_recurrent_layers(model)
     supported = any(getattr(type(model), f"_supports_{way}", False) for way in ("attention_backend", "sdpa"))
@@ -255,6 +256,20 @@ def check_model(model: PreTrainedModel) -> None:
             rule="each rank passes the positions of its tokens; a model that counts them itself starts at 0 everywhere",
             remedy="use an architecture whose forward takes position_ids",
         )
+
+
+def check_tensor_parallel(model: PreTrainedModel) -> None:
+    """Refuse tensor parallelism that leaves parts of a head on a rank; layers would fail on their shapes."""
+    ranks, config = getattr(model, "tp_size", None) or 1, model.config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(config, name, None)
+        if ranks > 1 and isinstance(count, int) and count % ranks:
+            raise UspModelError(
+                f"{type(model).__name__} with {name}={count} under tp_size={ranks}",
+                rule="tensor parallelism gives every rank whole heads; what is left of them may be dealt unevenly to "
+                "ulysses ranks",
+                remedy=f"choose a tp_size that divides {count}, and more ranks for cp_size",
+            )
 
 
 def mask_kinds(model: PreTrainedModel) -> tuple[MaskKind, ...]:

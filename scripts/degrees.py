@@ -3,6 +3,7 @@
     --context-parallel-size 8                                              ulysses 8
     --context-parallel-size 8 --context-parallel-algo megatron_cp_algo     ring 8
     --context-parallel-size 8 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2     ulysses 2 x ring 4
+    ... --tensor-model-parallel-size 2     every layer split over 2 neighbours, weights sharded over the rest
 
 Everything is checked when the flags are parsed, before a model is loaded or a process group starts.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+
+from transformers.distributed import DistributedConfig
 
 import hf_usp
 from hf_usp.degrees import check_degrees, split_heads
@@ -32,8 +35,22 @@ class ContextParallelArguments:
         default=None, metadata={"help": "Ulysses degree of hybrid_cp_algo; the ring degree is size / this."}
     )
 
+    tensor_model_parallel_size: int = field(
+        default=1, metadata={"help": "Processes that split every layer (a pretrained model's own tp_plan)."}
+    )
+
     def __post_init__(self) -> None:
-        check_world(self.context_parallel_size, int(os.environ.get("WORLD_SIZE", "1")))
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        check_world(self.context_parallel_size, world)
+        if self.tensor_model_parallel_size < 1 or world % (
+            self.context_parallel_size * self.tensor_model_parallel_size
+        ):
+            raise UspConfigError(
+                f"--tensor-model-parallel-size {self.tensor_model_parallel_size} x --context-parallel-size "
+                f"{self.context_parallel_size} with {world} processes",
+                rule="the product divides the number of processes; the quotient is data parallel",
+                remedy="start a multiple of the product",
+            )
         check_degrees(self.context_parallel_size, self.ulysses_degree)
 
     @property
@@ -67,6 +84,13 @@ class ContextParallelArguments:
         if self.context_parallel_size == 1:
             return None
         return hf_usp.UspParallelismConfig(cp_size=self.context_parallel_size, ulysses_degree=self.ulysses_degree)
+
+    def distributed_config(self) -> DistributedConfig | None:
+        """What `from_pretrained` takes to split layers while it loads; FSDP2 over all other processes."""
+        ranks = self.tensor_model_parallel_size
+        if ranks == 1:
+            return None
+        return DistributedConfig(tp_size=ranks, fsdp_size=int(os.environ.get("WORLD_SIZE", "1")) // ranks)
 
     def describe(self, num_heads: int, num_kv_heads: int) -> str:
         """One line for the log: the mesh, and how many query heads every ulysses rank gets."""

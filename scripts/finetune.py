@@ -87,9 +87,17 @@ def load_tokenizer(args: ModelArguments) -> Any:
     return texts.ByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
 
 
-def load_model(args: ModelArguments, config: Any) -> PreTrainedModel:
+def load_model(args: ModelArguments, config: Any, split: Any) -> PreTrainedModel:
     """A pretrained or fresh model whose attention is `usp`: exact attention in one process, the mesh in several."""
     options = {"attn_implementation": "usp", "dtype": args.dtype}
+    if split is not None:
+        if args.model_name_or_path is None:
+            raise UspConfigError(
+                "--tensor-model-parallel-size with --config_name",
+                rule="Transformers splits layers while it loads a pretrained model",
+                remedy="save the fresh model first and pass its folder as --model_name_or_path",
+            )
+        options["distributed_config"] = split
     if args.model_name_or_path is not None:
         return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, **options)
     return AutoModelForCausalLM.from_config(config, **options)
@@ -148,7 +156,7 @@ def main() -> None:
         )
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     logger.info("%d processes: %s", args.world_size, cp.describe(config.num_attention_heads, kv_heads))
-    model = load_model(model_args, config)
+    model = load_model(model_args, config, cp.distributed_config())
     trainer = Trainer(
         model=model,
         args=args,

@@ -26,6 +26,8 @@ REFUSED = [
     ("--context-parallel-size 3", "with 8 processes.*1, 2, 4, 8"),
     ("--context-parallel-size 16", "with 8 processes"),
     ("--context-parallel-size 0", "with 8 processes"),
+    ("--context-parallel-size 4 --tensor-model-parallel-size 4", "--tensor-model-parallel-size 4 x"),
+    ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0 x"),
 ]
 
 
@@ -53,6 +55,13 @@ def test_refused_when_parsed(flags: str, message: str, monkeypatch: pytest.Monke
 def test_one_process_per_sequence_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert parse("").parallelism_config() is None
+
+
+def test_layers_are_split_inside_and_weights_sharded_over_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    split = parse("--context-parallel-size 4 --tensor-model-parallel-size 2").distributed_config()
+    assert split is not None and (split.tp_size, split.fsdp_size) == (2, 4)
+    assert parse("--context-parallel-size 4").distributed_config() is None
 
 
 def test_the_log_says_how_heads_are_split(monkeypatch: pytest.MonkeyPatch) -> None:

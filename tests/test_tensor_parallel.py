@@ -1,0 +1,100 @@
+"""Tensor parallelism of Transformers (`DistributedConfig`) around the mesh: TP inside, then ulysses, ring, data."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .ranks import Ranks
+from .tiny import largest_difference, rows, tiny_model
+
+
+def saved(folder: Path, **changes: Any) -> str:
+    """A tiny Llama on disk: Transformers shards over TP while it loads."""
+    path = str(folder / "model")
+    tiny_model("llama", "eager", **changes).save_pretrained(path)
+    return path
+
+
+def train(path: str, mesh: dict[str, int] | None, sharding: dict[str, int] | None, batch: int) -> dict[str, Any]:
+    """Four SGD steps with the stock Trainer, a model loaded with `DistributedConfig(**sharding)`."""
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from transformers.distributed import DistributedConfig
+
+    import hf_usp
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    # Stock FSDP2 and TP together: an embedding whose output is a view, and gathers in two steps.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    args = TrainingArguments(
+        output_dir=path, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, max_steps=4,
+        dataloader_pin_memory=False, per_device_train_batch_size=batch, gradient_accumulation_steps=2,
+        logging_steps=1, learning_rate=0.05, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.5,
+        parallelism_config=None if mesh is None else hf_usp.UspParallelismConfig(**mesh),
+    )  # fmt: skip
+    sharded = {} if sharding is None else {"distributed_config": DistributedConfig(**sharding)}
+    attention = "eager" if mesh is None else "usp"
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype=torch.float32, **sharded)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(40, 40))
+    trainer.train()
+    logs = trainer.state.log_history
+    return {
+        "losses": [entry["loss"] for entry in logs if "loss" in entry],
+        "norms": [entry["grad_norm"] for entry in logs if "grad_norm" in entry],
+        "weights": {name: whole(p).clone() for name, p in model.state_dict().items()},
+    }
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
+def compare(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    for mine in results:
+        assert mine["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+        assert mine["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+        assert largest_difference(mine["weights"], reference["weights"]) < 1e-6
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 6)], ids=str)
+def test_tp_around_the_mesh(four_ranks: Ranks, tmp_path: Path, heads: tuple[int, int], ulysses: int) -> None:
+    """(6, 6): three heads after TP, dealt unevenly to two ulysses ranks."""
+    changes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 8 * heads[0]}
+    path = saved(tmp_path, **changes)
+    mesh, sharding = {"cp_size": 2, "ulysses_degree": ulysses}, {"tp_size": 2, "fsdp_size": 2}
+    compare(four_ranks.run(train, path, mesh, sharding, 2), train(path, None, None, 2))
+
+
+def test_four_axes_on_eight_processes(tmp_path: Path) -> None:
+    """TP 2 x ulysses 2 x ring 1 x FSDP2 2, each axis with its own process groups."""
+    path = saved(tmp_path)
+    ranks = Ranks(8)
+    try:
+        results = ranks.run(train, path, {"cp_size": 2}, {"tp_size": 2, "fsdp_size": 4}, 1, timeout=120)
+    finally:
+        ranks.stop()
+    compare(results, train(path, None, None, 2))
+
+
+def refusal(path: str) -> str:
+    import hf_usp
+
+    try:
+        train(path, {"cp_size": 2}, {"tp_size": 2, "fsdp_size": 2}, 2)
+    except hf_usp.UspError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (4, 1)], ids=str)
+def test_tp_that_cuts_through_a_head_is_refused(four_ranks: Ranks, tmp_path: Path, heads: tuple[int, int]) -> None:
+    changes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 8 * heads[0]}
+    for message in four_ranks.run(refusal, saved(tmp_path, **changes)):
+        assert "tp_size=2" in message and "Remedy" in message
