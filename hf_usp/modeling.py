@@ -199,12 +199,10 @@ def _refuse(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> 
 
 def _refuse_recurrent(module: torch.nn.Module) -> None:
     """In a hand-written loop nobody has prepared a model's recurrent layers."""
-    config = getattr(module, "config", None)
-    types = [t for name in ("layer_types", "layers_block_type") for t in getattr(config, name, None) or ()]
-    found = sorted(RECURRENT.intersection(types))
+    found = recurrent_types(module)
     if found:
         raise UspModelError(
-            f"a model with layers of type {', '.join(found)} in a hand-written loop",
+            f"a model with layers of type {', '.join(sorted(set(found)))} in a hand-written loop",
             rule="layers with a state along the sequence exchange tokens, which they do in a prepared model only",
             remedy="call hf_usp.shard_recurrent_layers(model) once before the loop",
         )
@@ -220,6 +218,14 @@ def _refuse_router_logits(module: torch.nn.Module, asked: bool | None) -> None:
             remedy="let Accelerator(parallelism_config=UspParallelismConfig(...)).prepare(model) shard the batches, or "
             "set output_router_logits=False",
         )
+
+
+def recurrent_types(module: torch.nn.Module) -> list[str]:
+    """The types of the recurrent layers that a module's configuration names, one entry a layer."""
+    config: Any = getattr(module, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    return [kind for kind in types if kind in RECURRENT]
 
 
 def no_attention_weights() -> UspModelError:

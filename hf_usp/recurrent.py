@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .batch import Layout
 from .errors import UspModelError
-from .modeling import ShardedMask
+from .modeling import ShardedMask, recurrent_types
 from .scan import causal_conv, scan_over_heads
 from .scan_plan import ScanSizes, states_pay
 from .scan_work import state_plan
@@ -85,9 +85,19 @@ class RecurrentLayers:
 def shard_recurrent_layers(model: nn.Module) -> RecurrentLayers:
     """Make a model's recurrent layers work on `hf_usp.shard`'s batches, for a hand-written loop. Call it once.
 
-    `Accelerator.prepare` does the same for a prepared model. The result's `release()` takes it back.
+    `Accelerator.prepare` does the same for a prepared model. The result's `release()` takes it back. Raises
+    `UspModelError` where a model has recurrent layers that it cannot find (their recurrence is in their own code).
     """
     layers = RecurrentLayers(model)
+    named = recurrent_types(model)
+    if len(layers.layers) < len(named):
+        layers.release()
+        raise UspModelError(
+            f"{type(model).__name__} has {len(named)} layers of type {', '.join(sorted(set(named)))}; "
+            f"{len(layers.layers)} of them use kernels that can be sharded",
+            rule="a recurrence is sharded where a layer calls one of " + ", ".join(SHARDED),
+            remedy="train this model in one process",
+        )
 
     def vouch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         layout = _find_layout(tuple(kwargs.values()))

@@ -15,15 +15,18 @@ from .ranks import Ranks
 from .tiny import batch_of, rows, tiny_model
 
 
-def prepared(family: str = "llama", attention: str = "usp", **changes: Any) -> Any:
-    """A model prepared over 2 x 2 ranks."""
+def prepared(family: str = "llama", attention: str = "usp", compiled: str = "", **changes: Any) -> Any:
+    """A model prepared over 2 x 2 ranks; `compiled` by the user or by Accelerate."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2)
-    return Accelerator(cpu=True, parallelism_config=config).prepare(tiny_model(family, attention, **changes))
+    backend = "EAGER" if compiled == "accelerate" else None
+    model = tiny_model(family, attention, **changes)
+    model = torch.compile(model, backend="eager") if compiled == "user" else model
+    return Accelerator(cpu=True, parallelism_config=config, dynamo_backend=backend).prepare(model)
 
 
 def refusal(case: str) -> str:
@@ -102,6 +105,8 @@ CASES: dict[str, Any] = {
     "attention dropout": lambda rank: prepared(attention_dropout=0.1).train()(**batch_of("plain")),
     "own attention code": lambda rank: prepared("bloom", hidden_size=32, n_head=4)(**batch_of("plain")),
     "not usp": lambda rank: prepared(attention="sdpa"),
+    "compiled": lambda rank: prepared(compiled="user"),
+    "compiled by Accelerate": lambda rank: prepared(compiled="accelerate"),
     "not a model": lambda rank: hf_usp.prepare.find_model(torch.nn.Linear(2, 2)),
     "world": lambda rank: hf_usp.UspMesh.build(ring_degree=3, ulysses_degree=1),
     "unknown kernel": lambda rank: attend(kernel="flash_attn_9"),

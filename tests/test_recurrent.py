@@ -275,3 +275,18 @@ def test_a_hand_written_loop_prepares_such_layers_once(four_ranks: Ranks) -> Non
     for refusal, error in four_ranks.run(by_hand):
         assert "linear_attention" in refusal and "shard_recurrent_layers" in refusal
         assert error < 1e-4
+
+
+@pytest.mark.parametrize("subject", ["minimax", "zaya", "recurrent_gemma"])
+def test_recurrences_in_a_layers_own_code_are_refused_there(subject: str) -> None:
+    import hf_usp
+
+    with pytest.raises(hf_usp.UspModelError, match="0 of them"):
+        hf_usp.shard_recurrent_layers(tiny_model(subject, "usp"))
+
+
+@pytest.mark.parametrize("subject", ["llama", "bamba", "falcon_h1", "jamba", "mamba2", "nemotron_h", "zamba2", "lfm3"])
+def test_all_recurrent_layers_are_found(subject: str) -> None:
+    import hf_usp
+
+    hf_usp.shard_recurrent_layers(tiny_model(subject, "usp"))

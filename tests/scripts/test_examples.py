@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from .launch import accelerate, start, succeeded
+from .launch import TINY_LLAMA, accelerate, start, succeeded
 
 
 def losses(printed: str) -> list[float]:
@@ -35,3 +37,21 @@ def test_both_loops_equal_one_process(text: str) -> None:
     assert losses(succeeded(start(script, text, *length))) == pytest.approx(alone, abs=2e-5)
     printed = succeeded(accelerate(4, script, text, *length, "--cp_size", "4", "--ulysses_degree", "2"))
     assert losses(printed) == pytest.approx(alone, abs=2e-5)
+
+
+@pytest.mark.timeout(120)
+def test_perplexity_is_that_of_one_process(text: str, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TINY_LLAMA)).save_pretrained(tmp_path / "model")
+    flags = [text, "--model", str(tmp_path / "model"), "--tokenizer", "bytes", "--tokens", "331"]
+    succeeded(start("scripts/perplexity.py", *flags, "--output", str(tmp_path / "one.png")))
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 4 scripts/perplexity.py"
+    mesh = ["--ring_degree", "2", "--ulysses_degree", "2", "--output", str(tmp_path / "four.png")]
+    assert "330 tokens predicted" in succeeded(start(launch, *flags, *mesh))
+    one, four = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "four"))
+    assert four["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    for mine, theirs in zip(four["loss_by_position"], one["loss_by_position"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    assert (tmp_path / "four.png").read_bytes().startswith(b"\x89PNG")
