@@ -36,7 +36,6 @@ from .shard import (
     agree_on_layout,
     cut_all,
     cut_labels,
-    shard_with,
     shifted_labels,
 )
 
@@ -98,11 +97,10 @@ def share_for(
 ) -> tuple[dict[str, Any], Layout]:
     """Keywords for `model` that make its body run on this rank's share of a full batch; see `shard_with`."""
     body = find_body(model)
-    if body.module is model:
-        share, layout = shard_with(batch, mesh, options, check)
-        return {**share, "use_cache": False}, layout
     names = {*PER_TOKEN, *DESCRIBED, "attention_mask"} | (set(OF_THE_LOSS) if body.token_loss else set())
-    layout = agree_on_layout(batch, mesh, options, check, names)
+    layout = agree_on_layout(batch, mesh, options, check, None if body.module is model else names)
+    if body.module is model:
+        return {**cut_all(batch, layout), "use_cache": False}, layout
     share = {name: value for name, value in batch.items() if name not in DESCRIBED and value is not None}
     tokens = share["input_ids"] if "input_ids" in share else share["inputs_embeds"]
     mask_BS = share.get("attention_mask")
@@ -203,11 +201,13 @@ def _gather(value: Any, layout: Layout) -> Any:
 def pool_again(body: PreTrainedModel, output: Any, layout: Layout, gathered: bool) -> None:
     """A pooler that looks at single tokens (BERT: the first) saw a share; it pools again from whole hidden states.
 
-    Poolers that take anything else are left alone: their output differs from one process, which the self-check finds.
+    Poolers that work otherwise are left alone: their output differs from one process, which the self-check finds.
     """
-    pooler = getattr(body, "pooler", None)
-    if output.get("pooler_output") is None or not isinstance(pooler, torch.nn.Module):
+    pooler, of_share = getattr(body, "pooler", None), output.get("pooler_output")
+    if of_share is None or not isinstance(pooler, torch.nn.Module):
         return
     if len(inspect.signature(pooler.forward).parameters) == 1:
         hidden = output["last_hidden_state"]
-        output["pooler_output"] = pooler(hidden if gathered else unshard(hidden, layout))
+        pooled = pooler(hidden if gathered else unshard(hidden, layout))
+        if pooled.shape == of_share.shape:
+            output["pooler_output"] = pooled

@@ -98,6 +98,8 @@ class ShardedForward:
         apart = "packed" not in self.inexact or mask is not None or batch.get("cu_seq_lens_q") is not None
         if apart or positions is None:
             return
+        if positions.ndim == 3 and len(positions) == 4 and self.recurrent.layers:
+            positions = positions[0]  # masks of the models that take four rows heed the first; their recurrences do not
         if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
             raise UspModelError(
                 f"packed documents, told apart by position_ids, for {type(model).__name__}",

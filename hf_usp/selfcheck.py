@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .batch import Layout, cut
 from .bodies import find_body, pool_again, share_for
 from .comm import agree, all_gather_ints, all_reduce_sum
-from .errors import UspModelError
+from .errors import UspError, UspModelError
 from .mesh import UspMesh
 from .positions import may_count_visible, temperature_tuned, visible_positions
 from .recurrent import has_recurrent_layers
@@ -56,7 +56,12 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
         return bool(all_gather_ints(torch.tensor([here], dtype=torch.int64, device=device), group).any())
 
     with unnoticed(model, device):
-        found = _compare(model, batch, mesh, options)
+        try:
+            found = _compare(model, batch, mesh, options)
+        except UspError:
+            raise
+        except Exception as problem:
+            raise _fails_alone(model, problem) from problem
         error = None if found is None else _refusal(model, found)
         agree(torch.zeros(1, dtype=torch.int64, device=device), error, group, UspModelError)
         if differs({**batch, "position_ids": packed}):
@@ -76,6 +81,15 @@ def _refusal(model: PreTrainedModel, found: str) -> UspModelError:
         rule="outside attention a token may not look at other tokens, and positions come from position_ids",
         remedy="train this model without UspParallelismConfig; if you know better, "
         "UspParallelismConfig(self_check=False) switches the check off",
+    )
+
+
+def _fails_alone(model: PreTrainedModel, problem: Exception) -> UspModelError:
+    return UspModelError(
+        f"{type(model).__name__} fails on a short random batch of tokens: {problem}",
+        rule="the self-check runs one row of tokens, sharded and whole",
+        remedy="if the model needs more than tokens, UspParallelismConfig(self_check=False) goes without the check; "
+        "then compare a step with one process yourself",
     )
 
 
@@ -218,12 +232,14 @@ def _output_difference(layout: Layout, sharded: Any, whole: Any) -> str | None:
     """The first output without a dim of tokens (pooled, say) that differs, in words."""
     for name, theirs in whole.items():
         mine = sharded.get(name)
-        if name == "loss" or not isinstance(theirs, Tensor) or not theirs.is_floating_point():
-            continue
+        if not isinstance(theirs, Tensor) or theirs.ndim == 0 or not theirs.is_floating_point():
+            continue  # losses are looked at separately
         if not isinstance(mine, Tensor):
             return f"its output {name} is missing"
-        if mine.shape != theirs.shape:
+        if mine.shape != theirs.shape and mine.shape == (1, layout.local_length, *theirs.shape[2:]):
             continue  # of tokens; the modules that it comes from were compared
+        if mine.shape != theirs.shape:
+            return f"its output {name} has the shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
         error = (mine - theirs).double().norm() / theirs.double().norm().clamp_min(1e-12)
         if not bool(error <= TOLERANCE[layout.dtype]):
             return f"its output {name} differs by {error.item():.1e} of its size on a short random batch"

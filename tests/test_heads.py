@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2 regression": ("qwen2", "Qwen2ForSequenceClassification", {"num_labels": 1}),
     "bert masked": ("bert", "BertForMaskedLM", ENCODER),
     "bert sequence": ("bert", "BertForSequenceClassification", {**ENCODER, "num_labels": 3}),
+    "roberta token": ("roberta", "RobertaForTokenClassification", {**ENCODER, "num_labels": 5}),
     "bert both": ("bert", "BertForPreTraining", ENCODER),
     "modernbert masked": ("modernbert", "ModernBertForMaskedLM", MODERN),
     "modernbert mean": (
@@ -53,7 +55,7 @@ def head_batch(case: str, kind: str, rows: int = 2) -> dict[str, Tensor]:
     ids, labels = batch["input_ids"], batch.pop("labels")
     generator = torch.Generator().manual_seed(3)
     family, task = case.split()
-    if kind == "right" and family == "llama":
+    if kind == "right" and family in ("llama", "roberta"):
         batch["input_ids"] = ids.masked_fill(batch["attention_mask"] == 0, SIZES["pad_token_id"])
     if task in ("sequence", "mean"):
         batch["labels"] = torch.randint(3, (rows,), generator=generator)
@@ -164,3 +166,74 @@ def test_the_stock_trainer_follows_one_process(four_ranks: Ranks, tmp_path: Path
         assert len(mine["predicted"]) == len(expected["predicted"])
         if case != "modernbert masked":  # logits of padding are anybody's
             assert mine["predicted"] == pytest.approx(expected["predicted"], abs=1e-4)
+
+
+class TwoInputs(torch.nn.Module):
+    """A pooler of a kind that is not pooled again from whole hidden states."""
+
+    def __init__(self, pooler: torch.nn.Module) -> None:
+        super().__init__()
+        self.pooler = pooler
+
+    def forward(self, hidden_states: Tensor, scale: float = 1.0) -> Tensor:
+        return self.pooler(scale * hidden_states)
+
+
+def refusal(how: str) -> str:
+    """The message of a refused model or batch."""
+    import transformers
+
+    case = "bert masked" if how == "tensor" else "bert sequence"
+    model, batch = head_model(case, "usp"), head_batch(case, "right")
+    if how == "pooler":
+        model.bert.pooler = TwoInputs(model.bert.pooler)
+    elif how == "albert":
+        config = transformers.AutoConfig.for_model("albert", **{**SIZES, **ENCODER, "embedding_size": 32})
+        model = transformers.AlbertForSequenceClassification._from_config(config, attn_implementation="usp")
+    elif how == "tensor":
+        batch["hint"] = torch.zeros(2, 37)
+    elif how == "choices":
+        model = transformers.BertForMultipleChoice._from_config(model.config, attn_implementation="usp")
+        batch = {"input_ids": batch["input_ids"][:, None].expand(-1, 3, -1), "labels": torch.tensor([0, 2])}
+    else:
+        del batch["labels"]
+        batch["num_items_in_batch"] = torch.tensor(2)
+    with pytest.raises(hf_usp.UspError) as error:
+        prepare(model, 2, 2)(**batch)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("pooler", "logits differs"), ("albert", "logits"), ("tensor", "BertModel gets the tensor.* hint"),
+        ("choices", "fails on a short random batch"), ("outside", "num_items_in_batch without labels"),
+    ],
+)  # fmt: skip
+def test_what_is_not_exact_is_refused(four_ranks: Ranks, how: str, words: str) -> None:
+    for message in four_ranks.run(refusal, how):
+        assert re.search(words, message), message
+
+
+def pooled_features() -> float:
+    """Relative error of pooled features and their gradients where the encoder is prepared without a head."""
+    import transformers
+
+    models = []
+    for attention in ("usp", "eager"):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model("bert", **{**SIZES, **ENCODER})
+        models.append(transformers.BertModel._from_config(config, attn_implementation=attention))
+    ids = head_batch("bert sequence", "plain")["input_ids"]
+    mine, theirs = prepare(models[0], 2, 2)(input_ids=ids).pooler_output, models[1](input_ids=ids).pooler_output
+    error = relative(mine.detach(), theirs.detach())
+    for pooled in (mine, theirs):
+        pooled.square().sum().backward()
+    for parameter, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        dist.all_reduce(parameter.grad)
+        error = max(error, relative(parameter.grad / dist.get_world_size(), other.grad, 1e-2))
+    return error
+
+
+def test_features_are_pooled_from_whole_sequences(four_ranks: Ranks) -> None:
+    assert max(four_ranks.run(pooled_features)) < 1e-4
