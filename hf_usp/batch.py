@@ -47,8 +47,8 @@ class Layout:
     mesh: the ranks. batch, length: rows and tokens per row as the caller passed them. padded: tokens per row after ours
     were appended so that every rank holds equally many. order: name of the assignment of tokens to ring ranks. shards:
     positions of a row that each ring rank holds. kernel: the one asked for by name, or None. calls: how many layers
-    have used this layout; dtype: what attention last computed in. items_given: whether the caller passed
-    `num_items_in_batch`; router_logits: whether he asked for those. by_hand: whether `hf_usp.shard` made it for a
+    have used this layout; dtype: what attention last computed in. items_given, shifted: whether the caller passed
+    `num_items_in_batch`, `shift_labels`; router_logits: whether he asked for those. by_hand: whether `hf_usp.shard` made it for a
     hand-written loop, whose model nobody prepared. pass_states: whether recurrent layers pass states between ranks or
     exchange heads for tokens, where they can do both; None: what costs less. positions: of a full batch that has no
     position_ids [B, S], or None.
@@ -65,6 +65,7 @@ class Layout:
     calls: int = 0
     dtype: torch.dtype = torch.float32
     items_given: bool = False
+    shifted: bool = False
     by_hand: bool = False
     pass_states: bool | None = None
     positions: Callable[[Mapping[str, Any]], Tensor | None] | None = None

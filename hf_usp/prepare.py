@@ -22,6 +22,7 @@ from .layout import UNLIMITED
 from .loss import whole_loss
 from .mesh import UspMesh
 from .modeling import NAME, no_attention_weights
+from .per_token import FUSED, check_trainer, whole_fields
 from .positions import own_positions, visible_positions
 from .recurrent import RecurrentLayers, has_recurrent_layers
 from .router import RouterLoss, wants_router_logits
@@ -76,7 +77,7 @@ class ShardedForward:
         num_labels = share.pop("num_labels", None)
         if num_labels is not None:
             share["num_items_in_batch"] = num_labels if items is None else items
-        layout.items_given = items is not None
+        layout.items_given, layout.shifted = items is not None, batch.get("shift_labels") is not None
         layout.pass_states = False if "states" in self.inexact else None
         layout.router_logits = self._wants_router_logits(model, batch)
         if layout.router_logits:
@@ -86,6 +87,7 @@ class ShardedForward:
     def _check(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         """Refuse what this model cannot do with this batch."""
         _check_call(model, batch)
+        check_trainer(model, batch)
         if self._wants_router_logits(model, batch):
             self.router.learn(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
@@ -135,6 +137,8 @@ class ShardedForward:
         if output.get("loss") is not None:
             assert self.mesh.group is not None
             output["loss"] = whole_loss(output["loss"], self.mesh.group, self.mesh.size, layout.items_given)
+        if kwargs.get(FUSED):
+            return whole_fields(output, layout, layout.shifted)
         if not self.inside:
             pool_again(model, output, layout, gathered=False)
         if self.gather_outputs:

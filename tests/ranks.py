@@ -114,5 +114,5 @@ def strict_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"torch\..*", category=FutureWarning)
     # Accelerate 1.15 takes "dp_shard_cp" from the root mesh, for its own FSDP2 as for ours.
     warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
-    # PEFT 0.21 reads a name that Transformers 5.23 has deprecated.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # PEFT 0.21 and TRL 1.16 use names that Transformers 5.23 has deprecated.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing")

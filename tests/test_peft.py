@@ -13,7 +13,7 @@ import hf_usp
 from .ranks import Ranks
 from .tiny import largest_difference, rows, tiny_model
 
-# PEFT 0.21 reads names that Transformers 5.23 has deprecated.
+# PEFT 0.21 reads a name that Transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 MESH = (4, 2)
 # init_lora_weights=False: both factors random, so that every adapter weight has a gradient from the first step on.
