@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DynamoBackend, gather_object, is_compiled_module, recursively_apply
 
+from .chunked_loss import ChunkedLoss, chunked_loss
 from .comm import world_size
 from .dealing import ALL_ORDERS
 from .degrees import check_degrees, choose_ulysses_degree
@@ -41,6 +42,8 @@ class UspParallelismConfig(ParallelismConfig):
         sequence_order: "auto" (what suits the masks of the batch), "contiguous", "zigzag", or "balanced" (chunks dealt
             so that ranks have equal work, also for packed documents of uneven length).
         gather_outputs: whether logits and hidden states come back whole on every rank, or as this rank's share.
+        loss_chunk: with labels, compute the loss of this rank's tokens in chunks of so many, without ever holding all
+            their logits; `outputs.logits` is then None. The same loss and gradients; also for cp_size=1.
         kernel: name of the attention kernel to use; None: the best installed.
         self_check: whether a prepared model first shows on a short random batch that sharding changes nothing.
         ranks_per_node: for choosing the ulysses degree; None: LOCAL_WORLD_SIZE.
@@ -59,6 +62,7 @@ class UspParallelismConfig(ParallelismConfig):
         tp_size: int | None = None,
         sequence_order: str = "auto",
         gather_outputs: bool = False,
+        loss_chunk: int | None = None,
         kernel: str | None = None,
         self_check: bool = True,
         ranks_per_node: int | None = None,
@@ -67,6 +71,7 @@ class UspParallelismConfig(ParallelismConfig):
         self.ulysses_degree = ulysses_degree
         self.sequence_order = sequence_order
         self.gather_outputs = gather_outputs
+        self.loss_chunk = loss_chunk
         self.kernel = kernel
         self.self_check = self_check
         self.ranks_per_node = ranks_per_node
@@ -81,6 +86,7 @@ class UspParallelismConfig(ParallelismConfig):
     def __post_init__(self) -> None:
         cp_size: int = self.cp_size  # type: ignore[has-type]
         _check_options(cp_size, self.ulysses_degree, self.sequence_order)
+        _check_chunk(self.loss_chunk, self.gather_outputs)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
         super().__post_init__()
@@ -114,7 +120,7 @@ class UspParallelismConfig(ParallelismConfig):
 
     def to_json(self) -> dict[str, Any]:
         """The sizes and options, as `TrainingArguments` writes them."""
-        options = ("ulysses_degree", "sequence_order", "gather_outputs", "kernel")
+        options = ("ulysses_degree", "sequence_order", "gather_outputs", "loss_chunk", "kernel")
         return {f"{name}_size": size for name, size in self._sizes.items()} | {x: getattr(self, x) for x in options}
 
     def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
@@ -142,7 +148,7 @@ class UspParallelismConfig(ParallelismConfig):
         """Called by Accelerate with the accelerator that was made with this config: here its `prepare` learns of us."""
         if self.total_size != accelerator.num_processes:
             raise _wrong_world(self, accelerator.num_processes)
-        if self.cp_size > 1:
+        if self.cp_size > 1 or self.loss_chunk is not None:
             _Seam(accelerator, self)
 
 
@@ -156,6 +162,17 @@ def _check_options(cp_size: int, ulysses_degree: int | None, sequence_order: str
             f"sequence_order={sequence_order!r}",
             rule=f"it is one of auto, {', '.join(ALL_ORDERS)}",
             remedy="use 'auto'",
+        )
+
+
+def _check_chunk(loss_chunk: int | None, gather_outputs: bool) -> None:
+    if loss_chunk is not None and (not isinstance(loss_chunk, int) or loss_chunk < 1):
+        raise UspConfigError(f"loss_chunk={loss_chunk!r}", rule="it is a number of tokens of at least 1, or None")
+    if loss_chunk is not None and gather_outputs:
+        raise UspConfigError(
+            f"loss_chunk={loss_chunk} with gather_outputs=True",
+            rule="a loss in chunks leaves no logits to be gathered",
+            remedy="choose one: loss_chunk for training, gather_outputs for predict and compute_metrics",
         )
 
 
@@ -199,6 +216,10 @@ class _Seam:
 
     def shard(self, module: torch.nn.Module) -> None:
         """Attach the hooks to the Transformers model in `module`, once."""
+        if self.config.loss_chunk is not None and chunked_loss(module) is None:
+            ChunkedLoss(find_model(module), self.config.loss_chunk)
+        if self.config.cp_size == 1:
+            return
         hooks = sharded_forward(module)
         if hooks is not None and hooks.mesh in self.meshes.values():
             return
@@ -243,6 +264,12 @@ class _Seam:
         return recursively_apply(distinct, self.accelerator.gather(input_data))
 
     def pad_across_processes(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(tensor, tuple) and not tensor and self.config.loss_chunk is not None:
+            raise UspModelError(
+                "outputs to be gathered of a model whose loss is computed in chunks",
+                rule="with loss_chunk there are no logits",
+                remedy="leave out loss_chunk for predict and compute_metrics, or prediction_loss_only=True",
+            )
         for hooks in self.prepared:
             if isinstance(tensor, torch.Tensor) and hooks.last_share == (tensor.data_ptr(), tuple(tensor.shape)):
                 raise UspModelError(

@@ -38,6 +38,10 @@ class ContextParallelArguments:
     tensor_model_parallel_size: int = field(
         default=1, metadata={"help": "Processes that split every layer (a pretrained model's own tp_plan)."}
     )
+    loss_chunk: int | None = field(
+        default=None,
+        metadata={"help": "Compute the loss in chunks of so many tokens, without ever holding all logits."},
+    )
 
     def __post_init__(self) -> None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -81,9 +85,11 @@ class ContextParallelArguments:
 
     def parallelism_config(self) -> hf_usp.UspParallelismConfig | None:
         """None where there is nothing to share: one process per sequence is what the Trainer does by itself."""
-        if self.context_parallel_size == 1:
+        if self.context_parallel_size == 1 and self.loss_chunk is None:
             return None
-        return hf_usp.UspParallelismConfig(cp_size=self.context_parallel_size, ulysses_degree=self.ulysses_degree)
+        return hf_usp.UspParallelismConfig(
+            cp_size=self.context_parallel_size, ulysses_degree=self.ulysses_degree, loss_chunk=self.loss_chunk
+        )
 
     def distributed_config(self) -> DistributedConfig | None:
         """What `from_pretrained` takes to split layers while it loads; FSDP2 over all other processes."""

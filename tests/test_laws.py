@@ -24,7 +24,7 @@ FLOORS = {
     2: ("kernels", "mesh", "work"),
     3: ("ring", "ulysses", "batch", "scan_work", "loss", "positions", "rope", "shard"),
     4: ("attention", "scan", "states"),
-    5: ("modeling", "bodies", "per_token", "recurrent", "router", "selfcheck"),
+    5: ("modeling", "bodies", "per_token", "chunked_loss", "recurrent", "router", "selfcheck"),
     6: ("prepare", "parallelism"),
     7: ("explain", "picture", "cli"),
     8: ("__init__",),

@@ -18,7 +18,7 @@ SCRIPT = "scripts/finetune.py"
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("rows", "algorithm"),
-    [("--sequence_length 101", "ulysses_cp_algo"), ("", "megatron_cp_algo")],
+    [("--sequence_length 101 --loss-chunk 16", "ulysses_cp_algo"), ("", "megatron_cp_algo")],
     ids=["packed", "whole"],
 )
 def test_two_processes_log_the_losses_of_one(tmp_path: Path, rows: str, algorithm: str) -> None:
