@@ -159,6 +159,35 @@ def test_predict_without_gathered_outputs_is_refused(four_ranks: Ranks, tmp_path
         assert "gather_outputs=True" in message
 
 
+def loss_outside(folder: str, how: str) -> str:
+    """The message of the refusal when the Trainer computes the loss itself."""
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers import Trainer, TrainingArguments
+
+    import hf_usp
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    args = TrainingArguments(
+        output_dir=folder, report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, max_steps=1,
+        parallelism_config=hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2),
+        label_smoothing_factor=0.1 if how == "label smoothing" else 0.0,
+    )  # fmt: skip
+    own = {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()}
+    trainer = Trainer(
+        model=tiny_model(), args=args, train_dataset=rows(2, 40), **(own if how != "label smoothing" else {})
+    )
+    with pytest.raises(hf_usp.UspModelError) as refusal:
+        trainer.train()
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("how", ["label smoothing", "compute_loss_func"])
+def test_a_loss_outside_the_model_is_refused(four_ranks: Ranks, tmp_path: Path, how: str) -> None:
+    for message in four_ranks.run(loss_outside, str(tmp_path), how):
+        assert how in message and "label_smoothing_factor=0" in message
+
+
 def test_every_mesh_gives_one_trajectory(four_ranks: Ranks, tmp_path: Path) -> None:
     """Equivalence class: order, degrees and data-parallel size do not show in the result."""
     setup = {"rows": 16, "batch": 4, "steps": 4, "family": "mistral", "length": 33}
