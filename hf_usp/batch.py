@@ -48,10 +48,10 @@ class Layout:
     were appended so that every rank holds equally many. order: name of the assignment of tokens to ring ranks. shards:
     positions of a row that each ring rank holds. kernel: the one asked for by name, or None. calls: how many layers
     have used this layout; dtype: what attention last computed in. items_given, shifted: whether the caller passed
-    `num_items_in_batch`, `shift_labels`; router_logits: whether he asked for those. by_hand: whether `hf_usp.shard` made it for a
-    hand-written loop, whose model nobody prepared. pass_states: whether recurrent layers pass states between ranks or
-    exchange heads for tokens, where they can do both; None: what costs less. positions: of a full batch that has no
-    position_ids [B, S], or None.
+    `num_items_in_batch`, `shift_labels`; router_logits: whether those were asked for. by_hand: whether `hf_usp.shard`
+    made it for a hand-written loop, whose model nobody prepared. pass_states: whether recurrent layers pass states
+    between ranks or exchange heads for tokens, where they can do both; None: what costs less. positions: of a full
+    batch that has no position_ids [B, S], or None.
     """
 
     mesh: UspMesh
