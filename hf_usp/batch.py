@@ -30,11 +30,15 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class MaskKind:
-    """What a layer asks for: limits to the left and right of the diagonal (-1: none), chunk size (0: none)."""
+    """What a layer asks for: limits to the left and right of the diagonal (-1: none), chunk size (0: none).
+
+    by_row: whether packed documents count their chunks from the start of the row instead of their own.
+    """
 
     left: int = UNLIMITED
     right: int = 0
     chunk: int = 0
+    by_row: bool = False
 
 
 CAUSAL = MaskKind()
@@ -94,7 +98,9 @@ class Layout:
 
     def mask(self, kind: MaskKind = CAUSAL) -> Mask:
         """The mask over the whole batch, positions flattened."""
-        documents = self.documents.chunked(kind.chunk) if kind.chunk else self.documents
+        documents = self.documents
+        if kind.chunk:
+            documents = documents.chunked(kind.chunk, self.padded if kind.by_row else 0)
         return Mask(documents, kind.left, kind.right)
 
     def work(self, kind: MaskKind, device: torch.device) -> Work:

@@ -60,13 +60,21 @@ class Documents:
     def num_tokens(self) -> int:
         return int(self.bounds[-1])
 
-    def chunked(self, size: int) -> Documents:
-        """Each document cut into chunks of `size` tokens, counted from its first visible key (Llama 4)."""
+    def chunked(self, size: int, row: int = 0) -> Documents:
+        """Each document cut into chunks of `size` tokens, counted from its first visible key (Llama 4).
+
+        With a `row` length documents inside a row count their chunks from the row's first token.
+        """
         if size < 1:
             raise UspMaskError(f"chunks of {size} tokens", rule="a chunk holds at least one token")
+        starts, stops = self.bounds[:-1], self.bounds[1:]
+        origin = np.maximum(self.first, starts)
+        if row:
+            origin = np.where(starts % row == 0, origin, starts - starts % row)
+        following = np.minimum(origin + size * (np.maximum(starts - origin, 0) // size + 1), stops)
         cuts = [
-            np.concatenate(([start], np.arange(min(max(first, start) + size, stop), stop, size)))
-            for start, stop, first in zip(self.bounds[:-1], self.bounds[1:], self.first, strict=True)
+            np.concatenate(([start], np.arange(cut, stop, size)))
+            for start, cut, stop in zip(starts, following, stops, strict=True)
         ]
         owner = np.repeat(np.arange(len(cuts)), [len(c) for c in cuts])
         starts = np.concatenate(cuts).astype(np.int64)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -42,6 +42,8 @@ HARMLESS = {
 }  # fmt: skip
 
 
+# Before it remapped positions, Transformers (5.17) counted the chunks of packed documents from the start of the row.
+CHUNKS_BY_ROW = not hasattr(masking_utils, "remap_positions_for_packed_sequence")
 # Entries of a config's layer types whose layers look across tokens outside attention.
 RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "linear"}
 
@@ -111,7 +113,7 @@ def read_mask_function(mask_function: Callable[..., Any]) -> MaskKind:
         if name == "sliding_window_overlay" and base is causal_mask_function:
             return MaskKind(left=numbers["sliding_window"] - 1)
         if name == "chunked_overlay" and base is causal_mask_function:
-            return MaskKind(chunk=numbers["chunk_size"])
+            return MaskKind(chunk=numbers["chunk_size"], by_row=CHUNKS_BY_ROW)
         if name == "sliding_window_bidirectional_overlay" and base is bidirectional_mask_function:
             return MaskKind(numbers["sliding_window"], numbers["sliding_window"])
     names = [part.__qualname__ for part in parts] or [mask_function.__qualname__]

@@ -238,3 +238,10 @@ def test_a_negative_window_is_refused(left: int, right: int) -> None:
 def test_documents_that_contradict_themselves_are_refused(bounds: list[int], first: list[int], last: list[int]) -> None:
     with pytest.raises(UspError):
         Documents(*(np.array(x, dtype=np.int64) for x in (bounds, first, last)))
+
+
+def test_chunks_counted_from_the_row_or_from_the_document() -> None:
+    """Two rows of 12 tokens, a document of 5 in the first; chunks of 4."""
+    packed = Documents.from_bounds([0, 5, 12, 24])
+    assert packed.chunked(4).bounds.tolist() == [0, 4, 5, 9, 12, 16, 20, 24]
+    assert packed.chunked(4, 12).bounds.tolist() == [0, 4, 5, 8, 12, 16, 20, 24]
