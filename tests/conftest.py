@@ -9,17 +9,17 @@ import pytest
 from .ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four_ranks() -> Iterator[Ranks]:
-    """Four processes of one gloo group, alive for the whole session."""
+    """Four processes of one gloo group, alive for a module: every mesh that a test builds leaves threads behind."""
     ranks = Ranks(4)
     yield ranks
     ranks.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_ranks() -> Iterator[Ranks]:
-    """Two processes of one gloo group, alive for the whole session."""
+    """Two processes of one gloo group, alive for a module."""
     ranks = Ranks(2)
     yield ranks
     ranks.stop()
