@@ -42,7 +42,7 @@ HARMLESS = {
 }  # fmt: skip
 
 
-# Before it remapped positions, Transformers (up to 5.22) counted the chunks of packed documents from the start of the row.
+# Up to 5.22 Transformers counted the chunks of packed documents from the start of the row.
 CHUNKS_BY_ROW = not hasattr(masking_utils, "remap_positions_for_packed_sequence")
 # Entries of a config's layer types whose layers look across tokens outside attention.
 RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "linear"}
