@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UspBatchError, UspError
+from .ranges import EXCHANGE, WAIT, named
 
 Group = dist.ProcessGroup
 
@@ -31,8 +32,9 @@ class Pending:
         self._sent = sent  # kept alive until the transfer is over
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        with named(WAIT):
+            for work in self._works:
+                work.wait()
         self._works, self._sent = (), ()
 
 
@@ -43,13 +45,15 @@ def post(group: Group, sends: Sequence[tuple[Tensor, int]], receives: Sequence[t
     """
     ops = [dist.P2POp(dist.isend, tensor, peer, group) for tensor, peer in sends if tensor.numel()]
     ops += [dist.P2POp(dist.irecv, tensor, peer, group) for tensor, peer in receives if tensor.numel()]
-    return Pending(dist.batch_isend_irecv(ops) if ops else (), [tensor for tensor, _ in sends])
+    with named(EXCHANGE):
+        return Pending(dist.batch_isend_irecv(ops) if ops else (), [tensor for tensor, _ in sends])
 
 
 def all_to_all(send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group) -> Tensor:
     """Exchange slices of a flat tensor: slice i of `send` goes to group rank i, slice j of the result came from j."""
     received = send.new_empty(sum(receive_sizes))
-    dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=group)
+    with named(EXCHANGE):
+        dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=group)
     return received
 
 

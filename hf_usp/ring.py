@@ -21,6 +21,7 @@ from torch import Tensor
 from .comm import Pending, post
 from .kernels import Kernel, Softmax, accumulation_dtype
 from .mesh import UspMesh
+from .ranges import MERGE, TILES, named
 from .work import Index, Stage, Work
 
 
@@ -46,9 +47,10 @@ class _RingAttention(torch.autograd.Function):
         ctx: Any, q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall
     ) -> Tensor:
         if _needs_no_merge(sinks_H, call):
-            out_THE, lse_HT = call.kernel.forward(
-                q_THD, k_TGD, v_TGE, call.work.stages[0].calls[0].segments, call.softmax
-            )
+            with named(TILES):
+                out_THE, lse_HT = call.kernel.forward(
+                    q_THD, k_TGD, v_TGE, call.work.stages[0].calls[0].segments, call.softmax
+                )
         else:
             out_THE, lse_HT = _forward(q_THD, k_TGD, v_TGE, sinks_H, call)
         ctx.save_for_backward(q_THD, k_TGD, v_TGE, sinks_H, out_THE, lse_HT)
@@ -63,7 +65,8 @@ class _RingAttention(torch.autograd.Function):
         if _needs_no_merge(sinks_H, call):
             segments = call.work.stages[0].calls[0].segments
             tensors = (dout_THE, q_THD, k_TGD, v_TGE, out_THE, lse_HT)
-            return (*call.kernel.backward(*tensors, segments, call.softmax), None, None)
+            with named(TILES):
+                return (*call.kernel.backward(*tensors, segments, call.softmax), None, None)
         dq, dk, dv = _backward(dout_THE, q_THD, k_TGD, v_TGE, out_THE, lse_HT, call)
         return dq, dk, dv, _sink_gradient(dout_THE, out_THE, lse_HT, sinks_H), None
 
@@ -97,8 +100,10 @@ def _tiles_forward(
     for part in stage.calls:
         q_rows, k_rows, v_rows = q_THD[part.rows], k_KGD[part.keys], v_KGE[part.keys]
         for h, g in call.heads:
-            out, lse = call.kernel.forward(q_rows[:, h], k_rows[:, g], v_rows[:, g], part.segments, call.softmax)
-            _merge_(out_THE, lse_HT, part.rows, h, out, lse)
+            with named(TILES):
+                out, lse = call.kernel.forward(q_rows[:, h], k_rows[:, g], v_rows[:, g], part.segments, call.softmax)
+            with named(MERGE):
+                _merge_(out_THE, lse_HT, part.rows, h, out, lse)
 
 
 def _backward(
@@ -149,13 +154,15 @@ def _tiles_backward(
         dout_rows, q_rows, out_rows, lse_rows = dout_THE[at], q_THD[at], out_THE[at], lse_HT[:, at]
         k_rows, v_rows = k_KGD[part.keys], v_KGE[part.keys]
         for h, g in call.heads:
-            dq, dk, dv = call.kernel.backward(
-                dout_rows[:, h], q_rows[:, h], k_rows[:, g], v_rows[:, g], out_rows[:, h], lse_rows[h],
-                part.segments, call.softmax,
-            )  # fmt: skip
-            _add_(dq_THD[:, h], at, dq, True)
-            _add_(dk_KGD[:, g], part.keys, dk, part.keys_distinct)
-            _add_(dv_KGE[:, g], part.keys, dv, part.keys_distinct)
+            with named(TILES):
+                dq, dk, dv = call.kernel.backward(
+                    dout_rows[:, h], q_rows[:, h], k_rows[:, g], v_rows[:, g], out_rows[:, h], lse_rows[h],
+                    part.segments, call.softmax,
+                )  # fmt: skip
+            with named(MERGE):
+                _add_(dq_THD[:, h], at, dq, True)
+                _add_(dk_KGD[:, g], part.keys, dk, part.keys_distinct)
+                _add_(dv_KGE[:, g], part.keys, dv, part.keys_distinct)
 
 
 def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Any:

@@ -19,7 +19,7 @@ ROOT = Path(hf_usp.__file__).parent
 
 # Imports point downwards, or sideways without a cycle. A new module takes its place here.
 FLOORS = {
-    0: ("errors", "versions", "checkpoint"),
+    0: ("errors", "versions", "checkpoint", "ranges"),
     1: ("layout", "dealing", "plan", "scan_plan", "degrees", "comm"),
     2: ("kernels", "mesh", "work"),
     3: ("ring", "ulysses", "batch", "scan_work", "loss", "positions", "rope", "shard"),
