@@ -23,6 +23,7 @@ from .errors import UspConfigError, UspModelError
 from .mesh import DeviceMesh, UspMesh
 from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .shard import ShardOptions
+from .token_counts import Copies, gather_seen_once
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -118,6 +119,10 @@ class UspParallelismConfig(ParallelismConfig):
     def dp_cp_dim_names(self) -> list[str]:
         return super().dp_cp_dim_names + (["cp"] if self.cp_size > 1 else [])
 
+    @property
+    def non_data_parallel_size(self) -> int:
+        return Copies(super().non_data_parallel_size)
+
     def to_json(self) -> dict[str, Any]:
         """The sizes and options, as `TrainingArguments` writes them."""
         options = ("ulysses_degree", "sequence_order", "gather_outputs", "loss_chunk", "kernel")
@@ -203,6 +208,7 @@ class _Seam:
         for name in (*self.stock, "gather_for_metrics"):
             method = functools.wraps(getattr(Accelerator, name))(functools.partial(getattr(type(self), name), self))
             setattr(accelerator, name, method)
+        accelerator.gather = gather_seen_once(accelerator.gather, config.cp_size * config.tp_size)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         for module in args:

@@ -20,7 +20,7 @@ ROOT = Path(hf_usp.__file__).parent
 # Imports point downwards, or sideways without a cycle. A new module takes its place here.
 FLOORS = {
     0: ("errors", "versions", "checkpoint", "ranges"),
-    1: ("layout", "dealing", "plan", "scan_plan", "degrees", "comm"),
+    1: ("layout", "dealing", "plan", "scan_plan", "degrees", "comm", "token_counts"),
     2: ("kernels", "mesh", "work"),
     3: ("ring", "ulysses", "batch", "scan_work", "loss", "positions", "rope", "shard"),
     4: ("attention", "scan", "states"),
