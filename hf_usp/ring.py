@@ -36,39 +36,34 @@ class RingCall:
     heads: list[tuple[slice, slice]]
 
 
-def ring_attention(q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall) -> Tensor:
-    """Attention of this rank's queries over the keys of all ring ranks: out_THE. Differentiable."""
-    return _RingAttention.apply(q_THD, k_TGD, v_TGE, sinks_H, call)
+def ring_forward(
+    q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall
+) -> tuple[Tensor, Tensor]:
+    """Attention of this rank's queries over the keys of all ring ranks: out_THE and its log-sum-exp lse_HT."""
+    if _needs_no_merge(sinks_H, call):
+        with named(TILES):
+            return call.kernel.forward(q_THD, k_TGD, v_TGE, call.work.stages[0].calls[0].segments, call.softmax)
+    return _forward(q_THD, k_TGD, v_TGE, sinks_H, call)
 
 
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall
-    ) -> Tensor:
-        if _needs_no_merge(sinks_H, call):
-            with named(TILES):
-                out_THE, lse_HT = call.kernel.forward(
-                    q_THD, k_TGD, v_TGE, call.work.stages[0].calls[0].segments, call.softmax
-                )
-        else:
-            out_THE, lse_HT = _forward(q_THD, k_TGD, v_TGE, sinks_H, call)
-        ctx.save_for_backward(q_THD, k_TGD, v_TGE, sinks_H, out_THE, lse_HT)
-        ctx.call = call
-        return out_THE
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_THD, k_TGD, v_TGE, sinks_H, out_THE, lse_HT = ctx.saved_tensors
-        (dout_THE,) = grads
-        call: RingCall = ctx.call
-        if _needs_no_merge(sinks_H, call):
-            segments = call.work.stages[0].calls[0].segments
-            tensors = (dout_THE, q_THD, k_TGD, v_TGE, out_THE, lse_HT)
-            with named(TILES):
-                return (*call.kernel.backward(*tensors, segments, call.softmax), None, None)
-        dq, dk, dv = _backward(dout_THE, q_THD, k_TGD, v_TGE, out_THE, lse_HT, call)
-        return dq, dk, dv, _sink_gradient(dout_THE, out_THE, lse_HT, sinks_H), None
+def ring_backward(
+    dout_THE: Tensor,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGE: Tensor,
+    sinks_H: Tensor | None,
+    out_THE: Tensor,
+    lse_HT: Tensor,
+    call: RingCall,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the sinks, given the output and log-sum-exp of the forward."""
+    if _needs_no_merge(sinks_H, call):
+        segments = call.work.stages[0].calls[0].segments
+        tensors = (dout_THE, q_THD, k_TGD, v_TGE, out_THE, lse_HT)
+        with named(TILES):
+            return (*call.kernel.backward(*tensors, segments, call.softmax), None)
+    dq, dk, dv = _backward(dout_THE, q_THD, k_TGD, v_TGE, out_THE, lse_HT, call)
+    return dq, dk, dv, _sink_gradient(dout_THE, out_THE, lse_HT, sinks_H)
 
 
 def _needs_no_merge(sinks_H: Tensor | None, call: RingCall) -> bool:

@@ -12,7 +12,7 @@ the heads of `shares[u]`, and a kv head travels once to every rank that reads it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,64 +22,80 @@ from .degrees import HeadShare
 from .kernels import accumulation_dtype
 from .mesh import UspMesh
 
-Shares = Sequence[HeadShare]
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Who keeps which heads of a call: rank u those of `shares[u]`.
+
+    batch: rows. kv_heads: their number before the exchange. widths: D of keys and queries, E of values.
+    """
+
+    shares: Sequence[HeadShare]
+    mesh: UspMesh
+    batch: int
+    kv_heads: int
+    widths: tuple[int, int]
+
+    @property
+    def mine(self) -> HeadShare:
+        return self.shares[self.mesh.ulysses_rank]
+
+    def columns(self, share: HeadShare) -> list[int]:
+        """Columns of q, k and v in a message to the rank with this share."""
+        width, value_width = self.widths
+        return [share.num_query * width, share.num_kv * width, share.num_kv * value_width]
+
+    def split(self, packed: Tensor, share: HeadShare) -> tuple[Tensor, Tensor, Tensor]:
+        """Views [..., heads, width] on q, k and v of a message [..., X]."""
+        q, k, v = packed.split(self.columns(share), dim=-1)
+        width, value_width = self.widths
+        return (
+            q.unflatten(-1, (share.num_query, width)),
+            k.unflatten(-1, (share.num_kv, width)),
+            v.unflatten(-1, (share.num_kv, value_width)),
+        )
 
 
-def heads_to_tokens(
-    q_BLHD: Tensor, k_BLGD: Tensor, v_BLGE: Tensor, shares: Shares, mesh: UspMesh
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q_ThD, k_TgD, v_TgE: the heads of this rank's share over all tokens of the ring shard. Differentiable."""
-    if mesh.ulysses_group is None:
-        return q_BLHD.flatten(0, 1), k_BLGD.flatten(0, 1), v_BLGE.flatten(0, 1)
-    return _HeadsToTokens.apply(q_BLHD, k_BLGD, v_BLGE, shares, mesh)
+def heads_to_tokens(q_BLHD: Tensor, k_BLGD: Tensor, v_BLGE: Tensor, heads: Heads) -> Tensor | None:
+    """The heads of this rank's share over all tokens of the ring shard, packed_TX (see `Heads.split`).
+
+    None where ulysses has one rank: queries, keys and values stay what they are.
+    """
+    if heads.mesh.ulysses_group is None:
+        return None
+    sent = [(q_BLHD[:, :, s.q0 : s.q1], k_BLGD[:, :, s.k0 : s.k1], v_BLGE[:, :, s.k0 : s.k1]) for s in heads.shares]
+    return _to_tokens(sent, sum(heads.columns(heads.mine)), heads.mesh)
 
 
-def tokens_to_heads(out_ThE: Tensor, batch: int, shares: Shares, mesh: UspMesh) -> Tensor:
-    """out_BLHE: all heads over this rank's tokens. Differentiable; the inverse of `heads_to_tokens` for the output."""
-    if mesh.ulysses_group is None:
-        return out_ThE.unflatten(0, (batch, -1))
-    return _TokensToHeads.apply(out_ThE, batch, shares, mesh)
+def heads_to_tokens_backward(grads: Sequence[Tensor], heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_BLHD, dk_BLGD, dv_BLGE from dq_ThD, dk_TgD, dv_TgE."""
+    if heads.mesh.ulysses_group is None:
+        dq, dk, dv = (x.unflatten(0, (heads.batch, -1)) for x in grads)
+        return dq, dk, dv
+    blocks_BLX = _to_heads(grads, heads.batch, [sum(heads.columns(s)) for s in heads.shares], heads.mesh)
+    parts = [heads.split(block, share) for block, share in zip(blocks_BLX, heads.shares, strict=True)]
+    dq = torch.cat([part[0] for part in parts], dim=2)
+    dk, dv = (_sum_shared([part[i] for part in parts], heads.shares, heads.kv_heads) for i in (1, 2))
+    return dq, dk, dv
 
 
-class _HeadsToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q_BLHD: Tensor, k_BLGD: Tensor, v_BLGE: Tensor, shares: Shares, mesh: UspMesh
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        widths = (q_BLHD.shape[3], k_BLGD.shape[3], v_BLGE.shape[3])
-        ctx.shares, ctx.mesh, ctx.widths, ctx.kv_heads = shares, mesh, widths, k_BLGD.shape[2]
-        ctx.batch = q_BLHD.shape[0]
-        mine = shares[mesh.ulysses_rank]
-        sent = [(q_BLHD[:, :, s.q0 : s.q1], k_BLGD[:, :, s.k0 : s.k1], v_BLGE[:, :, s.k0 : s.k1]) for s in shares]
-        packed_TX = _to_tokens(sent, sum(_columns(mine, widths)), mesh)
-        return _split(packed_TX, mine, widths)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        shares, widths = ctx.shares, ctx.widths
-        blocks_BLX = _to_heads(grads, ctx.batch, [sum(_columns(s, widths)) for s in shares], ctx.mesh)
-        parts = [_split(block, share, widths) for block, share in zip(blocks_BLX, shares, strict=True)]
-        dq = torch.cat([part[0] for part in parts], dim=2)
-        dk, dv = (_sum_shared([part[i] for part in parts], shares, ctx.kv_heads) for i in (1, 2))
-        return dq, dk, dv, None, None
+def tokens_to_heads(out_ThE: Tensor, heads: Heads) -> Tensor:
+    """out_BLHE: all heads over this rank's tokens; the inverse of `heads_to_tokens` for the output."""
+    if heads.mesh.ulysses_group is None:
+        return out_ThE.unflatten(0, (heads.batch, -1))
+    width = out_ThE.shape[2]
+    blocks_BLX = _to_heads((out_ThE,), heads.batch, [s.num_query * width for s in heads.shares], heads.mesh)
+    return torch.cat(blocks_BLX, dim=2).unflatten(2, (-1, width))
 
 
-class _TokensToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, out_ThE: Tensor, batch: int, shares: Shares, mesh: UspMesh) -> Tensor:
-        ctx.shares, ctx.mesh = shares, mesh
-        width = out_ThE.shape[2]
-        blocks_BLX = _to_heads((out_ThE,), batch, [s.num_query * width for s in shares], mesh)
-        return torch.cat(blocks_BLX, dim=2).unflatten(2, (-1, width))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dout_BLHE,) = grads
-        mine = ctx.shares[ctx.mesh.ulysses_rank]
-        width = dout_BLHE.shape[3]
-        sent = [(dout_BLHE[:, :, s.q0 : s.q1],) for s in ctx.shares]
-        packed_TX = _to_tokens(sent, mine.num_query * width, ctx.mesh)
-        return packed_TX.unflatten(1, (mine.num_query, width)), None, None, None
+def tokens_to_heads_backward(dout_BLHE: Tensor, heads: Heads) -> Tensor:
+    """dout_ThE: the heads of this rank's share over all tokens of the ring shard."""
+    if heads.mesh.ulysses_group is None:
+        return dout_BLHE.flatten(0, 1)
+    width = dout_BLHE.shape[3]
+    sent = [(dout_BLHE[:, :, s.q0 : s.q1],) for s in heads.shares]
+    packed_TX = _to_tokens(sent, heads.mine.num_query * width, heads.mesh)
+    return packed_TX.unflatten(1, (heads.mine.num_query, width))
 
 
 def _to_tokens(sent: Sequence[tuple[Tensor, ...]], columns: int, mesh: UspMesh) -> Tensor:
@@ -116,22 +132,7 @@ def _to_heads(tensors: Sequence[Tensor], batch: int, columns: Sequence[int], mes
     return [block.view(batch, length, c) for block, c in zip(received.split(sizes), columns, strict=True)]
 
 
-def _columns(share: HeadShare, widths: tuple[int, int, int]) -> list[int]:
-    """Columns of q, k and v in a message to the rank with this share."""
-    return [share.num_query * widths[0], share.num_kv * widths[1], share.num_kv * widths[2]]
-
-
-def _split(packed: Tensor, share: HeadShare, widths: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Views [..., heads, width] on q, k and v of a message [..., X]."""
-    q, k, v = packed.split(_columns(share, widths), dim=-1)
-    return (
-        q.unflatten(-1, (share.num_query, widths[0])),
-        k.unflatten(-1, (share.num_kv, widths[1])),
-        v.unflatten(-1, (share.num_kv, widths[2])),
-    )
-
-
-def _sum_shared(parts: Sequence[Tensor], shares: Shares, kv_heads: int) -> Tensor:
+def _sum_shared(parts: Sequence[Tensor], shares: Sequence[HeadShare], kv_heads: int) -> Tensor:
     """Gradient of all kv heads [B, L, G, width] from those of the ranks that read them, shared heads summed in fp32."""
     if sum(share.num_kv for share in shares) == kv_heads:
         return torch.cat(list(parts), dim=2)

@@ -22,7 +22,7 @@ FLOORS = {
     0: ("errors", "versions", "checkpoint", "ranges"),
     1: ("layout", "dealing", "plan", "scan_plan", "degrees", "comm", "token_counts"),
     2: ("kernels", "mesh", "work"),
-    3: ("ring", "ulysses", "batch", "scan_work", "loss", "positions", "rope", "shard"),
+    3: ("ring", "ulysses", "batch", "scan_work", "loss", "positions", "rope", "shard", "core"),
     4: ("attention", "scan", "states"),
     5: ("modeling", "bodies", "per_token", "chunked_loss", "recurrent", "router", "selfcheck"),
     6: ("prepare", "parallelism"),

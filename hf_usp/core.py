@@ -1,0 +1,109 @@
+"""One attention call over the mesh as two functions, forward and backward, that know nothing of autograd.
+
+Forward: heads -> tokens (one all-to-all along ulysses), the ring, tokens -> heads (one all-to-all). Backward: the
+mirror image. With one rank there is no communication and no copy. `attention` makes an autograd function of the two,
+`operator` a registered operator.
+
+Shape suffixes: B rows, L local tokens of a row, T = B * U * L tokens of a ring shard, H query heads, G kv heads, D key
+width, E value width, X all columns of a message; lower case h, g: the heads that this rank keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .batch import Layout, MaskKind
+from .degrees import split_heads
+from .errors import UspModelError
+from .kernels import Softmax, choose_kernel
+from .ring import RingCall, ring_backward, ring_forward
+from .ulysses import Heads, heads_to_tokens, heads_to_tokens_backward, tokens_to_heads, tokens_to_heads_backward
+from .work import head_runs
+
+# Queries, keys and values [B, L, heads, width], and one sink per query head or None.
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+# What the backward needs besides the inputs: the message of heads that arrived (None: they are the inputs'), the
+# output over all tokens of the ring shard, its log-sum-exp. None of them shares memory with an input.
+Kept = tuple[Tensor | None, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """Everything about one call that is not a tensor."""
+
+    ring: RingCall
+    heads: Heads
+
+
+def make_call(inputs: Inputs, layout: Layout, kind: MaskKind, softmax: Softmax) -> AttentionCall:
+    """Plan, kernel and heads of a call; raises `UspError`s for shapes that do not fit, on every rank alike."""
+    q_BLHD, k_BLGD, v_BLGE, sinks_H = inputs
+    _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, layout)
+    layout.calls, layout.dtype = layout.calls + 1, q_BLHD.dtype
+    mesh = layout.mesh
+    shares = split_heads(q_BLHD.shape[2], k_BLGD.shape[2], mesh.ulysses_degree)
+    width = max(q_BLHD.shape[3], v_BLGE.shape[3])
+    ring = RingCall(
+        work=layout.work(kind, q_BLHD.device),
+        mesh=mesh,
+        kernel=choose_kernel(q_BLHD.device, q_BLHD.dtype, width, softmax, layout.kernel),
+        softmax=softmax,
+        heads=head_runs(shares[mesh.ulysses_rank].runs),
+    )
+    return AttentionCall(ring, Heads(shares, mesh, layout.batch, k_BLGD.shape[2], (k_BLGD.shape[3], v_BLGE.shape[3])))
+
+
+def forward(inputs: Inputs, call: AttentionCall) -> tuple[Tensor, Kept]:
+    """out_BLHE and what to keep for the backward."""
+    q_BLHD, k_BLGD, v_BLGE, sinks_H = inputs
+    arrived_TX = heads_to_tokens(q_BLHD, k_BLGD, v_BLGE, call.heads)
+    out_ThE, lse_hT = ring_forward(*_at_hand(inputs, arrived_TX, call), call.ring)
+    return tokens_to_heads(out_ThE, call.heads), (arrived_TX, out_ThE, lse_hT)
+
+
+def backward(dout_BLHE: Tensor, inputs: Inputs, kept: Kept, call: AttentionCall) -> Inputs:
+    """The gradients of the inputs."""
+    arrived_TX, out_ThE, lse_hT = kept
+    dout_ThE = tokens_to_heads_backward(dout_BLHE, call.heads)
+    q_ThD, k_TgD, v_TgE, sinks_h = _at_hand(inputs, arrived_TX, call)
+    *grads, dsinks_h = ring_backward(dout_ThE, q_ThD, k_TgD, v_TgE, sinks_h, out_ThE, lse_hT, call.ring)
+    dq, dk, dv = heads_to_tokens_backward(grads, call.heads)
+    if dsinks_h is None or inputs[3] is None:
+        return dq, dk, dv, None
+    dsinks_H = dsinks_h.new_zeros(inputs[3].shape)
+    dsinks_H[call.heads.mine.q0 : call.heads.mine.q1] = dsinks_h
+    return dq, dk, dv, dsinks_H
+
+
+def _at_hand(inputs: Inputs, arrived_TX: Tensor | None, call: AttentionCall) -> Inputs:
+    """q_ThD, k_TgD, v_TgE and sinks_h of the heads that this rank keeps, over all tokens of the ring shard."""
+    q, k, v, sinks_H = inputs
+    mine = call.heads.mine
+    if arrived_TX is None:
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    else:
+        q, k, v = call.heads.split(arrived_TX, mine)
+    return q, k, v, None if sinks_H is None else sinks_H[mine.q0 : mine.q1]
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout) -> None:
+    expected = (layout.batch, layout.local_length)
+    for name, x in (("queries", q), ("keys", k), ("values", v)):
+        if x.ndim != 4 or tuple(x.shape[:2]) != expected:
+            raise UspModelError(
+                f"{name} of shape {tuple(x.shape)}",
+                rule=f"sharded attention takes [batch, local tokens, heads, width] with {expected[0]} x {expected[1]} "
+                "tokens, queries and keys of the same tokens (self-attention without a cache)",
+                remedy="call the model without past_key_values, and cut inputs with hf_usp.shard",
+            )
+    if k.shape[2] != v.shape[2] or k.shape[3] != q.shape[3]:
+        raise UspModelError(
+            f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}",
+            rule="keys have the width of the queries, values as many heads as keys",
+        )
+    if not (q.dtype == k.dtype == v.dtype):
+        raise UspModelError(f"queries in {q.dtype}, keys in {k.dtype}, values in {v.dtype}", rule="one dtype")
+    if sinks is not None and tuple(sinks.shape) != (q.shape[2],):
+        raise UspModelError(f"sinks of shape {tuple(sinks.shape)}", rule=f"one per query head: ({q.shape[2]},)")
