@@ -8,6 +8,7 @@ model, to every attention layer, and makes each mask's plan once per batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -44,6 +45,18 @@ class MaskKind:
 CAUSAL = MaskKind()
 
 
+@dataclass(frozen=True)
+class CallShape:
+    """One attention call: its mask, heads, widths of keys and values, and bytes of an element."""
+
+    kind: MaskKind
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    itemsize: int
+
+
 @dataclass(eq=False)
 class Layout:
     """Who holds which token of one batch.
@@ -51,11 +64,11 @@ class Layout:
     mesh: the ranks. batch, length: rows and tokens per row as the caller passed them. padded: tokens per row after ours
     were appended so that every rank holds equally many. order: name of the assignment of tokens to ring ranks. shards:
     positions of a row that each ring rank holds. kernel: the one asked for by name, or None. calls: how many layers
-    have used this layout; dtype: what attention last computed in. items_given, shifted: whether the caller passed
-    `num_items_in_batch`, `shift_labels`; router_logits: whether those were asked for. by_hand: whether `hf_usp.shard`
-    made it for a hand-written loop, whose model nobody prepared. pass_states: whether recurrent layers pass states
-    between ranks or exchange heads for tokens, where they can do both; None: what costs less. positions: of a full
-    batch that has no position_ids [B, S], or None.
+    have used this layout, recomputed ones again; used: the same by shape; dtype: what attention last computed in.
+    items_given, shifted: whether the caller passed `num_items_in_batch`, `shift_labels`; router_logits: whether those
+    were asked for. by_hand: whether `hf_usp.shard` made it for a hand-written loop, whose model nobody prepared.
+    pass_states: whether recurrent layers pass states between ranks or exchange heads for tokens, where they can do
+    both; None: what costs less. positions: of a full batch that has no position_ids [B, S], or None.
     """
 
     mesh: UspMesh
@@ -67,6 +80,7 @@ class Layout:
     shards: list[IntArray] = field(default_factory=list, repr=False)
     kernel: str | None = None
     calls: int = 0
+    used: Counter[CallShape] = field(default_factory=Counter, repr=False)
     dtype: torch.dtype = torch.float32
     items_given: bool = False
     shifted: bool = False

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .batch import Layout, MaskKind
+from .batch import CallShape, Layout, MaskKind
 from .degrees import split_heads
 from .errors import UspModelError
 from .kernels import Softmax, choose_kernel
@@ -42,6 +42,8 @@ def make_call(inputs: Inputs, layout: Layout, kind: MaskKind, softmax: Softmax) 
     q_BLHD, k_BLGD, v_BLGE, sinks_H = inputs
     _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, layout)
     layout.calls, layout.dtype = layout.calls + 1, q_BLHD.dtype
+    shape = (q_BLHD.shape[2], k_BLGD.shape[2], q_BLHD.shape[3], v_BLGE.shape[3], q_BLHD.element_size())
+    layout.used[CallShape(kind, *shape)] += 1
     mesh = layout.mesh
     shares = split_heads(q_BLHD.shape[2], k_BLGD.shape[2], mesh.ulysses_degree)
     width = max(q_BLHD.shape[3], v_BLGE.shape[3])

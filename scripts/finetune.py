@@ -17,6 +17,7 @@ A run that was cut off: the same flags with --resume_from_checkpoint last, on an
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ from transformers import (
 
 from hf_usp import checkpoint
 from hf_usp.errors import UspConfigError
+from hf_usp.report import UspReport
 
 logger = logging.getLogger("finetune")
 
@@ -79,6 +81,29 @@ class TextArguments:
                 f"--train_file {self.train_file} and --dataset_name {self.dataset_name}",
                 rule="text comes from one of the two",
             )
+
+
+@dataclass
+class ReportArguments:
+    usp_report: bool = field(
+        default=True, metadata={"help": "Log tokens a second, model operations, bytes, balance and memory as usp/..."}
+    )
+    profile_step: int | None = field(
+        default=None,
+        metadata={"help": "Profile this step: its exposed communication, and a trace in the output folder."},
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "Of one device in this run's dtype, 10^12 a second, for usp/mfu."},
+    )
+
+    def attach(self, trainer: Trainer) -> None:
+        """The report looks on; the run is the same without it."""
+        if not self.usp_report:
+            return
+        trace = None if self.profile_step is None else os.path.join(trainer.args.output_dir or ".", "trace")
+        peak = None if self.peak_tflops is None else self.peak_tflops * 1e12
+        UspReport(trainer, peak_flops=peak, profile_step=self.profile_step, trace=trace)
 
 
 def load_tokenizer(args: ModelArguments) -> Any:
@@ -126,9 +151,9 @@ def checkpoint_to_continue(args: TrainingArguments) -> str | None:
 
 
 def main() -> None:
-    kinds: Any = (ContextParallelArguments, ModelArguments, TextArguments, TrainingArguments)
+    kinds: Any = (ContextParallelArguments, ModelArguments, TextArguments, ReportArguments, TrainingArguments)
     parser = HfArgumentParser(kinds)
-    cp, model_args, text_args, args = parser.parse_args_into_dataclasses()
+    cp, model_args, text_args, report, args = parser.parse_args_into_dataclasses()
     args.parallelism_config = cp.parallelism_config()
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every weight of a causal LM is used; searching costs a walk per step
@@ -165,6 +190,7 @@ def main() -> None:
         data_collator=partial(texts.pad_right, pad_token_id=tokenizer.eos_token_id or 0),
         processing_class=None if isinstance(tokenizer, texts.ByteTokenizer) else tokenizer,
     )
+    report.attach(trainer)
     trainer.train(resume_from_checkpoint=checkpoint_to_continue(args))
     if eval_rows is not None:
         trainer.log_metrics("eval", trainer.evaluate())

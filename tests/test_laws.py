@@ -24,9 +24,9 @@ FLOORS = {
     2: ("kernels", "mesh", "work"),
     3: ("ring", "ulysses", "batch", "scan_work", "loss", "positions", "rope", "shard", "core"),
     4: ("attention", "scan", "states"),
-    5: ("modeling", "bodies", "per_token", "chunked_loss", "recurrent", "router", "selfcheck"),
+    5: ("modeling", "bodies", "per_token", "chunked_loss", "recurrent", "router", "selfcheck", "counting"),
     6: ("prepare", "parallelism"),
-    7: ("explain", "picture", "cli"),
+    7: ("explain", "picture", "report", "exposed", "cli"),
     8: ("__init__",),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -11,7 +11,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from degrees import ContextParallelArguments
-from finetune import ModelArguments, TextArguments
+from finetune import ModelArguments, ReportArguments, TextArguments
 from transformers import HfArgumentParser, TrainingArguments
 
 from .launch import ROOT
@@ -41,7 +41,7 @@ def test_config_loads_and_its_launch_line_parses(config: Path, monkeypatch: pyte
     assert launch.config_file == str(config.relative_to(ROOT))
     assert launch.training_script == "scripts/finetune.py"
 
-    kinds: Any = (ContextParallelArguments, ModelArguments, TextArguments, TrainingArguments)
+    kinds: Any = (ContextParallelArguments, ModelArguments, TextArguments, ReportArguments, TrainingArguments)
     flags, unknown = HfArgumentParser(kinds).parse_known_args(launch.training_script_args)
     assert not unknown
     # The dataclasses check themselves; TrainingArguments would start process groups.

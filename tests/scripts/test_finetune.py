@@ -33,6 +33,7 @@ def test_two_processes_log_the_losses_of_one(tmp_path: Path, rows: str, algorith
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
         assert (b["epoch"], b["step"]) == (a["epoch"], a["step"])
+        assert a["usp/tokens_per_second"] > 0 and b["usp/gb_sent_per_step"] > 0, "the report is on by default"
     if algorithm == "ulysses_cp_algo":
         assert "2 processes: ulysses 2 x ring 1; 3 query and 1 kv heads, split unevenly: 2 + 1" in printed
 
