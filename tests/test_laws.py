@@ -248,9 +248,13 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def fresh_import() -> dict:
     """What `import hf_usp` did to a fresh process."""
-    foreign = set()
-    for tree in TREES.values():
-        for node in tree.body:
+    foreign, loaded, waiting = set(), {""}, [""]
+    while waiting:  # what `import hf_usp` loads, of ours
+        found = {target for target, _ in imports(MODULES[waiting.pop()]) if target is not None} - loaded
+        loaded |= found
+        waiting += found
+    for name in loaded:
+        for node in TREES[MODULES[name]].body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("transformers", "accelerate"):
                 foreign.add(ast.unparse(node))
     # Not the environment of this process, which has imported hf_usp already.

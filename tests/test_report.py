@@ -41,7 +41,7 @@ def train(folder: str, mesh: tuple[int, int] | None, setup: dict[str, Any]) -> d
     args = TrainingArguments(
         output_dir=folder, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, logging_steps=2,
         max_steps=4, dataloader_pin_memory=False, parallelism_config=config, gradient_accumulation_steps=2,
-        eval_strategy="steps", eval_steps=3, per_device_train_batch_size=setup.get("batch", 1), optim="sgd", learning_rate=0.05,
+        eval_strategy="steps", eval_steps=3, per_device_train_batch_size=1, optim="sgd", learning_rate=0.05,
     )  # fmt: skip
     model = tiny_model(setup.get("family", "llama"), "usp" if config else "eager")
     if setup.get("checkpointing"):
