@@ -1,0 +1,174 @@
+"""The roofline against published tables and closed formulas: orders, thresholds, memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hf_usp.errors import UspConfigError
+from hf_usp.footprint import memory
+from hf_usp.machines import GB, MACHINES, Link, Machine
+from hf_usp.roofline import attention, mask_area, predict
+from hf_usp.sizes import Degrees, Job, ModelShape
+
+LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
+# Those who measured relay whole blocks and send fp32 gradients.
+THEIRS = Job(0x10000, relay=True, gradients=4, checkpointing=True)
+
+# USP paper (arXiv 2405.07719 v5): (machine, ranks, tokens, what is timed, {ulysses degree: throughput}).
+TABLES = [
+    ("a800-nvlink", 16, 65536, "step", {8: 136.3, 4: 137.5, 2: 129.4, 1: 121.8}),
+    ("a800-nvlink", 16, 81920, "step", {8: 147.5, 4: 148.9, 2: 140.1, 1: 132.9}),
+    ("l20-pcie", 8, 131072, "forward", {8: 2.59, 4: 4.24, 2: 5.48, 1: 5.19}),
+    ("l20-pcie", 8, 32768, "forward", {8: 14.3, 4: 32.8, 2: 62.8, 1: 58.4}),
+    ("a100-nvlink", 8, 32768, "forward", {8: 136, 4: 133, 2: 133, 1: 114}),
+    ("a100-nvlink", 8, 131072, "both", {8: 2.79, 4: 2.77, 2: 2.89, 1: 2.91}),
+]
+# Rows closer than this are the same row: the tables give three or four digits of one run.
+SAME = 0.008
+
+
+def seconds(machine: Machine, ranks: int, tokens: int, what: str, ulysses: int) -> float:
+    degrees, job = Degrees(ulysses, ranks // ulysses), replace(THEIRS, tokens=tokens)
+    if what == "step":
+        return predict(LLAMA3_8B, degrees, job, machine).seconds
+    directions = (False, True) if what == "both" else (False,)
+    return sum(attention(LLAMA3_8B, degrees, job, machine, backward=back).seconds for back in directions)
+
+
+@pytest.mark.parametrize(("name", "ranks", "tokens", "what", "table"), TABLES)
+def test_order_of_the_degrees_is_the_published_one(
+    name: str, ranks: int, tokens: int, what: str, table: dict[int, float]
+) -> None:
+    mine = {u: seconds(MACHINES[name], ranks, tokens, what, u) for u in table}
+    pairs = [(a, b) for a in table for b in table if table[a] > table[b] * (1 + SAME)]
+    wrong = [(a, b) for a, b in pairs if mine[a] >= mine[b]]
+    assert len(pairs) >= 4 and not wrong, (wrong, mine)
+
+
+@pytest.mark.parametrize(("name", "ranks", "tokens", "what", "table"), TABLES[:5])
+def test_the_best_degree_is_the_published_one(
+    name: str, ranks: int, tokens: int, what: str, table: dict[int, float]
+) -> None:
+    assert min(table, key=lambda u: seconds(MACHINES[name], ranks, tokens, what, u)) == max(
+        table, key=table.__getitem__
+    )
+
+
+def test_the_order_follows_the_links() -> None:
+    """The same cards on a switch: ulysses gains, and where a network is slow it does not cross it."""
+    switched = replace(MACHINES["l20-pcie"], links=(Link(8, 200 * GB),))
+    assert seconds(switched, 8, 32768, "forward", 8) < seconds(switched, 8, 32768, "forward", 2)
+    a800 = MACHINES["a800-nvlink"]
+    assert seconds(a800, 16, 65536, "step", 8) < seconds(a800, 16, 65536, "step", 16)
+    flat = replace(a800, links=(Link(16, 2000 * GB),))
+    assert seconds(flat, 16, 65536, "step", 16) < seconds(flat, 16, 65536, "step", 1)
+
+
+def ideal(link: float, flops: float = 600e12) -> Machine:
+    """No ramps, no tails, no launches: only rates."""
+    return Machine(
+        "ideal", flops, 80e9, 1e30, (Link(64, link, latency=0.0),), 1, attention=1.0, backward=1.0, causal=1.0,
+        full_ramp=0.0, causal_ramp=0.0, tail=0.0, launch=0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ulysses", [1, 8])
+def test_a_hop_is_hidden_from_e_f_over_g_b_rows_on(ulysses: int) -> None:
+    """n = e F / (G B): 6,000 tokens per GPU for a pure ring, 750 with ulysses 8 (600 TFLOP/s, 50 GB/s, G = 4)."""
+    machine, degrees = ideal(50e9), Degrees(ulysses, 8)
+    per_gpu = 6000 // ulysses
+
+    def exposed(tokens: float, *, backward: bool = False, gradients: int = 2) -> float:
+        job = Job(int(tokens) * degrees.ranks, gradients=gradients)
+        return attention(LLAMA3_8B, degrees, job, machine, backward=backward).ring_exposed
+
+    assert exposed(per_gpu * 1.01) == 0 < exposed(per_gpu * 0.99)
+    assert exposed(per_gpu * 0.81, backward=True) == 0 < exposed(per_gpu * 0.79, backward=True), "bf16 gradients: 0.8"
+    assert (
+        exposed(per_gpu * 1.21, backward=True, gradients=4) == 0 < exposed(per_gpu * 1.19, backward=True, gradients=4)
+    )
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(32768, 0.105), (131072, 0.026)])
+def test_exposed_all_to_all_over_causal_attention(tokens: int, share: float) -> None:
+    """(1 + 1/G) e F (1 - 1/U) / (S B), as for H100 NVLink and U = 8."""
+    it = attention(LLAMA3_8B, Degrees(8, 1), Job(tokens), ideal(380e9))
+    assert it.ulysses / it.tiles == pytest.approx(share, rel=0.02)
+
+
+def test_a_shared_link_is_shared() -> None:
+    machine = replace(ideal(1.0), links=(Link(2, 100.0, latency=0.0), Link(8, 100.0, shared=100.0, latency=0.0)))
+    assert machine.hop(100, 1, 8) == 1.0, "one of two crosses"
+    assert machine.hop(100, 2, 8) == 2.0, "both cross"
+    # 3/4 of the payload goes to other pairs, at half a link each; inside the pair half of it at a whole one.
+    assert machine.all_to_all(100, 8) == 1.5 * 1.0 and machine.all_to_all(100, 2) == 0.5
+    assert machine.all_to_all(100, 4, stride=2) == 1.5, "tensor-parallel neighbours in between: every peer is outside"
+
+
+def test_flops_are_those_of_the_model() -> None:
+    job = Job(8192)
+    it = predict(LLAMA3_8B, Degrees(), job, ideal(1e9))
+    head_and_layers = LLAMA3_8B.params - LLAMA3_8B.hidden * LLAMA3_8B.vocab  # the embedding multiplies nothing
+    dense = 6 * head_and_layers * 8192
+    scores = 32 * 3.5 * 4 * mask_area(8192, None) * 4096
+    assert it.flops == pytest.approx(dense + scores)
+    assert it.exposed == 0 and 0 < it.mfu <= 1
+    assert predict(LLAMA3_8B, Degrees(), replace(job, checkpointing=True), ideal(1e9)).seconds > it.seconds
+
+
+@pytest.mark.parametrize("window", [None, 1, 700, 4096, 9000])
+def test_mask_area(window: int | None) -> None:
+    assert mask_area(4096, window) == sum(min(i + 1, window or 4096) for i in range(4096))
+
+
+def test_a_window_needs_only_its_halo() -> None:
+    shape = replace(LLAMA3_8B, window=4096, sliding_layers=16)
+    job, machine, degrees = Job(1 << 20), ideal(50e9), Degrees(1, 8)
+    full = attention(shape, degrees, job, machine)
+    sliding = attention(shape, degrees, job, machine, 4096)
+    assert sliding.ring == pytest.approx(full.ring / 224, rel=0.01)
+    assert sliding.tiles == pytest.approx(full.tiles * 2 * 4096 / (1 << 20), rel=0.01)
+    half = predict(shape, degrees, job, machine).attention
+    assert half == pytest.approx(predict(LLAMA3_8B, degrees, job, machine).attention / 2, rel=0.02)
+
+
+def test_memory() -> None:
+    assert LLAMA3_8B.params == 8_029_995_008
+    job = Job(131072, checkpointing=True)
+    one, many = memory(LLAMA3_8B, Degrees(8, 1), job), memory(LLAMA3_8B, Degrees(8, 2), replace(job, tokens=262144))
+    assert one.weights == LLAMA3_8B.params * 2 / 8 == 2 * many.weights
+    assert one.activations == many.activations and one.logits == many.logits, "grows with tokens per rank alone"
+    ring = [memory(LLAMA3_8B, Degrees(1, r), Job(8192 * r, shard_params=False)).buffers for r in (2, 8)]
+    assert ring[0] == ring[1], "two blocks of others' keys and values, never R"
+    assert memory(LLAMA3_8B, Degrees(8, 1), replace(job, loss_chunk=1024)).logits == one.logits / 16
+    assert memory(LLAMA3_8B, Degrees(8, 1), replace(job, checkpointing=False)).activations > 8 * one.activations
+    assert memory(LLAMA3_8B, Degrees(8, 1), replace(job, offload=True)).activations < one.activations
+    assert memory(LLAMA3_8B, Degrees(8, 1, tp=2), job).weights == one.weights / 2
+    assert one.total == sum(vars(one).values())
+
+
+def test_data_parallel_shards_weights_and_adds_tokens() -> None:
+    job, machine = Job(32768), MACHINES["h100-nvlink"]
+    alone = predict(LLAMA3_8B, Degrees(4, 2), job, machine)
+    more = predict(LLAMA3_8B, Degrees(4, 2, dp_shard=2), job, machine)
+    copies = predict(LLAMA3_8B, Degrees(4, 2, dp_replicate=2), job, machine)
+    assert more.memory.weights == alone.memory.weights / 2 == copies.memory.weights / 2
+    assert more.tokens == copies.tokens == 2 * alone.tokens
+    assert more.attention == alone.attention == copies.attention
+
+
+@pytest.mark.parametrize(
+    ("shape", "degrees", "job", "named"),
+    [
+        (LLAMA3_8B, Degrees(), Job(0), "tokens = 0"),
+        (LLAMA3_8B, Degrees(ulysses=-1), Job(8), "ulysses = -1"),
+        (replace(LLAMA3_8B, layers=0), Degrees(), Job(8), "layers = 0"),
+        (replace(LLAMA3_8B, sliding_layers=4), Degrees(), Job(8), "4 sliding layers of 32, window None"),
+        (LLAMA3_8B, Degrees(64, 2), Job(4096), "128 ranks on ideal, which has links for 64"),
+    ],
+)
+def test_refusals(shape: ModelShape, degrees: Degrees, job: Job, named: str) -> None:
+    with pytest.raises(UspConfigError, match=named):
+        predict(shape, degrees, job, ideal(1e9))
