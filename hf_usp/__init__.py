@@ -9,6 +9,7 @@ from .errors import UspBatchError, UspConfigError, UspError, UspKernelError, Usp
 from .mesh import UspMesh
 from .modeling import register
 from .parallelism import UspParallelismConfig
+from .recompute import keep_attention
 from .recurrent import shard_recurrent_layers
 from .shard import shard
 from .versions import check_versions
@@ -24,6 +25,7 @@ __all__ = [
     "UspMesh",
     "UspModelError",
     "UspParallelismConfig",
+    "keep_attention",
     "shard",
     "shard_recurrent_layers",
     "unshard",

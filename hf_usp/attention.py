@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .batch import Layout, MaskKind
-from .core import AttentionCall, backward, forward, make_call
+from .core import AttentionCall, Inputs, backward, begin, forward, needed_inputs
 from .errors import UspModelError
 from .kernels import Softmax
 from .layout import UNLIMITED
+from .operator import attend_by_operator, wants_operator
+from .tickets import make_ticket
 
 
 def usp_attention(
@@ -53,23 +55,30 @@ def usp_attention(
         raise UspModelError(f"sliding_window={sliding_window}", rule="a window holds at least the query itself")
     left = UNLIMITED if sliding_window is None else sliding_window - 1
     kind = MaskKind(left, 0) if causal else MaskKind(left, left)
-    return attend(
-        q, k, v, sinks, layout, kind, Softmax(scaling if scaling is not None else q.shape[-1] ** -0.5, softcap)
-    )
+    softmax = Softmax(scaling if scaling is not None else q.shape[-1] ** -0.5, softcap)
+    return attend((q, k, v, sinks), layout, kind, softmax)
 
 
-def attend(
-    q_BLHD: Tensor,
-    k_BLGD: Tensor,
-    v_BLGE: Tensor,
-    sinks_H: Tensor | None,
-    layout: Layout,
-    kind: MaskKind,
-    softmax: Softmax,
-) -> Tensor:
-    """The same for any kind of mask; see `usp_attention`. Returns out_BLHE."""
-    inputs = (q_BLHD, k_BLGD, v_BLGE, sinks_H)
-    return _Attention.apply(*inputs, make_call(inputs, layout, kind, softmax))
+def attend(inputs: Inputs, layout: Layout, kind: MaskKind, softmax: Softmax, ticket: Tensor | None = None) -> Tensor:
+    """The same for any kind of mask; see `usp_attention`.
+
+    Args:
+        inputs: q_BLHD, k_BLGD, v_BLGE, sinks_H or None.
+        ticket: of the layout (see `tickets`), which torch.compile needs; without it a graph ends here.
+
+    Returns:
+        out_BLHE.
+    """
+    if ticket is not None and wants_operator():
+        return attend_by_operator(inputs, ticket, layout.mesh, kind, softmax)
+    return _attend_outside_of_graphs(inputs, layout, kind, softmax)
+
+
+@torch.compiler.disable
+def _attend_outside_of_graphs(inputs: Inputs, layout: Layout, kind: MaskKind, softmax: Softmax) -> Tensor:
+    if wants_operator():
+        return attend_by_operator(inputs, make_ticket(layout), layout.mesh, kind, softmax)
+    return _Attention.apply(*inputs, begin(inputs, layout, kind, softmax))
 
 
 class _Attention(torch.autograd.Function):
@@ -77,8 +86,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall) -> Tensor:
         inputs = (q, k, v, sinks)
         out_BLHE, kept = forward(inputs, call)
-        # Where heads have travelled, the backward needs those that arrived, and not the inputs.
-        ctx.save_for_backward(*(inputs if kept[0] is None else (None, None, None, sinks)), *kept)
+        ctx.save_for_backward(*needed_inputs(inputs, kept), *kept)
         ctx.call = call
         return out_BLHE
 

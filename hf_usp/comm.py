@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Groups by name, as torch's own functional collectives look them up; private in torch 2.11 to 2.13.
+from torch.distributed.distributed_c10d import _resolve_process_group
+
 from .errors import UspBatchError, UspError
 from .ranges import EXCHANGE, WAIT, named
 
@@ -55,6 +58,23 @@ def all_to_all(send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[
     with named(EXCHANGE):
         dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=group)
     return received
+
+
+@torch.library.custom_op("hf_usp::exchange", mutates_args=())
+def _exchange(send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group_name: str) -> Tensor:
+    return all_to_all(send, send_sizes, receive_sizes, _resolve_process_group(group_name))  # type: ignore[arg-type]
+
+
+@_exchange.register_fake
+def _(send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group_name: str) -> Tensor:
+    return send.new_empty(sum(receive_sizes))
+
+
+def all_to_all_by_operator(
+    send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group
+) -> Tensor:
+    """`all_to_all` as the operator `torch.ops.hf_usp.exchange`, which selective checkpointing can keep."""
+    return torch.ops.hf_usp.exchange(send, send_sizes, receive_sizes, group.group_name)
 
 
 def all_gather_ints(values: Tensor, group: Group) -> Tensor:

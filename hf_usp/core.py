@@ -11,6 +11,7 @@ width, E value width, X all columns of a message; lower case h, g: the heads tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,9 +25,19 @@ from .work import head_runs
 
 # Queries, keys and values [B, L, heads, width], and one sink per query head or None.
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+KeptInputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # What the backward needs besides the inputs: the message of heads that arrived (None: they are the inputs'), the
 # output over all tokens of the ring shard, its log-sum-exp. None of them shares memory with an input.
 Kept = tuple[Tensor | None, Tensor, Tensor]
+
+
+class Sizes(NamedTuple):
+    """Query heads H, kv heads G, key width D, value width E of a call, before heads travel."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,57 +48,68 @@ class AttentionCall:
     heads: Heads
 
 
-def make_call(inputs: Inputs, layout: Layout, kind: MaskKind, softmax: Softmax) -> AttentionCall:
-    """Plan, kernel and heads of a call; raises `UspError`s for shapes that do not fit, on every rank alike."""
+def begin(inputs: Inputs, layout: Layout, kind: MaskKind, softmax: Softmax) -> AttentionCall:
+    """The call that a layer begins, noted in the layout.
+
+    Raises `UspError`s for shapes that do not fit, on every rank alike.
+    """
     q_BLHD, k_BLGD, v_BLGE, sinks_H = inputs
     _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, layout)
+    sizes = Sizes(q_BLHD.shape[2], k_BLGD.shape[2], q_BLHD.shape[3], v_BLGE.shape[3])
     layout.calls, layout.dtype = layout.calls + 1, q_BLHD.dtype
-    shape = (q_BLHD.shape[2], k_BLGD.shape[2], q_BLHD.shape[3], v_BLGE.shape[3], q_BLHD.element_size())
-    layout.used[CallShape(kind, *shape)] += 1
+    layout.used[CallShape(kind, *sizes, q_BLHD.element_size())] += 1
+    return make_call(sizes, q_BLHD, layout, kind, softmax)
+
+
+def make_call(sizes: Sizes, like: Tensor, layout: Layout, kind: MaskKind, softmax: Softmax) -> AttentionCall:
+    """Plan, kernel and heads of a call whose tensors have the device and dtype of `like`."""
     mesh = layout.mesh
-    shares = split_heads(q_BLHD.shape[2], k_BLGD.shape[2], mesh.ulysses_degree)
-    width = max(q_BLHD.shape[3], v_BLGE.shape[3])
+    shares = split_heads(sizes.heads, sizes.kv_heads, mesh.ulysses_degree)
     ring = RingCall(
-        work=layout.work(kind, q_BLHD.device),
+        work=layout.work(kind, like.device),
         mesh=mesh,
-        kernel=choose_kernel(q_BLHD.device, q_BLHD.dtype, width, softmax, layout.kernel),
+        kernel=choose_kernel(like.device, like.dtype, max(sizes.width, sizes.value_width), softmax, layout.kernel),
         softmax=softmax,
         heads=head_runs(shares[mesh.ulysses_rank].runs),
     )
-    return AttentionCall(ring, Heads(shares, mesh, layout.batch, k_BLGD.shape[2], (k_BLGD.shape[3], v_BLGE.shape[3])))
+    return AttentionCall(ring, Heads(shares, mesh, layout.batch, *sizes))
 
 
 def forward(inputs: Inputs, call: AttentionCall) -> tuple[Tensor, Kept]:
     """out_BLHE and what to keep for the backward."""
-    q_BLHD, k_BLGD, v_BLGE, sinks_H = inputs
+    q_BLHD, k_BLGD, v_BLGE, _ = inputs
     arrived_TX = heads_to_tokens(q_BLHD, k_BLGD, v_BLGE, call.heads)
-    out_ThE, lse_hT = ring_forward(*_at_hand(inputs, arrived_TX, call), call.ring)
+    out_ThE, lse_hT = ring_forward(*_at_hand(inputs, arrived_TX, call.heads), call.ring)
     return tokens_to_heads(out_ThE, call.heads), (arrived_TX, out_ThE, lse_hT)
 
 
-def backward(dout_BLHE: Tensor, inputs: Inputs, kept: Kept, call: AttentionCall) -> Inputs:
-    """The gradients of the inputs."""
+def backward(dout_BLHE: Tensor, inputs: KeptInputs, kept: Kept, call: AttentionCall) -> Inputs:
+    """The gradients of the inputs, of which only the sinks are needed where heads have travelled."""
     arrived_TX, out_ThE, lse_hT = kept
     dout_ThE = tokens_to_heads_backward(dout_BLHE, call.heads)
-    q_ThD, k_TgD, v_TgE, sinks_h = _at_hand(inputs, arrived_TX, call)
+    q_ThD, k_TgD, v_TgE, sinks_h = _at_hand(inputs, arrived_TX, call.heads)
     *grads, dsinks_h = ring_backward(dout_ThE, q_ThD, k_TgD, v_TgE, sinks_h, out_ThE, lse_hT, call.ring)
     dq, dk, dv = heads_to_tokens_backward(grads, call.heads)
-    if dsinks_h is None or inputs[3] is None:
+    if dsinks_h is None:
         return dq, dk, dv, None
-    dsinks_H = dsinks_h.new_zeros(inputs[3].shape)
+    dsinks_H = dsinks_h.new_zeros(call.heads.query_heads)
     dsinks_H[call.heads.mine.q0 : call.heads.mine.q1] = dsinks_h
     return dq, dk, dv, dsinks_H
 
 
-def _at_hand(inputs: Inputs, arrived_TX: Tensor | None, call: AttentionCall) -> Inputs:
+def needed_inputs(inputs: Inputs, kept: Kept) -> KeptInputs:
+    """The inputs that the backward needs besides what was kept: sinks alone where heads have travelled."""
+    return inputs if kept[0] is None else (None, None, None, inputs[3])
+
+
+def _at_hand(inputs: KeptInputs, arrived_TX: Tensor | None, heads: Heads) -> Inputs:
     """q_ThD, k_TgD, v_TgE and sinks_h of the heads that this rank keeps, over all tokens of the ring shard."""
     q, k, v, sinks_H = inputs
-    mine = call.heads.mine
-    if arrived_TX is None:
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    else:
-        q, k, v = call.heads.split(arrived_TX, mine)
-    return q, k, v, None if sinks_H is None else sinks_H[mine.q0 : mine.q1]
+    sinks_h = None if sinks_H is None else sinks_H[heads.mine.q0 : heads.mine.q1]
+    if arrived_TX is not None:
+        return *heads.split(arrived_TX, heads.mine), sinks_h
+    assert q is not None and k is not None and v is not None
+    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), sinks_h
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout) -> None:

@@ -54,10 +54,11 @@ class _MaskTouchedError(UspMaskError, AttributeError):
 
 @dataclass(frozen=True, eq=False)
 class ShardedMask:
-    """What a layer of a sharded forward gets as its attention mask: the layout and the kind of mask."""
+    """What a layer of a sharded forward gets as its attention mask: the layout, its ticket and the kind of mask."""
 
     layout: Layout
     kind: MaskKind
+    ticket: Tensor | None = None
 
     def __getitem__(self, index: Any) -> ShardedMask:
         # Gemma 4 cuts off nothing from the masks of its last layers in this way.
@@ -91,7 +92,7 @@ def usp_mask(
 ) -> Any:
     """The mask function of "usp": a `ShardedMask` inside a sharded forward, else the mask that sdpa gets."""
     if isinstance(attention_mask, LayoutMask):
-        return ShardedMask(attention_mask.usp_layout, read_mask_function(mask_function))
+        return ShardedMask(attention_mask.usp_layout, read_mask_function(mask_function), attention_mask.usp_ticket)
     # The mask is made for sdpa; layers with a softcap or sinks need a mask too where sdpa would do with is_causal.
     return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
@@ -147,14 +148,15 @@ def usp_attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function of "usp", as `AttentionInterface` calls it: tensors [B, H, L, D], result [B, L, H, E]."""
     if isinstance(attention_mask, ShardedMask):
-        layout, kind = attention_mask.layout, attention_mask.kind
+        layout, kind, ticket = attention_mask.layout, attention_mask.kind, attention_mask.ticket
     elif usp is None:
         return _unsharded(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window,
             softcap=softcap, s_aux=s_aux, **kwargs,
         )  # fmt: skip
     else:
-        layout, kind = usp, _kind_without_mask(module, attention_mask, sliding_window, kwargs.get("is_causal"))
+        layout, ticket = usp, None
+        kind = _kind_without_mask(module, attention_mask, sliding_window, kwargs.get("is_causal"))
     _refuse(module, dropout, kwargs)
     if layout.by_hand:
         _refuse_recurrent(module)
@@ -162,8 +164,8 @@ def usp_attention_forward(
     if is_temperature_tuned(module):
         query = with_global_temperature(query, module, layout)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
-    q_BLHD, k_BLGD, v_BLGE = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return attend(q_BLHD, k_BLGD, v_BLGE, s_aux, layout, kind, softmax), None
+    inputs = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), s_aux)
+    return attend(inputs, layout, kind, softmax, ticket), None
 
 
 def _kind_without_mask(

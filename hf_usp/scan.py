@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .batch import Layout
-from .comm import Group, all_to_all
+from .comm import Group, all_to_all, all_to_all_by_operator
+from .operator import wants_operator
 from .scan_work import halo_work, scan_work
 
 # First and past-the-last head, and the same for groups.
@@ -170,7 +171,10 @@ class _Exchange(torch.autograd.Function):
 
 
 def _all_to_all(flat: Tensor, sent: list[int], received: list[int], group: Group | None) -> Tensor:
-    return flat.clone() if group is None else all_to_all(flat, sent, received, group)
+    if group is None:
+        return flat.clone()
+    send = all_to_all_by_operator if wants_operator() else all_to_all
+    return send(flat, sent, received, group)
 
 
 def causal_conv(convolve: Callable[[Tensor], Tensor], x_BCL: Tensor, reach: int, layout: Layout) -> Tensor:

@@ -19,6 +19,7 @@ from .comm import agree, group_device
 from .errors import UspBatchError
 from .mesh import UspMesh
 from .rope import GlobalPositions
+from .tickets import make_ticket
 
 IGNORED = -100
 # Per-token inputs; our padding repeats a row's last token. Everything else of a batch must not depend on the sequence.
@@ -55,11 +56,12 @@ class LayoutMask(Tensor):
     """
 
     usp_layout: Layout
+    usp_ticket: Tensor
 
     @classmethod
-    def of(cls, mask_BL: Tensor, layout: Layout) -> LayoutMask:
+    def of(cls, mask_BL: Tensor, layout: Layout, ticket: Tensor | None = None) -> LayoutMask:
         mask = mask_BL.as_subclass(cls)
-        mask.usp_layout = layout
+        mask.usp_layout, mask.usp_ticket = layout, make_ticket(layout) if ticket is None else ticket
         return mask
 
     @classmethod
@@ -71,7 +73,7 @@ class LayoutMask(Tensor):
             return torch.zeros_like(result, dtype=torch.bool).as_subclass(Tensor)
         same = isinstance(result, cls) and args and isinstance(args[0], cls) and result.shape == args[0].shape
         if same and func in _SAME_MASK:
-            return cls.of(result, args[0].usp_layout)
+            return cls.of(result, args[0].usp_layout, args[0].usp_ticket)
         return tree_map(lambda x: x.as_subclass(Tensor) if isinstance(x, cls) else x, result)
 
 

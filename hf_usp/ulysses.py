@@ -27,14 +27,16 @@ from .mesh import UspMesh
 class Heads:
     """Who keeps which heads of a call: rank u those of `shares[u]`.
 
-    batch: rows. kv_heads: their number before the exchange. widths: D of keys and queries, E of values.
+    batch: rows. query_heads, kv_heads: their numbers before the exchange (H, G). width, value_width: D, E.
     """
 
     shares: Sequence[HeadShare]
     mesh: UspMesh
     batch: int
+    query_heads: int
     kv_heads: int
-    widths: tuple[int, int]
+    width: int
+    value_width: int
 
     @property
     def mine(self) -> HeadShare:
@@ -42,17 +44,15 @@ class Heads:
 
     def columns(self, share: HeadShare) -> list[int]:
         """Columns of q, k and v in a message to the rank with this share."""
-        width, value_width = self.widths
-        return [share.num_query * width, share.num_kv * width, share.num_kv * value_width]
+        return [share.num_query * self.width, share.num_kv * self.width, share.num_kv * self.value_width]
 
     def split(self, packed: Tensor, share: HeadShare) -> tuple[Tensor, Tensor, Tensor]:
         """Views [..., heads, width] on q, k and v of a message [..., X]."""
         q, k, v = packed.split(self.columns(share), dim=-1)
-        width, value_width = self.widths
         return (
-            q.unflatten(-1, (share.num_query, width)),
-            k.unflatten(-1, (share.num_kv, width)),
-            v.unflatten(-1, (share.num_kv, value_width)),
+            q.unflatten(-1, (share.num_query, self.width)),
+            k.unflatten(-1, (share.num_kv, self.width)),
+            v.unflatten(-1, (share.num_kv, self.value_width)),
         )
 
 

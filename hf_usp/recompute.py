@@ -1,0 +1,36 @@
+"""Activation checkpointing that keeps what sharded layers have exchanged and attended.
+
+Plain checkpointing recomputes a layer in the backward, and with it every message of its forward. With the policy here
+the outputs of the attention (and what its backward needs) and the messages that recurrent layers have received stay in
+memory, so that the recomputation neither attends nor exchanges again. Per layer and rank that is h units of local
+tokens x head width for a pure ring, and 3h + 2m with ulysses, where heads that have travelled are kept too (h query
+heads, m = max(kv heads, ulysses degree)).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from . import operator  # noqa: F401  registers the operators
+
+
+def keep_attention() -> dict[str, Any]:
+    """Keywords of activation checkpointing under which attention is computed and exchanged once.
+
+    `TrainingArguments(gradient_checkpointing=True, gradient_checkpointing_kwargs=hf_usp.keep_attention())`, or
+    `model.gradient_checkpointing_enable(hf_usp.keep_attention())`; also as keywords of `torch.utils.checkpoint.
+    checkpoint`. Only for the kind without reentrance (torch refuses `context_fn` with `use_reentrant=True`).
+    """
+    return {"use_reentrant": False, "context_fn": KeepAttention("hf_usp.keep_attention")}
+
+
+class KeepAttention(str):
+    """The `context_fn` of `keep_attention`. It is a string as well, because training arguments are written as JSON."""
+
+    def __call__(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        ops = torch.ops.hf_usp
+        return create_selective_checkpoint_contexts([ops.attend.default, ops.exchange.default])
