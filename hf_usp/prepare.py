@@ -28,6 +28,7 @@ from .recurrent import RecurrentLayers, has_recurrent_layers
 from .router import RouterLoss, wants_router_logits
 from .selfcheck import self_check
 from .shard import ShardOptions
+from .training_check import training_check
 
 
 class ShardedForward:
@@ -37,7 +38,7 @@ class ShardedForward:
         self, model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, gather_outputs: bool, check: bool
     ) -> None:
         self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
-        self.unchecked = check
+        self.unchecked = self.unchecked_training = check
         self.inexact: frozenset[str] = frozenset()  # what the self-check found besides
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
@@ -72,6 +73,9 @@ class ShardedForward:
             self.unchecked = False
             if "visible" in self.inexact:
                 self.options = replace(self.options, positions=visible_positions)
+        if self.unchecked_training and model.training:
+            training_check(model, self.mesh, self.options, next(model.parameters()).device)
+            self.unchecked_training = False
         items = batch.get("num_items_in_batch")
         share, layout = share_for(model, batch, self.mesh, self.options, lambda b: self._check(model, b))
         num_labels = share.pop("num_labels", None)

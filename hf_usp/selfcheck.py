@@ -4,16 +4,20 @@ The same few tokens go through the model twice, sharded and whole; the outputs o
 compared. Whatever looks at other tokens outside the attention interface (recurrent and convolutional layers, pooling,
 positions that are counted instead of passed) gives itself away, without a list of names. It runs below the model's own
 hooks, so FSDP and DDP do not notice; it leaves the random state, buffers, gradients and training flags as they were.
+
+Before the first forward in training mode the batch goes through once more in that mode (`training_check`).
 """
 
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -44,7 +48,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     """
     group = mesh.group
     assert group is not None
-    batch = _random_batch(model, mesh, device)
+    batch = random_batch(model, mesh, device)
     length = batch["input_ids"].shape[1]
     first = length // 2 + 1
     packed = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
@@ -52,17 +56,17 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
 
     def differs(batch: dict[str, Any], options: ShardOptions = options, pass_states: bool = False) -> bool:
         """Whether a batch differs on any rank of the mesh."""
-        here = _compare(model, batch, mesh, options, pass_states) is not None
+        here = compare(model, batch, mesh, options, pass_states) is not None
         return bool(all_gather_ints(torch.tensor([here], dtype=torch.int64, device=device), group).any())
 
     with unnoticed(model, device):
         try:
-            found = _compare(model, batch, mesh, options)
+            found = compare(model, batch, mesh, options)
         except UspError:
             raise
         except Exception as problem:
-            raise _fails_alone(model, problem) from problem
-        error = None if found is None else _refusal(model, found)
+            raise fails_alone(model, problem) from problem
+        error = None if found is None else refusal(model, found)
         agree(torch.zeros(1, dtype=torch.int64, device=device), error, group, UspModelError)
         if differs({**batch, "position_ids": packed}):
             kinds.append("packed")
@@ -75,7 +79,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     return frozenset(kinds)
 
 
-def _refusal(model: PreTrainedModel, found: str) -> UspModelError:
+def refusal(model: PreTrainedModel, found: str) -> UspModelError:
     return UspModelError(
         f"{type(model).__name__} computes something else when its sequence is sharded: {found}",
         rule="outside attention a token may not look at other tokens, and positions come from position_ids",
@@ -84,7 +88,7 @@ def _refusal(model: PreTrainedModel, found: str) -> UspModelError:
     )
 
 
-def _fails_alone(model: PreTrainedModel, problem: Exception) -> UspModelError:
+def fails_alone(model: PreTrainedModel, problem: Exception) -> UspModelError:
     return UspModelError(
         f"{type(model).__name__} fails on a short random batch of tokens: {problem}",
         rule="the self-check runs one row of tokens, sharded and whole",
@@ -99,7 +103,7 @@ def _left_padding(batch: dict[str, Any]) -> Tensor:
     return mask
 
 
-def _compare(
+def compare(
     model: PreTrainedModel,
     batch: dict[str, Any],
     mesh: UspMesh,
@@ -111,15 +115,15 @@ def _compare(
     layout.pass_states = pass_states
     items = share.pop("num_labels", None)
     given = {} if items is None else {"num_items_in_batch": items}
-    mine, sharded = _outputs(model, share | given)
+    mine, sharded = module_outputs(model, share | given)
     if find_body(model).module is model:
         pool_again(model, sharded, layout, gathered=False)
-    theirs, whole = _outputs(model, batch)
+    theirs, whole = module_outputs(model, batch)
     wrong_loss = _loss_difference(layout, sharded, whole)  # on every rank: it communicates
     return _difference(model, layout, mine, theirs) or _output_difference(layout, sharded, whole) or wrong_loss
 
 
-def _random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Any]:
+def random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Any]:
     length = max(2 * mesh.size, 4 * mesh.ring_degree, 6) - 1  # not a multiple: the last rank gets padding of ours
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
@@ -147,35 +151,43 @@ def _original_length(rope: Any) -> int:
 
 
 @contextmanager
-def unnoticed(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """No gradients, no dropout; random state, training flags and buffers as before."""
+def unnoticed(model: PreTrainedModel, device: torch.device, training: bool = False) -> Iterator[None]:
+    """No gradients and no dropout (or flags as they are, and no checkpointing); all as before afterwards."""
     modules = list(model.modules())
-    training = [module.training for module in modules]
+    flags = [module.training for module in modules]
     buffers = [
         (module, name, b, b.clone()) for module in modules for name, b in module._buffers.items() if b is not None
     ]
     # Ropes change their own attributes; we let the temperature of Llama 4 change every other token (8,192 are usual).
     tuned: list[Any] = temperature_tuned(model)
+    checkpointed: list[Any] = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
     changing = [(module, dict(module.__dict__)) for module in (*length_dependent_ropes(model), *tuned)]
+    python, numpy = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
         for module in modules:
-            module.training = False
+            module.training = module.training and training
+        for module in checkpointed:
+            module.gradient_checkpointing = False
         for module in tuned:
             module.floor_scale = 2
         try:
             yield
         finally:
-            for module, flag in zip(modules, training, strict=True):
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for module, flag in zip(modules, flags, strict=True):
                 module.training = flag
+            for module in checkpointed:
+                module.gradient_checkpointing = True
             for module, attributes in changing:
                 module.__dict__.update(attributes)
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer.copy_(value)
 
 
-def _outputs(model: PreTrainedModel, keywords: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+def module_outputs(model: PreTrainedModel, keywords: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
     """First floating-point tensor of each module, in the order in which modules finish, and the model's output."""
     seen: dict[str, Tensor] = {}
 

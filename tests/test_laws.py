@@ -21,11 +21,21 @@ ROOT = Path(hf_usp.__file__).parent
 ROOFLINE = ("sizes", "machines", "footprint", "roofline")
 FLOORS = {
     0: ("errors", "versions", "checkpoint", "ranges"),
-    1: ("layout", "dealing", "plan", "scan_plan", "degrees", "comm", "token_counts", *ROOFLINE),
+    1: ("layout", "dealing", "plan", "scan_plan", "degrees", "comm", "token_counts", "steady", *ROOFLINE),
     2: ("kernels", "mesh", "work"),
     3: ("ring", "ulysses", "batch", "scan_work", "loss", "positions", "rope", "shard", "core", "operator", "tickets"),
     4: ("recompute", "attention", "scan", "states"),
-    5: ("modeling", "bodies", "per_token", "chunked_loss", "recurrent", "router", "selfcheck", "counting"),
+    5: (
+        "modeling",
+        "bodies",
+        "per_token",
+        "chunked_loss",
+        "recurrent",
+        "router",
+        "selfcheck",
+        "training_check",
+        "counting",
+    ),
     6: ("prepare", "parallelism"),
     7: ("explain", "picture", "report", "exposed", "cli"),
     8: ("__init__",),
