@@ -17,9 +17,13 @@ A run that was cut off: the same flags with --resume_from_checkpoint last, on an
 from __future__ import annotations
 
 import logging
+<<<<<<< HEAD
 import os
 from dataclasses import dataclass, field
 from functools import partial
+=======
+from dataclasses import dataclass, field, replace
+>>>>>>> 92d1394 (Documents packed into long rows without cutting, planned in integers; built once for all processes)
 from typing import Any
 
 import texts
@@ -35,7 +39,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_usp import checkpoint
+from hf_usp import checkpoint, data
 from hf_usp.errors import UspConfigError
 from hf_usp.report import UspReport
 
@@ -74,6 +78,12 @@ class TextArguments:
     sequence_length: int | None = field(
         default=None, metadata={"help": "Pack documents into rows of this many tokens. Default: whole documents."}
     )
+    overlong: str = field(
+        default="split", metadata={"help": "Documents longer than a row: split, whole (a longer row) or refuse."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read --dataset_name while training; needs --max_steps."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where rows are kept that all processes share."})
+    preprocessing_processes: int | None = field(default=None, metadata={"help": "Processes that tokenize and pack."})
 
     def __post_init__(self) -> None:
         if bool(self.train_file) == bool(self.dataset_name):
@@ -81,6 +91,22 @@ class TextArguments:
                 f"--train_file {self.train_file} and --dataset_name {self.dataset_name}",
                 rule="text comes from one of the two",
             )
+        if self.streaming and (not self.dataset_name or self.sequence_length is None):
+            raise UspConfigError(
+                "--streaming without --dataset_name and --sequence_length",
+                rule="a stream of documents is packed into rows",
+            )
+
+    def documents(self) -> Any:
+        """A dataset or stream of training texts, in the column `self.column`."""
+        if self.train_file:
+            return texts.file_documents(self.train_file)
+        source = (self.dataset_name or "", self.dataset_config, self.dataset_split, self.text_column)
+        return texts.dataset_documents(*source, streaming=self.streaming)
+
+    @property
+    def column(self) -> str:
+        return "text" if self.train_file else self.text_column
 
 
 @dataclass
@@ -128,13 +154,22 @@ def load_model(args: ModelArguments, config: Any, split: Any) -> PreTrainedModel
     return AutoModelForCausalLM.from_config(config, **options)
 
 
-def load_rows(documents: list[str], tokenizer: texts.Tokenizer, length: int | None) -> list[texts.Row]:
-    """Rows of `length` tokens, or whole documents."""
-    encoded = texts.encode(documents, tokenizer)
-    rows = texts.whole_documents(encoded) if length is None else texts.pack(encoded, length)
-    used, total = sum(len(row["input_ids"]) for row in rows), sum(map(len, encoded))
-    logger.info("%d documents, %s tokens: %d rows of %s tokens", len(documents), f"{total:,}", len(rows), f"{used:,}")
+def load_rows(documents: Any, tokenizer: texts.Tokenizer, args: TextArguments, column: str) -> Any:
+    """Rows of `--sequence_length` tokens, or whole documents: made by one process, read by all."""
+    if args.streaming:
+        tokens = data.tokenize(documents, tokenizer, column=column)
+        return data.pack(tokens, args.sequence_length or 0, overlong=args.overlong, pad_token_id=pad_id(tokenizer))
+    rows = data.load_rows(
+        documents, tokenizer, args.sequence_length, column=column, overlong=args.overlong, cache_dir=args.cache_dir,
+        num_proc=args.preprocessing_processes,
+    )  # fmt: skip
+    logger.info(rows.info.description)
     return rows
+
+
+def pad_id(tokenizer: texts.Tokenizer) -> int:
+    """What fills up rows; nobody attends to it, and it is no target."""
+    return tokenizer.eos_token_id or 0
 
 
 def checkpoint_to_continue(args: TrainingArguments) -> str | None:
@@ -157,20 +192,18 @@ def main() -> None:
     args.parallelism_config = cp.parallelism_config()
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every weight of a causal LM is used; searching costs a walk per step
+    if text_args.streaming:
+        args.accelerator_config.dispatch_batches = False  # every process reads its rows, those of a sequence the same
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
     set_seed(args.seed)
 
-    if text_args.train_file:
-        documents = texts.read_documents(text_args.train_file)
-    else:
-        source = (text_args.dataset_name, text_args.dataset_config, text_args.dataset_split, text_args.text_column)
-        documents = texts.dataset_documents(*source)
     tokenizer = load_tokenizer(model_args)
-    train_rows = load_rows(documents, tokenizer, text_args.sequence_length)
+    train_rows = load_rows(text_args.documents(), tokenizer, text_args, text_args.column)
     eval_rows = None
     if text_args.eval_file:
-        eval_rows = load_rows(texts.read_documents(text_args.eval_file), tokenizer, text_args.sequence_length)
+        whole_eval = replace(text_args, streaming=False)
+        eval_rows = load_rows(texts.file_documents(text_args.eval_file), tokenizer, whole_eval, "text")
 
     config = AutoConfig.from_pretrained(model_args.source)
     if len(tokenizer) > config.vocab_size:
@@ -187,7 +220,7 @@ def main() -> None:
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=partial(texts.pad_right, pad_token_id=tokenizer.eos_token_id or 0),
+        data_collator=data.Collator(pad_id(tokenizer)),
         processing_class=None if isinstance(tokenizer, texts.ByteTokenizer) else tokenizer,
     )
     report.attach(trainer)

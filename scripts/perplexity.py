@@ -47,8 +47,8 @@ def main() -> None:
     mesh = hf_usp.UspMesh.build(ring_degree=args.ring_degree, ulysses_degree=args.ulysses_degree)
     name = args.tokenizer or args.model
     tokenizer = texts.ByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
-    (ids,) = texts.encode(["\n".join(texts.read_documents(args.text))], tokenizer)
-    ids = ids[: args.tokens]
+    text = "\n".join(texts.read_documents(args.text))
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: args.tokens]
     model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="usp", dtype=args.dtype)
     hf_usp.shard_recurrent_layers(model)
     torch.nn.Module.to(model.eval(), device)

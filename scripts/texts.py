@@ -1,13 +1,4 @@
-"""Long text for causal language models: documents (strings) -> token ids -> rows for the Trainer.
-
-A row is a dict of one-dimensional tensors. Packed rows all have the same length; documents follow each other in them,
-with `position_ids` that restart at 0 where a document (or the rest of one, at the start of a row) begins:
-
-    input_ids      a0 a1 a2 a3 | b0 b1 b2 ...        labels   -100 a1 a2 a3 | -100 b1 b2 ...
-    position_ids    0  1  2  3 |  0  1  2 ...
-
-so attention stays inside a document and no token is predicted from another document's last one.
-"""
+"""Long text for causal language models: files or a dataset -> documents, as `hf_usp.data` takes them."""
 
 from __future__ import annotations
 
@@ -16,12 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
+from datasets import Dataset, load_dataset
 
 from hf_usp.errors import UspError
-
-Row = dict[str, torch.Tensor]
-IGNORED = -100  # the label that Transformers leaves out of the loss
 
 
 class TextError(UspError):
@@ -34,7 +22,7 @@ class Tokenizer(Protocol):
     @property
     def eos_token_id(self) -> int | None: ...
 
-    def __call__(self, text: str, **kwargs: Any) -> Mapping[str, Any]: ...
+    def __call__(self, text: Any, **kwargs: Any) -> Mapping[str, Any]: ...
 
     def __len__(self) -> int: ...
 
@@ -44,8 +32,8 @@ class ByteTokenizer:
 
     eos_token_id: int | None = 256
 
-    def __call__(self, text: str, **kwargs: Any) -> Mapping[str, Any]:
-        return {"input_ids": list(text.encode("utf-8"))}
+    def __call__(self, text: str | list[str], **kwargs: Any) -> Mapping[str, Any]:
+        return {"input_ids": list(text.encode("utf-8")) if isinstance(text, str) else [list(t.encode()) for t in text]}
 
     def __len__(self) -> int:
         return 257
@@ -86,72 +74,19 @@ def _read(file: str) -> str:
     return text
 
 
-def dataset_documents(name: str, config: str | None, split: str, column: str) -> list[str]:
-    """The texts in one column of anything that `datasets.load_dataset` reads: a hub name, a folder, a builder."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise TextError(
-            "--dataset_name without the package datasets", remedy="pip install datasets, or pass --train_file"
-        ) from error
-    rows = load_dataset(name, config, split=split)
-    if column not in rows.column_names:
+def file_documents(paths: Sequence[str]) -> Dataset:
+    """`read_documents` as a dataset with the column `text`."""
+    return Dataset.from_dict({"text": read_documents(paths)})
+
+
+def dataset_documents(name: str, config: str | None, split: str, column: str, streaming: bool = False) -> Any:
+    """Anything that `datasets.load_dataset` reads: a hub name, a folder, a builder."""
+    rows = load_dataset(name, config, split=split, streaming=streaming)
+    names = rows.column_names or list(next(iter(rows)))
+    if column not in names:
         raise TextError(
             f"dataset {name}: no column {column!r}",
             rule="one column holds the text of a document",
-            remedy=f"pass --text_column with one of {', '.join(rows.column_names)}",
+            remedy=f"pass --text_column with one of {', '.join(names)}",
         )
-    documents = [text for text in rows[column] if text and text.strip()]
-    if not documents:
-        raise TextError(f"dataset {name}, split {split}: empty", remedy="choose another --dataset_split")
-    return documents
-
-
-def encode(documents: Sequence[str], tokenizer: Tokenizer) -> list[torch.Tensor]:
-    """Token ids of every document, each closed by the end-of-text token where the tokenizer has one."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents)
-    return [torch.tensor([*tokens, *end], dtype=torch.int64) for tokens in ids]
-
-
-def whole_documents(documents: Sequence[torch.Tensor]) -> list[Row]:
-    """One row per document, of any length; `pad_right` makes batches of them."""
-    rows = [{"input_ids": ids, "labels": _labels(ids, torch.arange(len(ids)))} for ids in documents if len(ids) > 1]
-    if not rows:
-        raise TextError("no document has two tokens", rule="a token is predicted from those before it")
     return rows
-
-
-def pack(documents: Sequence[torch.Tensor], length: int) -> list[Row]:
-    """Rows of exactly `length` tokens. What does not fill a last row is left out."""
-    total = sum(map(len, documents))
-    if length < 2 or total < length:
-        raise TextError(
-            f"--sequence_length {length} with a text of {total:,} tokens",
-            rule="at least 2 tokens a row, and text for at least one row",
-            remedy=f"choose a length from 2 to {total}, or pass more text",
-        )
-    count = total // length
-    ids = torch.cat(list(documents))[: count * length].view(count, length)
-    place = torch.cat([torch.arange(len(d)) for d in documents])[: count * length].view(count, length)
-    columns = torch.arange(length)
-    begins = place.eq(0) | columns.eq(0)
-    position_ids = columns - torch.where(begins, columns, 0).cummax(dim=1).values
-    labels = _labels(ids, position_ids)
-    return [{"input_ids": ids[i], "labels": labels[i], "position_ids": position_ids[i]} for i in range(count)]
-
-
-def _labels(ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """The model shifts labels itself; the first token of a document is nobody's target."""
-    return ids.masked_fill(position_ids == 0, IGNORED)
-
-
-def pad_right(rows: Sequence[Row], pad_token_id: int) -> Row:
-    """A batch of whole documents, filled up on the right; packed rows have one length and need no attention mask."""
-    fill = {"input_ids": pad_token_id, "labels": IGNORED, "position_ids": 0, "attention_mask": 0}
-    if "position_ids" not in rows[0]:
-        rows = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
-    return {
-        name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill[name])
-        for name in rows[0]
-    }

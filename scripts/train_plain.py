@@ -12,9 +12,11 @@ import os
 import texts
 import torch
 import torch.distributed as dist
+from torch.utils.data import default_collate
 from train_accelerate import tiny_llama
 
 import hf_usp
+from hf_usp import data
 
 
 def main() -> None:
@@ -32,13 +34,13 @@ def main() -> None:
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     mesh = hf_usp.UspMesh.build(ring_degree=args.ring_degree, ulysses_degree=args.ulysses_degree)
 
-    rows = texts.pack(texts.encode(texts.read_documents(args.text), texts.ByteTokenizer()), args.sequence_length)
+    rows = data.pack(data.tokenize(texts.file_documents(args.text), texts.ByteTokenizer()), args.sequence_length)
     model = tiny_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     for step in range(args.steps):
         # Every process of a mesh takes the same full batch; with several meshes each would take its own.
-        batch = texts.pad_right([rows[(2 * step + i) % len(rows)] for i in range(2)], pad_token_id=0)
+        batch = default_collate([rows[(2 * step + i) % len(rows)] for i in range(2)])
         loss = model(**hf_usp.shard(batch, mesh)).loss
         loss.backward()
         # A process's loss is its share times the number of processes: the averages are the exact loss and gradients.

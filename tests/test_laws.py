@@ -21,7 +21,7 @@ ROOT = Path(hf_usp.__file__).parent
 ROOFLINE = ("sizes", "machines", "footprint", "roofline")
 FLOORS = {
     0: ("errors", "versions", "checkpoint", "ranges"),
-    1: ("layout", "dealing", "plan", "scan_plan", "degrees", "comm", "token_counts", "steady", *ROOFLINE),
+    1: ("packing", "layout", "dealing", "plan", "scan_plan", "degrees", "comm", "token_counts", "steady", *ROOFLINE),
     2: ("kernels", "mesh", "work"),
     3: ("ring", "ulysses", "batch", "scan_work", "loss", "positions", "rope", "shard", "core", "operator", "tickets"),
     4: ("recompute", "attention", "scan", "states"),
@@ -37,13 +37,13 @@ FLOORS = {
         "counting",
     ),
     6: ("prepare", "parallelism"),
-    7: ("explain", "picture", "report", "exposed", "cli"),
+    7: ("explain", "picture", "report", "exposed", "cli", "data"),
     8: ("__init__",),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 # Decided in integers and plain numbers, without torch: these rooms import each other and nothing else of ours.
-INTEGERS = {"errors", "layout", "dealing", "plan", "scan_plan", "degrees", *ROOFLINE}
+INTEGERS = {"errors", "packing", "layout", "dealing", "plan", "scan_plan", "degrees", *ROOFLINE}
 # Package -> the rooms that may import it. What is not listed here is free everywhere.
 ONLY_IN = {
     "torch": set(FLOOR) - INTEGERS - {"versions", "cli", "picture"},
@@ -52,6 +52,8 @@ ONLY_IN = {
     "accelerate": {room for room, floor in FLOOR.items() if floor >= 6},
     "matplotlib": {"picture"},
     "flash_attn": {"kernels"},
+    "datasets": {"data"},
+    "filelock": {"data"},
 }
 LONGEST_FILE = 320
 CONTAINERS = {"dict", "list", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict", "SimpleNamespace"}

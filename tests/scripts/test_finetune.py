@@ -62,6 +62,7 @@ def test_two_processes_continue_a_run_of_one_that_was_cut_off(tmp_path: Path) ->
         ("--context-parallel-size 3", "--context-parallel-size 3 with 2 processes"),
         ("--config_name model.json", "a pretrained model, or the shape of a fresh one"),
         ("--dataset_name json", "text comes from one of the two"),
+        ("--streaming", "--streaming without --dataset_name"),
     ],
 )
 def test_wrong_flags_end_the_run_before_it_starts(
@@ -74,6 +75,19 @@ def test_wrong_flags_end_the_run_before_it_starts(
     with pytest.raises(UspConfigError, match=message):
         finetune.main()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.timeout(180)
+def test_a_stream_of_documents(tmp_path: Path) -> None:
+    flags = write_inputs(tmp_path)
+    at = flags.index("--train_file")
+    flags[at : at + 2] = ["--dataset_name", str(tmp_path / "texts"), "--streaming", "--sequence_length", "101"]
+    succeeded(start(SCRIPT, *flags, "--save_strategy", "no", "--output_dir", str(tmp_path / "one")))
+    two = accelerate(2, SCRIPT, *flags, "--context-parallel-size", "2", "--output_dir", str(tmp_path / "two"))
+    succeeded(two)
+    one, two = ([entry["loss"] for entry in steps(tmp_path / name)] for name in ("one", "two"))
+    assert one == pytest.approx(two, abs=1e-5)
+    assert len(one) == 2
 
 
 @pytest.mark.timeout(180)
