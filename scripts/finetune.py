@@ -17,13 +17,8 @@ A run that was cut off: the same flags with --resume_from_checkpoint last, on an
 from __future__ import annotations
 
 import logging
-<<<<<<< HEAD
 import os
-from dataclasses import dataclass, field
-from functools import partial
-=======
 from dataclasses import dataclass, field, replace
->>>>>>> 92d1394 (Documents packed into long rows without cutting, planned in integers; built once for all processes)
 from typing import Any
 
 import texts
