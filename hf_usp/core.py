@@ -89,7 +89,7 @@ def backward(dout_BLHE: Tensor, inputs: KeptInputs, kept: Kept, call: AttentionC
     dout_ThE = tokens_to_heads_backward(dout_BLHE, call.heads)
     q_ThD, k_TgD, v_TgE, sinks_h = _at_hand(inputs, arrived_TX, call.heads)
     *grads, dsinks_h = ring_backward(dout_ThE, q_ThD, k_TgD, v_TgE, sinks_h, out_ThE, lse_hT, call.ring)
-    dq, dk, dv = heads_to_tokens_backward(grads, call.heads)
+    dq, dk, dv = heads_to_tokens_backward(grads, call.heads, dout_BLHE.dtype)
     if dsinks_h is None:
         return dq, dk, dv, None
     dsinks_H = dsinks_h.new_zeros(call.heads.query_heads)

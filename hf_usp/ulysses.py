@@ -67,24 +67,72 @@ def heads_to_tokens(q_BLHD: Tensor, k_BLGD: Tensor, v_BLGE: Tensor, heads: Heads
     return _to_tokens(sent, sum(heads.columns(heads.mine)), heads.mesh)
 
 
-def heads_to_tokens_backward(grads: Sequence[Tensor], heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """dq_BLHD, dk_BLGD, dv_BLGE from dq_ThD, dk_TgD, dv_TgE."""
-    if heads.mesh.ulysses_group is None:
-        dq, dk, dv = (x.unflatten(0, (heads.batch, -1)) for x in grads)
+def heads_to_tokens_backward(
+    grads: Sequence[Tensor], heads: Heads, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_BLHD, dk_BLGD, dv_BLGE in `dtype` from dq_ThD, dk_TgD, dv_TgE in the dtype that they were summed in.
+
+    Gradients of this rank's own tokens never enter the message, and casting is part of the one copy into it.
+    """
+    mesh, batch, me = heads.mesh, heads.batch, heads.mesh.ulysses_rank
+    if mesh.ulysses_group is None:
+        dq, dk, dv = (x.to(dtype).unflatten(0, (batch, -1)) for x in grads)
         return dq, dk, dv
-    blocks_BLX = _to_heads(grads, heads.batch, [sum(heads.columns(s)) for s in heads.shares], heads.mesh)
-    parts = [heads.split(block, share) for block, share in zip(blocks_BLX, heads.shares, strict=True)]
-    dq = torch.cat([part[0] for part in parts], dim=2)
-    dk, dv = (_sum_shared([part[i] for part in parts], heads.shares, heads.kv_heads) for i in (1, 2))
+    parts_BULhD = [x.unflatten(0, (batch, mesh.ulysses_degree, -1)) for x in grads]
+    length = parts_BULhD[0].shape[2]
+    message_UBLX = grads[0].new_empty(
+        mesh.ulysses_degree - 1, batch, length, sum(heads.columns(heads.mine)), dtype=dtype
+    )
+    for piece_UBLhD, part in zip(heads.split(message_UBLX, heads.mine), parts_BULhD, strict=True):
+        by_peer = part.transpose(0, 1)
+        piece_UBLhD[:me].copy_(by_peer[:me])
+        piece_UBLhD[me:].copy_(by_peer[me + 1 :])
+    sent = [0 if u == me else message_UBLX[0].numel() for u in range(mesh.ulysses_degree)]
+    sizes = [0 if u == me else batch * length * sum(heads.columns(s)) for u, s in enumerate(heads.shares)]
+    received = all_to_all(message_UBLX.view(-1), sent, sizes, mesh.ulysses_group).split(sizes)
+    of_ranks = [
+        [part[:, me] for part in parts_BULhD] if u == me else heads.split(received[u].view(batch, length, -1), share)
+        for u, share in enumerate(heads.shares)
+    ]
+    dq, dk, dv = (_gather(parts, heads, i, dtype) for i, parts in enumerate(zip(*of_ranks, strict=True)))
     return dq, dk, dv
+
+
+def _gather(parts: Sequence[Tensor], heads: Heads, which: int, dtype: torch.dtype) -> Tensor:
+    """Gradient of all heads of q, k or v (`which`) [B, L, heads, width] from those of every rank's share.
+
+    kv heads that several ranks read are summed in fp32.
+    """
+    counts = [share.num_kv if which else share.num_query for share in heads.shares]
+    number = heads.kv_heads if which else sum(counts)
+    shared = sum(counts) > number
+    shape = (*parts[0].shape[:2], number, parts[0].shape[3])
+    if shared:
+        total = parts[0].new_zeros(shape, dtype=accumulation_dtype(dtype))
+    else:
+        total = parts[0].new_empty(shape, dtype=dtype)
+    for part, share in zip(parts, heads.shares, strict=True):
+        at = total[:, :, share.k0 : share.k1] if which else total[:, :, share.q0 : share.q1]
+        if shared:
+            at.add_(part)
+        else:
+            at.copy_(part)
+    return total.to(dtype)
 
 
 def tokens_to_heads(out_ThE: Tensor, heads: Heads) -> Tensor:
     """out_BLHE: all heads over this rank's tokens; the inverse of `heads_to_tokens` for the output."""
     if heads.mesh.ulysses_group is None:
         return out_ThE.unflatten(0, (heads.batch, -1))
-    width = out_ThE.shape[2]
-    blocks_BLX = _to_heads((out_ThE,), heads.batch, [s.num_query * width for s in heads.shares], heads.mesh)
+    assert heads.mesh.ulysses_group is not None
+    batch, degree, width = heads.batch, heads.mesh.ulysses_degree, out_ThE.shape[2]
+    # For one row the tokens of a rank are one block already.
+    message_UBLX = out_ThE.flatten(1).unflatten(0, (batch, degree, -1)).transpose(0, 1).contiguous()
+    length = message_UBLX.shape[2]
+    sizes = [batch * length * share.num_query * width for share in heads.shares]
+    sent = [message_UBLX[0].numel()] * degree
+    received = all_to_all(message_UBLX.view(-1), sent, sizes, heads.mesh.ulysses_group)
+    blocks_BLX = [block.view(batch, length, -1) for block in received.split(sizes)]
     return torch.cat(blocks_BLX, dim=2).unflatten(2, (-1, width))
 
 
@@ -112,32 +160,3 @@ def _to_tokens(sent: Sequence[tuple[Tensor, ...]], columns: int, mesh: UspMesh) 
     received = all_to_all(message, sizes, [share] * mesh.ulysses_degree, mesh.ulysses_group)
     packed_UBLX = received.view(mesh.ulysses_degree, batch, length, columns)
     return packed_UBLX.transpose(0, 1).reshape(mesh.ulysses_degree * batch * length, columns)
-
-
-def _to_heads(tensors: Sequence[Tensor], batch: int, columns: Sequence[int], mesh: UspMesh) -> list[Tensor]:
-    """The way back: `tensors` [T, heads, width] side by side, cut by tokens; rank u's block is [B, L, columns[u]]."""
-    assert mesh.ulysses_group is not None
-    degree, tokens = mesh.ulysses_degree, tensors[0].shape[0]
-    length = tokens // (batch * degree)
-    widths = [x.shape[1] * x.shape[2] for x in tensors]
-    if len(tensors) == 1 and batch == 1:
-        message = tensors[0].contiguous()
-    else:
-        message = tensors[0].new_empty(degree, batch, length, sum(widths))
-        for piece, x in zip(message.split(widths, dim=3), tensors, strict=True):
-            # [U, B, L, heads, width] <- [B, U, L, heads, width]
-            piece.unflatten(3, x.shape[1:]).copy_(x.unflatten(0, (batch, degree, length)).transpose(0, 1))
-    sizes = [batch * length * c for c in columns]
-    received = all_to_all(message.view(-1), [message.numel() // degree] * degree, sizes, mesh.ulysses_group)
-    return [block.view(batch, length, c) for block, c in zip(received.split(sizes), columns, strict=True)]
-
-
-def _sum_shared(parts: Sequence[Tensor], shares: Sequence[HeadShare], kv_heads: int) -> Tensor:
-    """Gradient of all kv heads [B, L, G, width] from those of the ranks that read them, shared heads summed in fp32."""
-    if sum(share.num_kv for share in shares) == kv_heads:
-        return torch.cat(list(parts), dim=2)
-    first = parts[0]
-    total = first.new_zeros(*first.shape[:2], kv_heads, first.shape[3], dtype=accumulation_dtype(first.dtype))
-    for part, share in zip(parts, shares, strict=True):
-        total[:, :, share.k0 : share.k1] += part
-    return total.to(first.dtype)
