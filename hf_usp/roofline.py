@@ -148,8 +148,9 @@ def attention(
     merge = _merged_bytes(heads, kv_heads, job, backward) * rows * model.head_dim * job.rows / machine.memory_bandwidth
     block = 2 * kv_heads * foreign * row_bytes * (1 + job.gradients / job.element if backward else 1)
     span = degrees.cp * stride
-    # A direct exchange reaches further with every hop; a relay always passes on to its neighbour.
-    hop = [machine.hop(block, (1 if job.relay else i) * ulysses * stride, span) for i in range(1, hops + 1)]
+    # A direct exchange reaches further with every hop, either way around; a relay always passes on to its neighbour.
+    reach = [1 if job.relay else min(i, ring - i) for i in range(1, hops + 1)]
+    hop = [machine.hop(block, distance * ulysses * stride, span) for distance in reach]
     hidden_by = step + merge if job.overlap else 0.0
     exposed = sum(max(0.0, seconds - hidden_by) for seconds in hop)
     return Attention(tiles + hops * step, hops * merge, exchange, sum(hop), exposed)
