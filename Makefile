@@ -1,7 +1,7 @@
 # make quickstart   environment, then a real Llama fine-tuned on 4 CPU processes next to one process
 # make test         lint, then every test that needs no GPU
 # make long         one sequence of 32,768 tokens through a small fresh Qwen3, the same comparison
-# make gpu          every CUDA kernel against the definition, on the GPU of this machine
+# make gpu          every CUDA kernel against the definition, then ten minutes of measurements, on this machine's GPU
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -47,6 +47,7 @@ format: $(STAMP)
 # Without an environment of ours, the machine's own Python: a GPU machine usually has its torch already.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu_check.py
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/benchmarks/gpu.py
 
 clean:
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,8 +44,8 @@ def inputs(tokens: int, dtype: torch.dtype) -> list[Tensor]:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The whole in one process."""
-    rows = (t.transpose(1, 2) for t in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def results_of(attend: Any, tensors: list[Tensor]) -> list[Tensor]:

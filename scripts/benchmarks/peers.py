@@ -214,7 +214,8 @@ def deepspeed() -> Contender:
     class Caller(torch.nn.Module):
         is_causal, layer_idx = True, 0
 
-    caller, made = Caller(), {}
+    caller = Caller()
+    made: dict[int, Any] = {}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, length, heads, width = q.shape
