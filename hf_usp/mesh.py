@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .degrees import check_degrees
 from .errors import UspConfigError
@@ -116,6 +116,13 @@ class UspMesh:
     def __deepcopy__(self, memo: dict) -> UspMesh:
         """Process groups cannot be copied; a copied model talks to the same ranks."""
         return self
+
+
+def batch_mesh(device_type: str, copies: int) -> DeviceMesh:
+    """All processes as data parallel x ranks that share a batch; the latter are called "tp", for dataloaders only."""
+    data_parallel = dist.get_world_size() // copies
+    shape, names = ((copies,), ("tp",)) if data_parallel == 1 else ((data_parallel, copies), ("dp", "tp"))
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
 
 
 def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:

@@ -24,6 +24,7 @@ from .mesh import DeviceMesh, UspMesh
 from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .shard import ShardOptions
 from .token_counts import Copies, gather_seen_once
+from .zero import prepare_for_deepspeed, under_deepspeed
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -208,6 +209,8 @@ class _Seam:
         for name in (*self.stock, "gather_for_metrics"):
             method = functools.wraps(getattr(Accelerator, name))(functools.partial(getattr(type(self), name), self))
             setattr(accelerator, name, method)
+        if config.cp_size > 1 and under_deepspeed(accelerator):
+            prepare_for_deepspeed(accelerator, config.cp_size, config.tp_size)
         accelerator.gather = gather_seen_once(accelerator.gather, config.cp_size * config.tp_size)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,12 +33,12 @@ class Ranks:
         self._workers: list[Any] = []
         self._pipes: list[Any] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-        """Results of `function(*args)` on ranks 0 .. size - 1."""
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, **keywords: Any) -> list[Any]:
+        """Results of `function(*args, **keywords)` on ranks 0 .. size - 1."""
         if not self._workers:
             self._start()
         for pipe in self._pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, keywords))
         results: dict[int, Any] = {}
         failure, left = None, timeout
         while len(results) < self.size:
@@ -98,11 +98,11 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     while True:
         try:
-            function, args = pipe.recv()
+            function, args, keywords = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send((True, function(*args)))
+            pipe.send((True, function(*args, **keywords)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
 

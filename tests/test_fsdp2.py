@@ -1,46 +1,19 @@
 """FSDP2 around the mesh: parameters sharded over dp_shard x cp, the same losses and weights as one process.
 
-Accelerate offers FSDP2 only where it sees an accelerator. `cpu_as_accelerator` tells it that it does, for the length of
-one test: the device stays the CPU, the backend gloo, and `fully_shard` is the real one.
+The device is the CPU, the backend gloo, and `fully_shard` is the real one.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from .cpu_accelerator import cpu_as_accelerator
 from .ranks import Ranks
 from .tiny import HYBRID, rows, tiny_model
-
-
-@contextmanager
-def cpu_as_accelerator() -> Iterator[None]:
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DistributedType
-
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    stock = PartialState._prepare_backend, PartialState.set_device
-    use_cpu = os.environ.pop("ACCELERATE_USE_CPU")
-    reset()
-    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
-    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-    try:
-        yield
-    finally:
-        PartialState._prepare_backend, PartialState.set_device = stock
-        os.environ["ACCELERATE_USE_CPU"] = use_cpu
-        del os.environ["ACCELERATE_BYPASS_DEVICE_MAP"]
-        reset()
 
 
 def train(sizes: dict[str, int] | None, family: str = "qwen2", changes: dict[str, Any] | None = None) -> dict[str, Any]:
