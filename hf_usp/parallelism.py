@@ -20,6 +20,7 @@ from .comm import world_size
 from .dealing import ALL_ORDERS
 from .degrees import check_degrees, choose_ulysses_degree
 from .errors import UspConfigError, UspModelError
+from .feed import same_rows
 from .mesh import DeviceMesh, UspMesh
 from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .shard import ShardOptions
@@ -197,7 +198,8 @@ class _Seam:
     """What an `Accelerator` made with our config does differently, set on that one instance.
 
     `prepare` and `prepare_model` attach the sharding hooks to models; `gather_for_metrics` counts ranks that share a
-    batch once; `pad_across_processes` refuses logits of which every rank holds only a share.
+    batch once; `pad_across_processes` refuses logits of which every rank holds only a share; `prepare_data_loader`
+    gives these ranks the same rows (feed.py).
     """
 
     def __init__(self, accelerator: Accelerator, config: UspParallelismConfig) -> None:
@@ -205,7 +207,8 @@ class _Seam:
         self.accelerator = accelerator
         self.prepared: list[ShardedForward] = []
         self.meshes: dict[int, UspMesh] = {}
-        self.stock = {n: getattr(accelerator, n) for n in ("prepare", "prepare_model", "pad_across_processes")}
+        stock = ("prepare", "prepare_model", "prepare_data_loader", "pad_across_processes")
+        self.stock = {name: getattr(accelerator, name) for name in stock}
         for name in (*self.stock, "gather_for_metrics"):
             method = functools.wraps(getattr(Accelerator, name))(functools.partial(getattr(type(self), name), self))
             setattr(accelerator, name, method)
@@ -222,6 +225,11 @@ class _Seam:
     def prepare_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.shard(model)
         return self.stock["prepare_model"](model, *args, **kwargs)
+
+    def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config.cp_size > 1 and not getattr(data_loader, "_is_accelerate_prepared", False):
+            same_rows(self.accelerator, data_loader, self.config.cp_size * self.config.tp_size)
+        return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
 
     def shard(self, module: torch.nn.Module) -> None:
         """Attach the hooks to the Transformers model in `module`, once."""

@@ -49,7 +49,7 @@ FLOORS = {
         "training_check",
         "counting",
     ),
-    6: ("prepare", "parallelism", "zero"),
+    6: ("prepare", "feed", "parallelism", "zero"),
     7: ("explain", "picture", "report", "exposed", "cli", "data"),
     8: ("__init__",),
 }
