@@ -17,13 +17,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import trainer_pt_utils
-from transformers.trainer_utils import seed_worker
 
 from .errors import UspConfigError
-
-# Since Transformers 5.2x; an older one has no such strategy.
-REBALANCE = getattr(trainer_pt_utils, "BatchRebalanceSampler", ())
 
 
 def same_rows(accelerator: Accelerator, loader: DataLoader, copies: int) -> None:
@@ -42,8 +37,12 @@ def same_rows(accelerator: Accelerator, loader: DataLoader, copies: int) -> None
     if accelerator.dispatch_batches is None:
         accelerator.dataloader_config = copy.copy(accelerator.dataloader_config)
         accelerator.dataloader_config.dispatch_batches = False
+    from transformers import trainer_pt_utils  # with the Trainer's own imports, too many for `import hf_usp`
+    from transformers.trainer_utils import seed_worker
+
     sampler = loader.batch_sampler
-    if isinstance(sampler, REBALANCE):
+    # Transformers 5.17 has no such sampler.
+    if isinstance(sampler, getattr(trainer_pt_utils, "BatchRebalanceSampler", ())):
         _deal_to_groups(sampler, copies)
     seed = loader.worker_init_fn
     if isinstance(seed, partial) and seed.func is seed_worker:
