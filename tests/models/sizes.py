@@ -25,7 +25,8 @@ SMALL: dict[str, Any] = {
     "ssm_state_size": 8, "state_size": 8, "n_groups": 1, "mamba_n_groups": 1, "expand": 2, "mamba_expand": 2,
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0,
     "rotary_dim": 8, "lru_width": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "attention_dropout": 0.0, "use_cache": False, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 8,
+    "attention_dropout": 0.0, "attn_pdrop": 0.0, "attention_probs_dropout_prob": 0.0, "use_cache": False,
+    "index_topk": 8, "index_n_heads": 2, "index_head_dim": 8,
     "output_router_logits": False, "is_decoder": True, "floor_scale": 8,
     # Parts that do not see the text.
     "image_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 32, "hidden_dim": 32, "out_hidden_size": 32,
@@ -82,6 +83,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mellum": {"layer_types": MIXED},
     "mamba2": {"num_heads": 8},
+    "mpt": {"attn_config": {"attn_pdrop": 0}},
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 8,

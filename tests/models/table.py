@@ -17,22 +17,32 @@ PATH = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Every causal language model of Transformers: exact or refused
 
 A tiny random model of each of the {total} architectures of `AutoModelForCausalLM`, with the layer kinds that it has,
-runs sharded on four processes and alone in one process with eager attention. Four forms of batches: {forms} (ring x
-ulysses). *Exact*: loss, logits and the gradient of every parameter are the same up to rounding (the last column is
-the largest relative error, {tolerance:.0e} would be wrong). *Refused*: a `UspError` before a step with
-other numbers is taken.
+runs sharded on four processes and alone in one process with eager attention, both in training mode. Four forms of
+batches: {forms} (ring x ulysses);
+the plain one with a `num_items_in_batch` of its own. *Exact*: loss, logits and the gradient of every parameter are the
+same up to rounding (the last column is the largest relative error, {tolerance:.0e} would be wrong). *Refused*:
+a `UspError` before a step with other numbers is taken.
 
 | | architectures |
 |---|---|
 {counts}
+
+**Packed by**: what keeps packed documents apart. `position_ids` that restart are enough where the model's own masks
+heed them in one process. Where they do not (and other documents would be seen), `position_ids` alone are refused;
+with `cu_seq_lens` as well (`DataCollatorWithFlattening(return_flash_attn_kwargs=True)` gives `cu_seq_lens_q`,
+`cu_seq_lens_k` and the longest lengths) the result is that of the documents run one by one. {flattened} architectures
+need them.
+
+**Random in training**: functions that draw numbers in training mode with the family's default configuration (attention
+dropout, which is refused, set to 0). They were held still to compare the rest; each rank draws for its own tokens.
 
 Written by `python -m tests.models.write_table` with Transformers {transformers} and torch {torch}; the tests compare
 every row with what happens today.
 
 Rows with a slash are variants of an architecture; the counts leave them out.
 
-| architecture | layers | verdict | reason | error |
-|---|---|---|---|---|
+| architecture | layers | verdict | packed by | random in training | reason | error |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -47,9 +57,10 @@ def render(verdicts: dict[str, Verdict]) -> str:
     counts = Counter(_group(verdicts[name]) for name in types)
     lines = [f"| {group} | {counts[group]} |" for group in sorted(counts, key=lambda g: (-counts[g], g))]
     forms = ", ".join(f"{form} on {ring} x {ulysses}" for form, (ring, ulysses) in CASES.items())
+    flattened = sum(verdicts[name].packed_by == "cu_seq_lens" for name in types)
     head = HEAD.format(
-        total=len(types), forms=forms, tolerance=TOLERANCE, counts="\n".join(lines), **versions()
-    )  # fmt: skip
+        total=len(types), forms=forms, tolerance=TOLERANCE, counts="\n".join(lines), flattened=flattened, **versions()
+    )
     return head + "".join(_row(name, verdicts[name]) for name in sorted(verdicts))
 
 
@@ -67,7 +78,12 @@ def _row(name: str, verdict: Verdict) -> str:
         kinds = ""
     reason = LISTED[name][1] if name in LISTED else shorten(verdict.reason())
     error = f"{verdict.error:.0e}" if EXACT in verdict.forms.values() else ""
-    return f"| {name} | {kinds} | {verdict.summary()} | {reason} | {error} |\n"
+    return f"| {name} | {kinds} | {cells(verdict)} | {reason} | {error} |\n"
+
+
+def cells(verdict: Verdict) -> str:
+    """What tests compare with the page: verdict, what documents are packed by, what is random in training."""
+    return f"{verdict.summary()} | {verdict.packed_by} | {', '.join(verdict.drawn)}"
 
 
 def shorten(reason: str) -> str:
@@ -80,8 +96,8 @@ def shorten(reason: str) -> str:
 
 
 def read(text: str) -> dict[str, str]:
-    """Architecture -> verdict of a page."""
-    rows = re.findall(r"^\| ([\w./ -]+) \| [^|]* \| ([^|]+) \| [^|]* \| [^|]* \|$", text, flags=re.MULTILINE)
+    """Architecture -> the cells that `cells` writes."""
+    rows = re.findall(r"^\| ([\w./ -]+) \| [^|]* \| ([^|]+ \|[^|]*\|[^|]*) \| [^|]* \| [^|]* \|$", text, re.MULTILINE)
     return dict(rows)
 
 

@@ -7,10 +7,10 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..ranks import Ranks
-from .census import causal_lm_types, layer_kinds, subjects, tiny_config
+from .census import causal_lm_types, layer_kinds, subjects, tiny_config, tiny_model
 from .listed import LISTED
-from .table import PATH, read, versions, written_with
-from .verdict import EXACT, REFUSED, UNBUILT, WRONG, Step, judge
+from .table import PATH, cells, read, versions, written_with
+from .verdict import EXACT, REFUSED, UNBUILT, WRONG, Step, judge, step, step_of_documents
 
 TABLE = PATH.read_text()
 ROWS = {name: verdict for name, verdict in read(TABLE).items() if name != "architecture"}
@@ -26,7 +26,7 @@ def test_exact_or_refused(four_ranks: Ranks, subject: str) -> None:
     else:
         assert set(verdict.forms.values()) <= {EXACT, REFUSED}, verdict
     if SAME_VERSIONS:
-        assert ROWS[subject] == verdict.summary(), "docs/models.md is old: run python -m tests.models.write_table"
+        assert ROWS[subject] == cells(verdict), "docs/models.md is old: run python -m tests.models.write_table"
 
 
 def test_the_table_has_a_row_for_each() -> None:
@@ -54,3 +54,12 @@ def test_one_wrong_gradient_is_an_error() -> None:
 def test_tiny_models_have_every_kind_of_layer(model_type: str) -> None:
     """All kinds of the family's default configuration are in the tiny one."""
     assert set(layer_kinds(CONFIG_MAPPING[model_type]())) <= set(layer_kinds(tiny_config(model_type)))
+
+
+def test_the_reference_of_packed_documents_sees_one_document_at_a_time() -> None:
+    """In one process BERT's packed documents see each other: as a reference that would be something else."""
+    model = tiny_model("bert", "eager").eval()
+    alone = step_of_documents(model)
+    assert alone.largest_error(step(model, "flattened")) > 1e-2
+    model = tiny_model("llama", "eager").eval()
+    assert step_of_documents(model).largest_error(step(model, "flattened")) < 1e-5

@@ -1,11 +1,14 @@
 """What sharding makes of one architecture: exact or refused, in four forms of batches and on three meshes.
 
 `judge` runs on four ranks at once. The reference is the eager model in one process; each rank computes it for one of
-the forms, so that all of it is computed once.
+the forms, so that all of it is computed once. All run in training mode, with what is random there held still. Where
+packed documents are refused because one process does not keep them apart by position_ids, they are packed once more,
+with cu_seq_lens; the reference are then the documents one by one.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,12 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ranks import RankError, Ranks
-from .census import batch_of, tiny_model
+from .census import batch_of, documents_of, tiny_model
 
 # Form of the batch -> (ring degree, ulysses degree). Rank i computes the reference of form i.
 CASES = {"plain": (2, 2), "packed": (2, 2), "right": (4, 1), "left": (1, 4)}
 TOLERANCE = 2e-4
 TIMEOUT = 60.0
+# In the refusal of documents that one process would not keep apart.
+APART = "told apart by position_ids"
 
 # Outcomes, the best first. In CRASH something else than a refusal was raised, by us or by Transformers.
 EXACT, REFUSED, UNRUN, UNBUILT, CRASH, WRONG = "exact", "refused", "not run", "not built", "crash", "wrong"
@@ -29,11 +34,17 @@ EXACT, REFUSED, UNRUN, UNBUILT, CRASH, WRONG = "exact", "refused", "not run", "n
 
 @dataclass
 class Verdict:
-    """Of one architecture: the outcome in each form, its reason, and the largest relative error in any exact form."""
+    """Of one architecture: the outcome in each form, its reason, and the largest relative error in any exact form.
+
+    packed_by: what tells packed documents apart, if they are exact. drawn: names of the functions that draw numbers in
+    training mode.
+    """
 
     forms: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     error: float = 0.0
+    packed_by: str = ""
+    drawn: tuple[str, ...] = ()
 
     def add(self, form: str, outcome: str, reason: str = "") -> Verdict:
         self.forms[form] = outcome
@@ -68,6 +79,8 @@ def judge(ranks: Ranks, subject: str, self_check: bool = True) -> Verdict:
         whole.forms |= part.forms
         whole.reasons |= part.reasons
         whole.error = max(whole.error, part.error)
+        whole.packed_by = part.packed_by or whole.packed_by
+        whole.drawn = part.drawn or whole.drawn
     if CRASH in whole.forms.values():
         ranks.stop()  # whatever the ranks had under way ends with them
     return whole
@@ -86,39 +99,74 @@ def judge_here(subject: str, self_check: bool) -> Verdict:
 
 def _judge_here(subject: str, self_check: bool) -> Verdict:
     from hf_usp import UspError
+    from hf_usp.steady import Steady
 
     try:
-        reference = tiny_model(subject, "eager").eval()
+        reference = tiny_model(subject, "eager").train()
     except Exception as problem:
         return Verdict.everywhere(UNBUILT, _words(problem))
     try:
-        model = tiny_model(subject, "usp").eval()
+        model = tiny_model(subject, "usp").train()
         attach_to(model, CASES["plain"], self_check)
     except UspError as refusal:
         return Verdict.everywhere(REFUSED, _found(refusal))
     except Exception as problem:
         return Verdict.everywhere(CRASH, _words(problem))
-    expected, problems = _references(reference)
-    verdict = Verdict()
-    for rank, (form, degrees) in enumerate(CASES.items()):
-        if problems[rank]:
-            verdict.add(form, UNRUN, problems[rank])
-            continue
-        try:
+    with Steady() as seen:
+        expected, problems = _references(reference)
+        verdict = Verdict(drawn=tuple(sorted(seen.drawn)))
+        for rank, (form, degrees) in enumerate(CASES.items()):
+            if problems[rank]:
+                verdict.add(form, UNRUN, problems[rank])
+                continue
             attach_to(model, degrees, self_check)
-            got = step(model, form)
-        except UspError as refusal:
-            verdict.add(form, REFUSED, _found(refusal))
-            continue
-        except Exception as problem:
-            return verdict.add(form, CRASH, _words(problem))
-        got.average_gradients()
-        if expected is not None and rank == dist.get_rank():
-            error = expected.largest_error(got)
-            right = error < TOLERANCE
-            verdict.error = error if right else 0.0
-            verdict.add(form, EXACT if right else WRONG, "" if right else f"off by {error:.1e}")
+            _try(verdict, form, model, expected if rank == dist.get_rank() else None)
+            if form == "packed" and APART in verdict.reasons.get("packed", ""):
+                _by_seq_lens(verdict, model, reference)
+            if CRASH in verdict.forms.values():
+                break
     return verdict
+
+
+def _try(verdict: Verdict, form: str, model: Any, expected: Step | None, batch: str = "") -> None:
+    """One form of a batch, sharded; the rank that has the reference says whether it is exact."""
+    from hf_usp import UspError
+
+    try:
+        got = step(model, batch or form)
+    except UspError as refusal:
+        verdict.add(form, REFUSED, _found(refusal))
+        return
+    except Exception as problem:
+        verdict.add(form, CRASH, _words(problem))
+        return
+    got.average_gradients()
+    if form == "plain":
+        got.scale(dist.get_world_size())  # a token count of the caller's counts the ranks of a mesh, see `whole_loss`
+    if form == "packed":
+        verdict.packed_by = "cu_seq_lens" if batch else "position_ids"
+    if expected is not None:
+        error = expected.largest_error(got)
+        right = error < TOLERANCE
+        verdict.error = max(verdict.error, error) if right else 0.0
+        verdict.add(form, EXACT if right else WRONG, "" if right else f"off by {error:.1e}")
+
+
+def _by_seq_lens(verdict: Verdict, model: Any, reference: Any) -> None:
+    """Packed documents with cu_seq_lens against the same documents one by one."""
+    refused = verdict.forms.pop("packed"), verdict.reasons.pop("packed")
+    expected, problem = None, ""
+    if dist.get_rank() == list(CASES).index("packed"):
+        try:
+            expected = step_of_documents(reference)
+        except Exception as error:
+            problem = _words(error)
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if any(problems):  # documents do not run by themselves: what position_ids gave stands
+        verdict.add("packed", *refused)
+    else:
+        _try(verdict, "packed", model, expected, "flattened")
 
 
 def _references(reference: Any) -> tuple[Step | None, list[str]]:
@@ -166,6 +214,11 @@ class Step:
         parts = (flat / dist.get_world_size()).split([gradient.numel() for gradient in self.gradients])
         self.gradients = [part.view_as(old) for part, old in zip(parts, self.gradients, strict=True)]
 
+    def scale(self, factor: float) -> None:
+        """Loss and gradients times a number."""
+        self.loss = self.loss * factor
+        self.gradients = [gradient * factor for gradient in self.gradients]
+
     def largest_error(self, other: Step) -> float:
         """The largest relative error in `other`; gradients next to nothing are measured against all of them."""
         floor = 1e-3 * torch.stack([gradient.norm() for gradient in self.gradients]).norm()
@@ -183,9 +236,25 @@ def step(model: Any, form: str) -> Step:
     out = model(**batch)
     out.loss.backward()
     seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    # A parameter that no token of a rank used (an expert, say) has no gradient there.
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
-    return Step(out.loss.detach(), out.logits.detach()[seen], gradients)
+    return Step(out.loss.detach(), out.logits.detach()[seen], gradients_of(model))
+
+
+def step_of_documents(model: Any) -> Step:
+    """Forward and backward of the packed documents, one by one."""
+    model.zero_grad()
+    takes = set(inspect.signature(type(model).forward).parameters)
+    outs = []
+    for document in documents_of(batch_of("flattened")):
+        positions = {} if "position_ids" in takes else {"position_ids"}
+        outs.append(model(**{name: value for name, value in document.items() if name not in positions}))
+        outs[-1].loss.backward()
+    loss = torch.stack([out.loss.detach() for out in outs]).sum()
+    return Step(loss, torch.cat([out.logits.detach()[0] for out in outs]), gradients_of(model))
+
+
+def gradients_of(model: Any) -> list[Tensor]:
+    """A parameter that no token of a rank used (an expert, say) has no gradient there: zeros."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
 def _relative(mine: Tensor, theirs: Tensor, floor: Tensor | float) -> Tensor:
