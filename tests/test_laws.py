@@ -50,7 +50,7 @@ FLOORS = {
         "counting",
     ),
     6: ("prepare", "feed", "parallelism", "zero"),
-    7: ("explain", "picture", "report", "exposed", "cli", "data"),
+    7: ("explain", "picture", "report", "exposed", "check", "planning", "cli", "__main__", "data"),
     8: ("__init__",),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -59,11 +59,11 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 INTEGERS = {"errors", "packing", "layout", "dealing", "plan", "scan_plan", "degrees", *ROOFLINE}
 # Package -> the rooms that may import it. What is not listed here is free everywhere.
 ONLY_IN = {
-    "torch": set(FLOOR) - INTEGERS - {"versions", "cli", "picture"},
-    "torch.distributed": {"comm", "mesh", "loss"},
+    "torch": set(FLOOR) - INTEGERS - {"versions", "cli", "picture", "planning", "__main__"},
+    "torch.distributed": {"comm", "mesh", "loss", "check"},
     "transformers": {room for room, floor in FLOOR.items() if floor >= 5},
     "accelerate": {room for room, floor in FLOOR.items() if floor >= 6},
-    "matplotlib": {"picture"},
+    "matplotlib": {"picture", "planning"},
     "flash_attn": {"kernels"},
     "datasets": {"data"},
     "filelock": {"data"},

@@ -1,0 +1,306 @@
+"""The check itself: stage after stage on every rank, the verdict on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..degrees import check_degrees, choose_ulysses_degree
+from ..errors import UspConfigError, UspError
+from ..mesh import UspMesh
+from .exact import core_error, model_error, small_config
+from .facts import facts
+from .findings import PROBLEM, Finding, Transfer, differing_versions, shared_devices, slow_links, wrong_placement
+from .links import exchanges, pairs, speed
+from .stages import Stages
+from .verdict import verdict
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """model: whose small copy is run. cp_size, ulysses: the mesh (default: all ranks, chosen by bytes).
+
+    ranks_per_node: consecutive ranks that count as one node; None: those of a host. timeout: seconds for a stage.
+    message: bytes of a large one. slow: share of the median below which a link is said to be slow.
+    """
+
+    model: str | None = None
+    cp_size: int | None = None
+    ulysses: int | None = None
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "bf16"
+    ranks_per_node: int | None = None
+    soak_minutes: float = 0.0
+    timeout: float = 120.0
+    message: int | None = None
+    slow: float = 0.5
+    output: str | None = None
+
+
+@dataclass
+class Results:
+    """Everything that was found; the file holds the same."""
+
+    command: str = ""
+    world: int = 1
+    cp_size: int = 1
+    ulysses: int = 1
+    reason: str = ""
+    nodes: list[Any] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+    speed: list[dict[str, float]] = field(default_factory=list)
+    exactness: dict[str, float] = field(default_factory=dict)
+    refused: str | None = None
+    soak: dict[str, float] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return int(any(finding.level == PROBLEM for finding in self.findings))
+
+
+def run(options: CheckOptions) -> int:
+    """Check this cluster; returns 0, or 1 where something is wrong. A hanging rank ends the process with 3.
+
+    Raises `UspConfigError`, before any rank talks to another, for options that fit nothing.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    results = Results(command=" ".join(sys.argv), world=world)
+    _check_options(options, world)
+    config = None if options.model is None else small_config(options.model)
+    heads = _heads(options, config)
+
+    def say(texts: list[str]) -> None:
+        results.findings += [
+            Finding(PROBLEM, text, "look at that process: py-spy dump --pid, dmesg, nvidia-smi") for text in texts
+        ]
+        _tell(results, options)
+
+    stages = Stages(rank, world, options.timeout, say)
+    device, dtype = _device(), DTYPES[options.dtype]
+    with stages.stage("versions"):
+        texts = stages.exchange("facts", json.dumps(facts(device, dtype, heads[2])))
+        results.facts = [json.loads(text) for text in texts]
+    _look_around(results, options, heads)
+    if world > 1:
+        with stages.stage("process group"):
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            store = dist.PrefixStore("group", stages.store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=1))
+            dist.all_reduce(torch.ones(1, device=device))
+    meshes = _measure(stages, results, options, device, dtype)
+    _exactness(stages, results, config, heads, meshes, device, dtype)
+    _soak(stages, results, options, heads, meshes, device, dtype)
+    stages.done()
+    if rank == 0:
+        _tell(results, options)
+    stages.meet("told")  # rank 0 may hold the store
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return results.exit_code
+
+
+def _check_options(options: CheckOptions, world: int) -> None:
+    for name in ("cp_size", "ulysses", "heads", "kv_heads", "head_dim", "ranks_per_node", "timeout", "message"):
+        value = getattr(options, name)
+        if value is not None and not value >= 1:
+            raise UspConfigError(f"{name} = {value}", rule=f"{name} is at least 1")
+    if options.dtype not in DTYPES:
+        raise UspConfigError(f"dtype {options.dtype!r}", rule=f"a dtype is one of {', '.join(DTYPES)}")
+    if not 0 <= options.soak_minutes <= 7 * 24 * 60:
+        raise UspConfigError(f"a soak of {options.soak_minutes} minutes", rule="between 0 and a week")
+    if not 0 < options.slow < 1:
+        raise UspConfigError(f"slow = {options.slow}", rule="a share of the usual bandwidth, between 0 and 1")
+    size = options.cp_size or world
+    if world % size:
+        raise UspConfigError(
+            f"cp_size = {size} in a world of {world} ranks", rule="it divides the number of ranks",
+            remedy=f"one of {', '.join(str(d) for d in range(1, world + 1) if world % d == 0)}",
+        )  # fmt: skip
+    if options.ulysses is not None:
+        check_degrees(size, options.ulysses)
+    if options.output is not None and int(os.environ.get("RANK", "0")) == 0:
+        _check_writable(options.output)
+
+
+def _check_writable(path: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as problem:
+        raise UspConfigError(
+            f"a result file {path!r}: {problem.strerror}", rule="the file can be written",
+            remedy="create its folder, or name another with --output",
+        ) from problem  # fmt: skip
+
+
+def _heads(options: CheckOptions, config: Any) -> tuple[int, int, int]:
+    """Query heads, kv heads, width: the model's where there is one."""
+    if config is None:
+        return options.heads, options.kv_heads, options.head_dim
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, width
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _look_around(results: Results, options: CheckOptions, heads: tuple[int, int, int]) -> None:
+    """What can be said before any tensor travels."""
+    hosts = [fact["host"] for fact in results.facts]
+    node = options.ranks_per_node
+    results.nodes = hosts if node is None else [rank // node for rank in range(results.world)]
+    results.cp_size = options.cp_size or results.world
+    counts = [results.nodes.count(name) for name in dict.fromkeys(results.nodes)]
+    if options.ulysses is None:
+        results.ulysses, results.reason = choose_ulysses_degree(results.cp_size, *heads[:2], min(counts))
+    else:
+        results.ulysses, results.reason = options.ulysses, "given"
+    results.findings += differing_versions(results.facts) + shared_devices(results.facts)
+    results.findings += wrong_placement(results.nodes, results.cp_size, results.ulysses)
+
+
+def _measure(
+    stages: Stages, results: Results, options: CheckOptions, device: torch.device, dtype: torch.dtype
+) -> dict[int, UspMesh]:
+    """Links and rates; returns the meshes of all candidate placements by their ulysses degree."""
+    size = options.message or (2**26 if device.type == "cuda" else 2**21)
+    mine: list[Transfer] = []
+    meshes: dict[int, UspMesh] = {}
+    if results.world == 1:
+        meshes[1] = UspMesh.build(ring_degree=1, ulysses_degree=1)
+    else:
+        with stages.stage("links between pairs of ranks"):
+            mine += pairs(device, size, results.nodes)
+        for degree in (d for d in range(1, results.cp_size + 1) if results.cp_size % d == 0):
+            ring = results.cp_size // degree
+            with stages.stage(f"exchanges of ulysses {degree} x ring {ring}"):
+                meshes[degree] = UspMesh.build(ring_degree=ring, ulysses_degree=degree)
+                mine += exchanges(meshes[degree], device, size, results.nodes)
+    with stages.stage("speed of every rank"):
+        rates = stages.exchange("speed", json.dumps(speed(device, dtype)))
+        results.speed = [json.loads(text) for text in rates]
+        texts = stages.exchange("links", json.dumps([asdict(transfer) for transfer in mine]))
+    found = [Transfer(**{**t, "ranks": tuple(t["ranks"])}) for text in texts for t in json.loads(text)]
+    results.transfers = sorted(found, key=lambda t: (t.kind, len(t.ranks), t.ranks))
+    results.findings += slow_links(results.transfers, options.slow) + _slow_ranks(results.speed, options.slow)
+    return meshes
+
+
+def _slow_ranks(rates: Sequence[dict[str, float]], slow: float) -> list[Finding]:
+    usual = median(rate["flops"] for rate in rates)
+    return [
+        Finding("warning", f"rank {rank} computes {rate['flops'] / 1e12:.3g} TFLOP/s, the others {usual / 1e12:.3g}",
+                "look at clocks, heat and what else runs there")
+        for rank, rate in enumerate(rates)
+        if len(rates) > 2 and rate["flops"] < slow * usual
+    ]  # fmt: skip
+
+
+def _exactness(
+    stages: Stages,
+    results: Results,
+    config: Any,
+    heads: tuple[int, int, int],
+    meshes: dict[int, UspMesh],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """The core on every mesh, the model on the chosen one."""
+    for degree, mesh in meshes.items():
+        name = f"core, ulysses {degree} x ring {mesh.ring_degree}"
+        with stages.stage(f"exactness of the {name}"):
+            _judge(stages, results, name, core_error(mesh, device, dtype, heads))
+    if config is None:
+        return
+    mesh = meshes[results.ulysses]
+    name = f"{type(config).__name__.removesuffix('Config')} (small copy), ulysses {results.ulysses}"
+    with stages.stage("exactness of the model"):
+        try:
+            error = model_error(config, mesh, device, dtype)
+        except UspError as refusal:
+            results.refused = str(refusal)
+            results.findings.append(Finding(PROBLEM, f"the model is refused: {refusal}"))
+            return
+        _judge(stages, results, name, error)
+
+
+def _judge(stages: Stages, results: Results, name: str, error: float) -> None:
+    errors = [float(text) for text in stages.exchange(f"exact/{name}", repr(error))]
+    results.exactness[name] = max(errors)
+    wrong = [rank for rank, value in enumerate(errors) if not value <= 1]
+    if wrong:
+        results.findings.append(
+            Finding(
+                PROBLEM,
+                f"wrong: {name} errs {max(errors):.3g} times what is allowed, seen by rank(s) {wrong}",
+                "do not train here; try kernel='eager', then another driver or NCCL, and report it",
+            )
+        )
+
+
+def _soak(
+    stages: Stages,
+    results: Results,
+    options: CheckOptions,
+    heads: tuple[int, int, int],
+    meshes: dict[int, UspMesh],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """The core again and again on the chosen mesh, for some minutes."""
+    seconds = options.soak_minutes * 60
+    if not seconds:
+        return
+    worst, rounds, slowest, start = 0.0, 0, 0.0, time.monotonic()
+    with stages.stage("soak", seconds):
+        while True:
+            began = time.monotonic()
+            worst = max(worst, core_error(meshes[results.ulysses], device, dtype, heads))
+            rounds, slowest = rounds + 1, max(slowest, time.monotonic() - began)
+            # Rank 0's clock decides for all.
+            if stages.exchange(f"soak/{rounds}", str(time.monotonic() - start > seconds))[0] == "True":
+                break
+        elapsed = time.monotonic() - start
+        _judge(stages, results, f"soak of {rounds} rounds", worst)
+    results.soak = {"seconds": elapsed, "rounds": rounds, "slowest_round": slowest}
+
+
+def _tell(results: Results, options: CheckOptions) -> None:
+    """The verdict on the screen, everything in the file."""
+    print(verdict(results, options.slow), flush=True)
+    if options.output is not None:
+        from .machine import measured_machine
+
+        content = {
+            "hf_usp check": 1,
+            "python": platform.python_version(),
+            **asdict(results),
+            "machine": measured_machine(results),
+            "exit_code": results.exit_code,
+        }
+        Path(options.output).write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+        print(f"everything in {options.output}", flush=True)

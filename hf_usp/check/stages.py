@@ -1,0 +1,118 @@
+"""Stages that all ranks go through together, and a watch that names the rank that does not.
+
+Ranks meet in a key-value store (the launcher's), not in collectives: that works where collectives hang. A thread of
+every rank looks at the clock while its main thread may be stuck in a transfer. When a stage takes too long, or a rank
+fails, rank 0 says who; if it is the one that hangs, the lowest rank that got further does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+HANGS = 3
+GRACE = 5.0
+# Of a call to the store itself; stages have a clock of their own.
+PATIENCE = timedelta(days=1)
+
+
+class Stages:
+    """The stages of one rank. `say(texts)` reports what went wrong, on the one rank that speaks."""
+
+    def __init__(self, rank: int, world: int, timeout: float, say: Callable[[list[str]], None]) -> None:
+        self.rank, self.world, self.timeout, self.say = rank, world, timeout, say
+        self.name, self.number = "start", 0
+        self.deadline = time.monotonic() + timeout
+        self.over = False
+        self.store = self._connect()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _connect(self, hosts: bool = True) -> dist.Store:
+        """The launcher's store, or one that rank 0 holds."""
+        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        start_time = timedelta(seconds=self.timeout)
+        mine = hosts and self.rank == 0 and not of_agent
+        store = dist.TCPStore(address, port, None, mine, start_time, wait_for_workers=False)
+        store.set_timeout(PATIENCE)
+        return dist.PrefixStore(f"hf-usp-check-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    @contextmanager
+    def stage(self, name: str, seconds: float = 0.0) -> Iterator[None]:
+        """A stage of `timeout` and `seconds`; it ends when every rank has ended it."""
+        self.number, self.name = self.number + 1, name
+        self.deadline = time.monotonic() + self.timeout + seconds
+        self.store.set(f"stage/{self.rank}", f"{self.number} {name}")
+        try:
+            yield
+            self.meet(f"end/{self.number}")
+        except Exception as problem:
+            traceback.print_exc(file=sys.stderr)
+            self.store.set(f"error/{self.rank}", f"{type(problem).__name__}: {problem}".splitlines()[0])
+            self.store.add("failed", 1)
+            time.sleep(3600)  # the watch ends this process once the speaker has spoken
+
+    def meet(self, name: str) -> None:
+        """Wait until every rank has come here."""
+        self.store.set(f"{name}/{self.rank}", "1")
+        self.store.wait([f"{name}/{rank}" for rank in range(self.world)])
+
+    def exchange(self, name: str, text: str) -> list[str]:
+        """The texts of all ranks."""
+        self.store.set(f"{name}/{self.rank}", text)
+        return [self.store.get(f"{name}/{rank}").decode() for rank in range(self.world)]
+
+    def done(self) -> None:
+        """Nothing is watched any more."""
+        self.over = True
+
+    def _watch(self) -> None:
+        store = self._connect(hosts=False)
+        while not self.over:
+            time.sleep(0.2)
+            failed = store.check(["failed"])
+            late = time.monotonic() > self.deadline
+            if not (failed or late) or self.over:
+                continue
+            if failed:
+                time.sleep(1.0)  # others may fail of the same reason
+            progress = [self._of(store, rank) for rank in range(self.world)]
+            errors = {r: store.get(f"error/{r}").decode() for r in range(self.world) if store.check([f"error/{r}"])}
+            stuck = (
+                [] if errors else [r for r, (number, _) in enumerate(progress) if number < max(p[0] for p in progress)]
+            )
+            speaker = next((r for r in range(self.world) if r not in stuck), 0)
+            if self.rank == speaker:
+                self.say(self._texts(progress, errors, stuck))
+            else:
+                time.sleep(GRACE)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1 if errors else HANGS)
+
+    def _of(self, store: dist.Store, rank: int) -> tuple[int, str]:
+        """Number and name of the stage that a rank is in; a stage it has ended counts half more."""
+        if not store.check([f"stage/{rank}"]):
+            return 0, "never started"
+        number, name = store.get(f"stage/{rank}").decode().split(" ", 1)
+        ended = store.check([f"end/{number}/{rank}"])
+        return 2 * int(number) + ended, name
+
+    def _texts(self, progress: list[tuple[int, str]], errors: dict[int, str], stuck: list[int]) -> list[str]:
+        if errors:
+            return [f"rank {rank} failed in the stage {progress[rank][1]!r}: {text}" for rank, text in errors.items()]
+        if stuck:
+            where = {
+                r: "it never started" if n == 0 else f"in the stage {name!r}" for r, (n, name) in enumerate(progress)
+            }
+            return [f"rank {r} hangs: {where[r]}, while the others wait ({self.timeout:.0f} s)" for r in stuck]
+        return [f"all ranks hang in the stage {self.name!r} ({self.timeout:.0f} s): no message gets through"]

@@ -1,0 +1,45 @@
+"""`hf-usp check` on a cluster with a fault, for tests/cli/test_check.py: `faulty_check.py FAULT RANK ARGUMENTS`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+import hf_usp.check.run  # noqa: F401  the function of that name hides the module
+from hf_usp.check import exact
+from hf_usp.cli import main
+
+run: Any = sys.modules["hf_usp.check.run"]
+
+fault, where = sys.argv[1], int(sys.argv[2])
+core_error, facts, attention = run.core_error, run.facts, exact.usp_attention
+
+
+def hang(*args: Any, **kwargs: Any) -> float:
+    time.sleep(600)
+    return core_error(*args, **kwargs)
+
+
+def other_version(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    found = facts(*args, **kwargs)
+    return {**found, "versions": {**found["versions"], "transformers": "5.17.0"}}
+
+
+def slightly_wrong(*args: Any, **kwargs: Any) -> Any:
+    return attention(*args, **kwargs) * 1.01
+
+
+def fail(*args: Any, **kwargs: Any) -> float:
+    raise RuntimeError("out of memory")
+
+
+if int(os.environ["RANK"]) == where:
+    if fault == "hang":
+        run.core_error = hang
+    elif fault == "fail":
+        run.core_error = fail
+    else:
+        run.facts, exact.usp_attention = other_version, slightly_wrong
+sys.exit(main(sys.argv[3:]))
