@@ -1,5 +1,6 @@
-"""The command `hf-usp`: `explain` says what a run would do, `check` whether a cluster is right.
+"""The command `hf-usp`: `plan` chooses degrees, `check` judges a cluster, `explain` says what a run would do.
 
+hf-usp plan --model Qwen/Qwen3-8B --tokens 131072 --gpus 16 --machine h100-nvlink
 torchrun --nproc_per_node 8 -m hf_usp check --output check.json
 hf-usp explain --tokens 65536 --ranks 8 --heads 32 --kv-heads 8 --output explain.png
 """
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_explain(verbs)
     _add_check(verbs)
+    _add_plan(verbs)
     return parser
 
 
@@ -90,6 +92,76 @@ def _add_check(verbs: Any) -> None:
     add("--slow", type=float, help="a link is slow below this share of the usual bandwidth (default 0.5)")
     add("--output", metavar="FILE", help="write everything as JSON")
     verb.set_defaults(act=_check)
+
+
+def _add_plan(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "plan",
+        help="which degrees, will it fit, how fast: all splits of the ranks, ranked",
+        description="Rank every legal split into tensor, ulysses, ring and data parallelism by predicted tokens a "
+        "second, with memory by kind; print the best as a table and an Accelerate config.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, none = verb.add_argument, argparse.SUPPRESS
+    add("--model", required=True, help="a folder, config.json, or hub name in the local cache")
+    add("--tokens", type=int, required=True, help="tokens of a row")
+    add("--gpus", type=int, required=True, help="all of them")
+    add("--machine", default="h100-nvlink", help="a preset (an unknown name lists them), or the file of hf-usp check")
+    add("--gpus-per-node", type=int, default=none, help="default: the machine's")
+    add("--memory", type=float, default=none, metavar="GB", help="of one GPU (default: the machine's)")
+    add("--rows", type=int, default=1, help="rows of a data-parallel replica in one step")
+    add("--documents", type=_lengths, default=none, metavar="N,N,...", help="lengths that rows are packed from")
+    add("--tp", type=int, default=none, help="largest tensor-parallel size (default: a node)")
+    add("--offload", action="store_true", help="consider checkpoints in host memory, too")
+    add("--config", default=none, metavar="FILE", help="save the Accelerate config here (.yaml)")
+    add("--picture", default=none, metavar="FILE", help="save memory against length here (.png, .svg or .pdf)")
+    add("--json", action="store_true", help="print JSON and nothing else")
+    verb.set_defaults(act=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import json
+    from pathlib import Path
+
+    from .planning import ranked, request
+    from .planning.search import check_possible
+    from .planning.text import accelerate_config, as_json, table
+
+    given = vars(options)
+    what = request(
+        options.model, tokens=options.tokens, gpus=options.gpus, machine=options.machine, rows=options.rows,
+        gpus_per_node=given.get("gpus_per_node"), memory_gb=given.get("memory"), most_tp=given.get("tp"),
+        documents=given.get("documents", ()), allow_offload=options.offload,
+    )  # fmt: skip
+    config, picture = given.get("config"), given.get("picture")
+    if picture is not None:
+        from .picture import check_output
+
+        check_output(picture)
+    if config is not None:
+        check_writable(config)
+    found = ranked(what)
+    check_possible(what, found)
+    yaml = accelerate_config(what, found[0], config or "plan.yaml")
+    print(json.dumps(as_json(what, found), indent=1) if options.json else f"{table(what, found)}\n\n{yaml}")
+    if config is not None:
+        Path(config).write_text(yaml, encoding="utf-8")
+    if picture is not None:
+        from .planning.chart import draw_memory
+
+        draw_memory(what, found[0], picture)
+
+
+def check_writable(path: str) -> None:
+    """Refuse a result file that cannot be written, before anything is computed."""
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as problem:
+        raise UspConfigError(
+            f"a result file {path!r}: {problem.strerror}", rule="the file can be written",
+            remedy="create its folder, or name another",
+        ) from problem  # fmt: skip
 
 
 def _check(options: argparse.Namespace) -> int:

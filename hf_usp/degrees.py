@@ -90,6 +90,11 @@ def ring_bytes(num_kv_heads: int, ulysses_degree: int, ring_degree: int) -> floa
     return 4.5 * max(num_kv_heads, ulysses_degree) * (ring_degree - 1)
 
 
+def even_degrees(cp_size: int, num_heads: int) -> list[int]:
+    """Divisors of `cp_size` that leave every rank at most 5 % more query heads than the mean; 1 always does."""
+    return [d for d in range(1, cp_size + 1) if cp_size % d == 0 and -(-num_heads // d) * d <= 1.05 * num_heads]
+
+
 def choose_ulysses_degree(
     cp_size: int, num_heads: int, num_kv_heads: int, ranks_per_node: int | None = None
 ) -> tuple[int, str]:
@@ -106,10 +111,8 @@ def choose_ulysses_degree(
             f"{cp_size} context-parallel ranks, {node} ranks a node", rule="both are whole numbers of at least 1"
         )
     candidates = []
-    for degree in range(1, cp_size + 1):
-        inside_node = degree == 1 or (degree <= node and node % degree == 0)
-        evenness = -(-num_heads // degree) * degree / num_heads
-        if cp_size % degree == 0 and inside_node and evenness <= 1.05:
+    for degree in even_degrees(cp_size, num_heads):
+        if degree == 1 or (degree <= node and node % degree == 0):
             bytes_moved = ulysses_bytes(num_heads, num_kv_heads, degree)
             bytes_moved += ring_bytes(num_kv_heads, degree, cp_size // degree)
             candidates.append((bytes_moved, degree))

@@ -21,6 +21,8 @@ import torch.distributed as dist
 HANGS = 3
 GRACE = 5.0
 # Of a call to the store itself; stages have a clock of their own.
+WAITS = "waiting in"
+WAITING_FILES = ("distributed_c10d.py", "hf_usp/comm.py", "check/stages.py")
 PATIENCE = timedelta(days=1)
 
 
@@ -80,16 +82,15 @@ class Stages:
         while not self.over:
             time.sleep(0.2)
             failed = store.check(["failed"])
-            late = time.monotonic() > self.deadline
+            late = time.monotonic() > self.deadline or store.check(["late"])
             if not (failed or late) or self.over:
                 continue
-            if failed:
-                time.sleep(1.0)  # others may fail of the same reason
+            store.set("late", "1")
+            store.set(f"where/{self.rank}", _whereabouts())
+            time.sleep(2.0)  # others say where they are, or fail of the same reason
             progress = [self._of(store, rank) for rank in range(self.world)]
             errors = {r: store.get(f"error/{r}").decode() for r in range(self.world) if store.check([f"error/{r}"])}
-            stuck = (
-                [] if errors else [r for r, (number, _) in enumerate(progress) if number < max(p[0] for p in progress)]
-            )
+            stuck = {} if errors else self._stuck(store, progress)
             speaker = next((r for r in range(self.world) if r not in stuck), 0)
             if self.rank == speaker:
                 self.say(self._texts(progress, errors, stuck))
@@ -99,6 +100,17 @@ class Stages:
             sys.stderr.flush()
             os._exit(1 if errors else HANGS)
 
+    def _stuck(self, store: dist.Store, progress: list[tuple[int, str]]) -> dict[int, str]:
+        """Ranks that the others wait for, and where they are: dead ones, those behind, those that compute for ever."""
+        where = {r: store.get(f"where/{r}").decode() for r in range(self.world) if store.check([f"where/{r}"])}
+        silent = [r for r in range(self.world) if r not in where]
+        behind = [r for r, (number, _) in enumerate(progress) if number < max(p[0] for p in progress)]
+        busy = [r for r, text in where.items() if not text.startswith(WAITS)]
+        for ranks in (silent, behind, busy):
+            if 0 < len(ranks) < self.world:
+                return {r: where.get(r, "its process does not answer") for r in ranks}
+        return {}
+
     def _of(self, store: dist.Store, rank: int) -> tuple[int, str]:
         """Number and name of the stage that a rank is in; a stage it has ended counts half more."""
         if not store.check([f"stage/{rank}"]):
@@ -107,12 +119,22 @@ class Stages:
         ended = store.check([f"end/{number}/{rank}"])
         return 2 * int(number) + ended, name
 
-    def _texts(self, progress: list[tuple[int, str]], errors: dict[int, str], stuck: list[int]) -> list[str]:
+    def _texts(self, progress: list[tuple[int, str]], errors: dict[int, str], stuck: dict[int, str]) -> list[str]:
         if errors:
             return [f"rank {rank} failed in the stage {progress[rank][1]!r}: {text}" for rank, text in errors.items()]
-        if stuck:
-            where = {
-                r: "it never started" if n == 0 else f"in the stage {name!r}" for r, (n, name) in enumerate(progress)
-            }
-            return [f"rank {r} hangs: {where[r]}, while the others wait ({self.timeout:.0f} s)" for r in stuck]
-        return [f"all ranks hang in the stage {self.name!r} ({self.timeout:.0f} s): no message gets through"]
+        if not stuck:
+            return [f"all ranks hang in the stage {self.name!r} ({self.timeout:.0f} s): no message gets through"]
+        texts = []
+        for rank, where in stuck.items():
+            number, name = progress[rank]
+            stage = "it never started" if number == 0 else f"in the stage {name!r}, {where}"
+            texts.append(f"rank {rank} hangs: {stage}; the others wait ({self.timeout:.0f} s)")
+        return texts
+
+
+def _whereabouts() -> str:
+    """Where the main thread of this process is: waiting for other ranks, or in which line."""
+    frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    last = frames[-1]
+    waits = any(frame.filename.endswith(WAITING_FILES) or frame.name == "synchronize" for frame in frames[-6:])
+    return f"{WAITS if waits else 'at'} {last.name} ({os.path.basename(last.filename)}:{last.lineno})"

@@ -37,7 +37,8 @@ def draw_memory(what: PlanRequest, best: Candidate, path: str) -> None:
     axes.axvline(what.tokens, color="black", linewidth=1, linestyle=":")
     d = best.degrees
     axes.set(
-        title=f"{what.name} on {what.gpus} x {what.machine.name}: tp {d.tp}, ulysses {d.ulysses}, ring {d.ring}, data {d.dp_shard}",
+        title=f"{what.name} on {what.gpus} x {what.machine.name}: "
+        f"tp {d.tp}, ulysses {d.ulysses}, ring {d.ring}, data {d.dp_shard}",
         xlabel="tokens of a row (dotted: asked for); every length with its fastest way that fits", ylabel="GB a rank",
         ylim=(0, max(1.25 * budget, 1e-3)), xlim=(lengths[0], lengths[-1]),
     )  # fmt: skip

@@ -35,7 +35,7 @@ class PlanRequest:
     rows: int = 1
     documents: tuple[int, ...] = ()
     most_tp: int | None = None
-    allow_offload: bool = True
+    allow_offload: bool = False
     optimizer: int = 12
 
     @property
@@ -55,6 +55,7 @@ def request(
     rows: int = 1,
     documents: tuple[int, ...] = (),
     most_tp: int | None = None,
+    allow_offload: bool = False,
 ) -> PlanRequest:
     """Check every number, find model and machine. Raises `UspConfigError`, naming what is wrong."""
     sizes = {"tokens": tokens, "gpus": gpus, "gpus_per_node": gpus_per_node, "rows": rows, "tp": most_tp}
@@ -75,7 +76,9 @@ def request(
             remedy=f"choose {gpus // found.ranks_per_node * found.ranks_per_node} GPUs, or pass --gpus-per-node",
         )  # fmt: skip
     shape = read_model(model)
-    return PlanRequest(model, shape, found, tokens, gpus, found.memory * USABLE, rows, documents, most_tp)
+    return PlanRequest(
+        model, shape, found, tokens, gpus, found.memory * USABLE, rows, documents, most_tp, allow_offload
+    )
 
 
 def find_machine(name: str, gpus_per_node: int | None = None) -> Machine:
@@ -154,7 +157,11 @@ def shape_of(config: Any) -> ModelShape:
     width = get("moe_intermediate_size") if experts > 1 else None
     types = get("layer_types") or []
     window = get("sliding_window")
-    sliding = types.count("sliding_attention") if types else layers * bool(window and get("use_sliding_window") in (None, True))
+    sliding = (
+        types.count("sliding_attention")
+        if types
+        else layers * bool(window and get("use_sliding_window") in (None, True))
+    )
     return ModelShape(
         layers=layers, hidden=hidden, intermediate=width or get("intermediate_size") or 4 * hidden, heads=heads,
         kv_heads=get("num_key_value_heads") or heads, head_dim=get("head_dim") or hidden // heads,

@@ -47,8 +47,8 @@ class Candidate:
             return f"memory: {largest} {kinds[largest] / 1e9:.0f} GB"
         parts = {
             "attention": it.attention, "matrix products": it.linear, "ulysses exchange": it.ulysses,
-            "ring transfer": it.ring, "tensor-parallel sums": it.tensor_parallel, "weights and gradients": it.data_parallel,
-            "offloading": it.offload,
+            "ring transfer": it.ring, "tensor-parallel sums": it.tensor_parallel,
+            "weights and gradients": it.data_parallel, "offloading": it.offload,
         }  # fmt: skip
         largest = max(parts, key=lambda part: parts[part])
         return f"{largest} {parts[largest] / it.seconds:.0%}"
@@ -64,7 +64,7 @@ def ranked(what: PlanRequest) -> list[Candidate]:
 
 
 def splits(what: PlanRequest) -> Iterator[Degrees]:
-    """Tensor parallelism inside a node that leaves whole heads; heads dealt at most 5 % unevenly; data parallel rest."""
+    """Tensor parallelism inside a node that leaves whole heads; heads at most 5 % uneven; the rest is data parallel."""
     model = what.model
     for tp in _divisors(what.gpus):
         if tp > (what.most_tp or what.node) or what.node % tp or model.heads % tp or model.kv_heads % tp:
@@ -95,7 +95,7 @@ def _jobs(what: PlanRequest) -> Iterator[Job]:
 
 def _candidate(what: PlanRequest, degrees: Degrees, job: Job) -> Candidate:
     it = predict(what.model, degrees, job, what.machine)
-    if what.documents and sum(what.documents) > 0:
+    if what.documents:
         it = _packed(what, it)
     return Candidate(degrees, job, it, what.budget)
 
@@ -105,10 +105,10 @@ def _packed(what: PlanRequest, it: Prediction) -> Prediction:
 
     Transfers are left as they are for whole rows: an upper bound, as most packed rows move less.
     """
+    model, kept = what.model, [min(n, what.tokens) for n in what.documents]
     whole = packed = 0.0
-    for window, layers in ((None, what.model.layers - what.model.sliding_layers), (what.model.window, what.model.sliding_layers)):
-        mean = sum(mask_area(min(n, what.tokens), window) for n in what.documents) / sum(min(n, what.tokens) for n in what.documents)
-        packed += layers * mean * what.tokens
+    for window, layers in ((None, model.layers - model.sliding_layers), (model.window, model.sliding_layers)):
+        packed += layers * sum(mask_area(n, window) for n in kept) / sum(kept) * what.tokens
         whole += layers * mask_area(what.tokens, window)
     share = packed / whole
     of_attention = it.flops - _linear_flops(what, it)
@@ -157,8 +157,8 @@ def check_possible(what: PlanRequest, found: list[Candidate]) -> None:
         factor *= 2
     raise UspConfigError(
         f"{what.tokens:,} tokens on {what.gpus} x {what.machine.name}: the smallest split needs "
-        f"{best.prediction.memory.total / 1e9:.1f} GB a rank of {what.budget / 1e9:.1f} GB, {missing / 1e9:.1f} GB too much "
-        f"({_by_kind(best.prediction.memory)})",
+        f"{best.prediction.memory.total / 1e9:.1f} GB a rank of {what.budget / 1e9:.1f} GB, {missing / 1e9:.1f} GB too "
+        f"much ({_by_kind(best.prediction.memory)})",
         rule="weights, gradients, optimizer, activations, logits and buffers fit into the memory of one rank",
         remedy="; ".join(ways) or "a smaller model, or LoRA: not even 1,024 tokens fit",
     )

@@ -25,14 +25,19 @@ def table(what: PlanRequest, found: list[Candidate]) -> str:
         d, it = candidate.degrees, candidate.prediction
         fits = "" if candidate.fits else "  DOES NOT FIT"
         lines.append(
-            f"{d.tp:>3} {d.ulysses:>7} {d.ring:>4} {d.dp_shard:>4} {it.seconds:>7.2f} s {it.exposed / it.seconds:>8.1%} "
+            f"{d.tp:>3} {d.ulysses:>7} {d.ring:>4} {d.dp_shard:>4} {it.seconds:>7.2f} s "
+            f"{it.exposed / it.seconds:>8.1%} "
             f"{it.tokens_per_second:>10,.0f} {it.mfu:>6.1%} {it.memory.total / 1e9:>6.1f} GB  {candidate.savings}; "
             f"{candidate.limit}{fits}"
         )
     if len(found) > MOST:
         lines.append(f"... and {len(found) - MOST} more (--json)")
     best = found[0]
-    lines += ["", "memory of the best, GB a rank:  " + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in vars(best.prediction.memory).items())]
+    lines += [
+        "",
+        "memory of the best, GB a rank:  "
+        + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in vars(best.prediction.memory).items()),
+    ]
     lines.append(f"the longest row of this split: {longest(what, best.degrees):,} tokens")
     return "\n".join(lines)
 

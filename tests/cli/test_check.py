@@ -81,12 +81,12 @@ def test_a_rank_with_another_version_that_computes_something_else() -> None:
 @pytest.mark.parametrize(
     ("fault", "rank", "said"),
     [
-        ("hang", 1, "rank 1 hangs: in the stage 'exactness of the core, ulysses 1 x ring 2', while the others wait"),
+        ("hang", 1, "rank 1 hangs: in the stage 'exactness of the core, ulysses 1 x ring 2', at hang (faulty_check.py"),
         ("fail", 0, "rank 0 failed in the stage 'exactness of the core, ulysses 1 x ring 2': RuntimeError: out of mem"),
     ],
 )
 def test_a_rank_that_hangs_or_fails_is_named(fault: str, rank: int, said: str) -> None:
-    result = faulty(fault, rank, "--timeout", "15")
+    result = faulty(fault, rank, "--timeout", "20")
     assert result.returncode != 0
     assert f"PROBLEM: {said}" in result.stdout, result.stdout
     assert f"exitcode  : {3 if fault == 'hang' else 1}" in result.stdout
