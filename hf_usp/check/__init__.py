@@ -8,6 +8,7 @@ exactness of the core and of a small copy of the model (`exact.py`), a soak. Eve
 """
 
 from .findings import Finding
-from .run import CheckOptions, run
+from .results import CheckOptions
+from .run import run
 
 __all__ = ["CheckOptions", "Finding", "run"]

@@ -6,7 +6,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .run import Results
+    from .results import Results
 
 
 def measured_machine(it: Results) -> dict[str, Any] | None:

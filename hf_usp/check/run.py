@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -24,56 +24,12 @@ from .exact import core_error, model_error, small_config
 from .facts import facts
 from .findings import PROBLEM, Finding, Transfer, differing_versions, shared_devices, slow_links, wrong_placement
 from .links import exchanges, pairs, speed
+from .machine import measured_machine
+from .results import CheckOptions, Results
 from .stages import Stages
 from .verdict import verdict
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-
-
-@dataclass(frozen=True)
-class CheckOptions:
-    """model: whose small copy is run. cp_size, ulysses: the mesh (default: all ranks, chosen by bytes).
-
-    ranks_per_node: consecutive ranks that count as one node; None: those of a host. timeout: seconds for a stage.
-    message: bytes of a large one. slow: share of the median below which a link is said to be slow.
-    """
-
-    model: str | None = None
-    cp_size: int | None = None
-    ulysses: int | None = None
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    dtype: str = "bf16"
-    ranks_per_node: int | None = None
-    soak_minutes: float = 0.0
-    timeout: float = 120.0
-    message: int | None = None
-    slow: float = 0.5
-    output: str | None = None
-
-
-@dataclass
-class Results:
-    """Everything that was found; the file holds the same."""
-
-    command: str = ""
-    world: int = 1
-    cp_size: int = 1
-    ulysses: int = 1
-    reason: str = ""
-    nodes: list[Any] = field(default_factory=list)
-    facts: list[dict[str, Any]] = field(default_factory=list)
-    transfers: list[Transfer] = field(default_factory=list)
-    speed: list[dict[str, float]] = field(default_factory=list)
-    exactness: dict[str, float] = field(default_factory=dict)
-    refused: str | None = None
-    soak: dict[str, float] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        return int(any(finding.level == PROBLEM for finding in self.findings))
 
 
 def run(options: CheckOptions) -> int:
@@ -293,8 +249,6 @@ def _tell(results: Results, options: CheckOptions) -> None:
     """The verdict on the screen, everything in the file."""
     print(verdict(results, options.slow), flush=True)
     if options.output is not None:
-        from .machine import measured_machine
-
         content = {
             "hf_usp check": 1,
             "python": platform.python_version(),

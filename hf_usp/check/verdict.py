@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .findings import Transfer, rate
 
 if TYPE_CHECKING:
-    from .run import Results
+    from .results import Results
 
 MOST = 12
 
