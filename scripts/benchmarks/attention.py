@@ -3,9 +3,9 @@
     python scripts/benchmarks/attention.py                      # 4,096 tokens, bf16 and fp32, 4 to 8 minutes
     python scripts/benchmarks/attention.py --tokens 1024 --repeats 1 --dtypes float32
 
-Prints prediction beside measurement per case (other libraries: compare.py) and writes results/attention-<date>.json, .md and .png with hardware,
-versions and this command. Bytes, messages, mask area, copies and saved bytes repeat exactly; CPU time repeats to a few
-per cent; wall time is only information.
+Prints prediction beside measurement per case (other libraries: compare.py) and writes results/attention-<date>.json,
+.md and .png with hardware, versions and this command. Bytes, messages, mask area, copies and saved bytes repeat; CPU
+time repeats to a few per cent; wall time is only information.
 """
 
 from __future__ import annotations

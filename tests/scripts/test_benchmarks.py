@@ -1,0 +1,91 @@
+"""The benchmarks' own arithmetic: what they predict and count, without running them whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import hf_usp
+from hf_usp.batch import cut, make_layout
+from hf_usp.explain import Case, explain
+from hf_usp.layout import Documents
+
+from ..ranks import Ranks
+
+FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> ModuleType:
+    import two_nodes
+
+    return two_nodes
+
+
+@pytest.mark.parametrize("ulysses", [1, 2, 4])
+def test_what_crosses_between_two_nodes_is_what_explain_says(two_nodes: ModuleType, ulysses: int) -> None:
+    sizes = {"heads": two_nodes.HEADS, "kv_heads": two_nodes.KV_HEADS, "head_dim": two_nodes.WIDTH}
+    traffic = explain(Case(tokens=2048, ranks=4, ulysses=ulysses, **sizes)).traffic
+    between = (traffic.ring + traffic.ulysses)[:2, 2:]
+    assert two_nodes.predicted_crossing(ulysses, 4 // ulysses, 2048) == between.sum() > 0
+
+
+def test_the_hybrid_sends_least_between_nodes(two_nodes: ModuleType) -> None:
+    hybrid, ring, ulysses = (two_nodes.predicted_crossing(u, 4 // u, 4096) for u in (2, 1, 4))
+    assert hybrid < ring < ulysses
+
+
+def test_two_nodes_says_what_it_needs(two_nodes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(shutil, "which", lambda tool: f"/sbin/{tool}")
+    assert "needs root" in two_nodes.refusal()
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    assert "iproute2 (ip, tc missing)" in two_nodes.refusal()
+
+
+def waited(blocking: bool) -> tuple[int, int, int, int]:
+    """(transfers, of them waited for without a tile in between) of a ring's forward, then of its backward."""
+    import torch.distributed as dist
+    from counting import watched_transfers
+
+    mesh = hf_usp.UspMesh.build(ring_degree=4, ulysses_degree=1)
+    layout = make_layout(Documents.from_bounds([0, 512]), 1, 512, mesh)
+    torch.manual_seed(0)
+    full = [torch.randn(1, 512, heads, 16) for heads in (4, 2, 2)]
+    q, k, v = (cut(x, layout).contiguous().requires_grad_() for x in full)
+    issue = dist.batch_isend_irecv
+
+    def issue_and_wait(operations: list) -> list:
+        works = dist_issue(operations)
+        for work in works:
+            work.wait()
+        return []
+
+    with watched_transfers() as forward:
+        dist_issue = dist.batch_isend_irecv
+        if blocking:
+            dist.batch_isend_irecv = issue_and_wait  # type: ignore[assignment]
+        out = hf_usp.usp_attention(q, k, v, layout)
+    with watched_transfers() as backward:
+        out.sum().backward()
+    assert dist.batch_isend_irecv is issue
+    return forward.hops, forward.exposed, backward.hops, backward.exposed
+
+
+def test_ring_transfers_run_beside_tiles(four_ranks: Ranks) -> None:
+    """No hop of the forward is exposed; of the backward at most the last one home."""
+    for hops, exposed, back, exposed_back in four_ranks.run(waited, False):
+        assert (hops, exposed) == (3, 0)
+        assert back == 6 and exposed_back <= 1
+
+
+def test_a_transfer_that_is_waited_for_at_once_is_seen(four_ranks: Ranks) -> None:
+    for hops, exposed, _, _ in four_ranks.run(waited, True):
+        assert (hops, exposed) == (3, 3)
