@@ -62,10 +62,16 @@ def _add_explain(verbs: Any) -> None:
         "--documents", "--document-lengths", type=_lengths, default=argparse.SUPPRESS, metavar="N,N,...",
         help="lengths of the documents packed in every row (default: one)",
     )  # fmt: skip
+    add(
+        "--dataset",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="JSON lines with input_ids: explain its first batch",
+    )
     add("--batch", type=int, default=1, help="rows")
     add("--bidirectional", action="store_true", help="queries see later keys, too")
     add("--dtype", default="bf16", help="bf16, fp16, fp32 or fp64")
-    add("--output", default=argparse.SUPPRESS, metavar="FILE", help="save the picture here (.png, .svg or .pdf)")
+    add("--output", default=argparse.SUPPRESS, metavar="FILE", help="save it here (.html: a page; .png, .svg, .pdf)")
     verb.set_defaults(act=_explain)
 
 
@@ -180,13 +186,22 @@ def _lengths(text: str) -> tuple[int, ...]:
 def _explain(options: argparse.Namespace) -> None:
     # Imported here: `hf-usp --help` and refusals of the command line need none of it.
     from .explain import Case, explain, report
+    from .page import write_page
     from .picture import check_output, draw
 
     given = vars(options)
+    if "dataset" in given:
+        from .first_batch import documents_of
+
+        given["documents"] = documents_of(given["dataset"], given.get("tokens"))
+        given["tokens"] = sum(given["documents"])
     if "tokens" not in given and "documents" not in given:
         raise UspConfigError("neither --tokens nor --documents", rule="a row has a length", remedy="pass --tokens N")
     output = given.get("output")
-    if output is not None:
+    page = output is not None and output.endswith(".html")
+    if page:
+        check_writable(str(output))
+    elif output is not None:
         check_output(output)
     known = {field.name for field in fields(Case)}
     sizes = {name: value for name, value in given.items() if name in known}
@@ -195,7 +210,10 @@ def _explain(options: argparse.Namespace) -> None:
     explanation = explain(Case(**sizes, causal=not options.bidirectional))
     print(report(explanation))
     if output is not None:
-        draw(explanation, output)
+        if page:
+            write_page(explanation, output)
+        else:
+            draw(explanation, output)
         print(f"\npicture saved to {output}")
 
 

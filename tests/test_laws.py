@@ -50,7 +50,19 @@ FLOORS = {
         "counting",
     ),
     6: ("prepare", "feed", "parallelism", "zero"),
-    7: ("explain", "picture", "report", "exposed", "check", "planning", "cli", "__main__", "data"),
+    7: (
+        "explain",
+        "picture",
+        "page",
+        "first_batch",
+        "report",
+        "exposed",
+        "check",
+        "planning",
+        "cli",
+        "__main__",
+        "data",
+    ),
     8: ("__init__",),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -59,7 +71,7 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 INTEGERS = {"errors", "packing", "layout", "dealing", "plan", "scan_plan", "degrees", *ROOFLINE}
 # Package -> the rooms that may import it. What is not listed here is free everywhere.
 ONLY_IN = {
-    "torch": set(FLOOR) - INTEGERS - {"versions", "cli", "picture", "planning", "__main__"},
+    "torch": set(FLOOR) - INTEGERS - {"versions", "cli", "picture", "page", "first_batch", "planning", "__main__"},
     "torch.distributed": {"comm", "mesh", "loss", "check"},
     "transformers": {room for room, floor in FLOOR.items() if floor >= 5},
     "accelerate": {room for room, floor in FLOOR.items() if floor >= 6},
