@@ -20,20 +20,22 @@ COLOURS = (
     "#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#86bcb6",
 )  # fmt: skip
 STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --pale: #f2f3f5; --line: #cfd3d8; --heat: 33 102 172; }
+:root { color-scheme: light dark;
+  --ink: #1a1a1a; --paper: #ffffff; --pale: #f2f3f5; --line: #cfd3d8; --heat: 33 102 172; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e6e6; --paper: #14161a; --pale: #20242a; --line: #3a4048; --heat: 120 180 255; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto; max-width: 70rem;
-  padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
+  max-width: 70rem; padding: 0 1rem; }
 h1 { font-size: 1.25rem; } h2 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
 p.note { margin: .2rem 0 .8rem; opacity: .75; }
 .bar { display: flex; align-items: center; gap: .6rem; margin: .2rem 0; }
 .bar b { width: 5.5rem; font-weight: 400; font-size: .85rem; flex: none; }
 .bar div { display: flex; height: 1.5rem; flex: 1; background: var(--pale); }
-.bar i { display: block; height: 100%; overflow: hidden; font: 11px/1.5rem sans-serif; color: #fff; text-align: center; }
+.bar i { display: block; height: 100%; overflow: hidden; font: 11px/1.5rem sans-serif; color: #fff;
+  text-align: center; }
 svg { width: min(100%, 34rem); border: 1px solid var(--line); background: var(--paper); }
-table { border-collapse: collapse; font-size: .8rem; } td, th { padding: .3rem .5rem; text-align: right; font-weight: 400;
-  border: 1px solid var(--line); } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .8rem; } td, th { padding: .3rem .5rem; text-align: right;
+  font-weight: 400; border: 1px solid var(--line); } .scroll { overflow-x: auto; }
 pre { background: var(--pale); padding: 1rem; overflow-x: auto; font-size: .8rem; }
 """
 
@@ -53,7 +55,7 @@ def page(it: Explanation) -> str:
         ("The mask", "Queries down, keys to the right; pale: the key comes from another ring rank.", _mask(it)),
         (
             "Tiles of every step",
-            "A bar per ring rank, 100 % is the mean; the colour is the ring rank whose keys are used, the number its step.",
+            "A bar per ring rank, 100 % is the mean; colour: the ring rank whose keys are used; number: the step.",
             _work(it),
         ),
         ("Bytes between ranks", "Sender down, receiver to the right; one layer, forward and backward.", _bytes(it)),
@@ -64,7 +66,8 @@ def page(it: Explanation) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>hf-usp explain</title><style>{STYLE}</style></head><body>"
         f"<h1>{escape(title(it.case))}</h1><p>{escape(describe_mask(it))}; {it.layout.order} order; ulysses "
-        f"{len(it.shares)} x ring {len(it.plans)}</p>{body}<h2>In words</h2><pre>{escape(report(it))}</pre></body></html>"
+        f"{len(it.shares)} x ring {len(it.plans)}</p>{body}<h2>In words</h2>"
+        f"<pre>{escape(report(it))}</pre></body></html>"
     )
 
 

@@ -72,7 +72,10 @@ def test_a_batch_of_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("", "is empty"), ("{", "line 1"), ('{"text": "a"}', "KeyError"), ('{"input_ids": []}', "no tokens"), ("[1]", "TypeError")],
+    [
+        ("", "is empty"), ("{", "line 1"), ('{"text": "a"}', "KeyError"), ('{"input_ids": []}', "no tokens"),
+        ("[1]", "TypeError"),
+    ],
 )  # fmt: skip
 def test_data_that_is_none(content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "data.jsonl"
