@@ -88,6 +88,7 @@ class Layout:
     pass_states: bool | None = None
     positions: Callable[[Mapping[str, Any]], Tensor | None] | None = None
     router_logits: bool = False
+    largest_position: bool = True
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

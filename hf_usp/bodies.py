@@ -139,6 +139,7 @@ class CutBody:
     def __deepcopy__(self, memo: dict) -> CutBody:
         return self
 
+    @torch.compiler.disable
     def cut(self, body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the body: whole inputs become this rank's share."""
         batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -147,6 +148,7 @@ class CutBody:
             return args, kwargs
         return (), _cut_inputs(body, batch, layout)
 
+    @torch.compiler.disable
     def gather(self, body: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the body: its hidden states are put together where a head needs them whole."""
         layout = kwargs.get("usp")

@@ -57,6 +57,7 @@ class ChunkedLoss:
         for handle in self._handles:
             handle.remove()
 
+    @torch.compiler.disable
     def begin(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before a forward with labels: the head will get a stand-in."""
         head = model.get_output_embeddings()
@@ -72,6 +73,7 @@ class ChunkedLoss:
             unit.set_reshard_after_forward(False, recurse=False)  # gathered once: for head, loss and backward
         self._on_head = head.register_forward_pre_hook(self._swap)
 
+    @torch.compiler.disable
     def end(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward, also where it failed: the head is as before, and the output has no logits."""
         if self._on_head is not None:

@@ -92,9 +92,15 @@ def usp_mask(
 ) -> Any:
     """The mask function of "usp": a `ShardedMask` inside a sharded forward, else the mask that sdpa gets."""
     if isinstance(attention_mask, LayoutMask):
-        return ShardedMask(attention_mask.usp_layout, read_mask_function(mask_function), attention_mask.usp_ticket)
+        return _sharded_mask(mask_function, attention_mask)
     # The mask is made for sdpa; layers with a softcap or sinks need a mask too where sdpa would do with is_causal.
     return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+
+
+@torch.compiler.disable
+def _sharded_mask(mask_function: Callable[..., Any], mask: LayoutMask) -> ShardedMask:
+    """Outside of graphs: dynamo does not read closures. Made once a forward and kind, before the layers."""
+    return ShardedMask(mask.usp_layout, read_mask_function(mask_function), mask.usp_ticket)
 
 
 def read_mask_function(mask_function: Callable[..., Any]) -> MaskKind:

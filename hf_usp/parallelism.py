@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, ParallelismConfig
-from accelerate.utils import DynamoBackend, gather_object, is_compiled_module, recursively_apply
+from accelerate.utils import gather_object, recursively_apply
 
 from .chunked_loss import ChunkedLoss, chunked_loss
 from .comm import world_size
@@ -240,7 +240,6 @@ class _Seam:
         hooks = sharded_forward(module)
         if hooks is not None and hooks.mesh in self.meshes.values():
             return
-        self._refuse_compilation(module)
         config, model = self.config, find_model(module)
         if config.ulysses_degree is None:
             config.ulysses_degree = _chosen_degree(config, model)
@@ -250,17 +249,6 @@ class _Seam:
             self.meshes[degree] = UspMesh.from_device_mesh(axis, ulysses_degree=degree)
         options = ShardOptions(config.sequence_order, mask_kinds(model), config.kernel)
         self.prepared.append(attach(module, self.meshes[degree], options, config.gather_outputs, config.self_check))
-
-    def _refuse_compilation(self, module: torch.nn.Module) -> None:
-        """The layout travels as an object, which a compiled graph cannot take in."""
-        plugin = getattr(self.accelerator.state, "dynamo_plugin", None)
-        wanted = plugin is not None and plugin.backend != DynamoBackend.NO
-        if wanted or any(is_compiled_module(inner) for inner in module.modules()):
-            raise UspConfigError(
-                f"{type(find_model(module)).__name__} is compiled (torch.compile) under UspParallelismConfig",
-                rule="a sharded forward hands layers its layout as an object, which compiled graphs cannot hold",
-                remedy="leave torch_compile out (TrainingArguments) or prepare the model without torch.compile",
-            )
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """As in Accelerate, from the ranks that hold different rows: one of each context-parallel group."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -25,6 +26,7 @@ from .modeling import NAME, no_attention_weights
 from .per_token import FUSED, check_trainer, whole_fields
 from .positions import own_positions, visible_positions
 from .recurrent import RecurrentLayers, has_recurrent_layers
+from .rope import length_dependent_ropes
 from .router import RouterLoss, wants_router_logits
 from .selfcheck import self_check
 from .shard import ShardOptions
@@ -62,6 +64,7 @@ class ShardedForward:
         """A copied model shards over the same mesh."""
         return self
 
+    @torch.compiler.disable
     def cut(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the forward: the full batch becomes this rank's share."""
         batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -118,6 +121,7 @@ class ShardedForward:
     def _wants_router_logits(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
         return not self.whole_head and wants_router_logits(model, batch)
 
+    @torch.compiler.disable
     def put_together(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward: the loss of the whole batch, and whole outputs where they were asked for."""
         layout = layout_of(kwargs)
@@ -199,7 +203,8 @@ def attach(
     previous = sharded_forward(model)
     if previous is not None:
         previous.remove()
-    options = replace(options, positions=own_positions(model))
+    looks = bool(length_dependent_ropes(model))
+    options = replace(options, positions=own_positions(model), largest_position=looks)
     return ShardedForward(model, mesh, options, gather_outputs, check)
 
 

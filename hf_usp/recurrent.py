@@ -17,6 +17,7 @@ from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .batch import Layout
@@ -53,6 +54,7 @@ class RecurrentLayers:
         """A copied model's layers share it: they work on one batch at a time."""
         return self
 
+    @torch.compiler.disable
     def _enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.layout = _find_layout((*args, *kwargs.values()))
 
@@ -72,6 +74,7 @@ class RecurrentLayers:
     def _rebind_cell(self, cell: CellType) -> CellType:
         return CellType(self._rebind(cell.cell_contents)) if _kernels_of(cell.cell_contents) else cell
 
+    @torch.compiler.disable
     def _call(self, sharded: Function | None, original: Function, *args: Any, **kwargs: Any) -> Any:
         if self.layout is None:
             return original(*args, **kwargs)

@@ -166,6 +166,7 @@ def unnoticed(model: PreTrainedModel, device: torch.device, training: bool = Fal
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # not a graph for a batch that comes once
         for module in modules:
             module.training = module.training and training
         for module in checkpointed:

@@ -33,12 +33,14 @@ class ShardOptions:
     """How to cut: the order of tokens, the masks that layers will ask for (they decide order "auto"), the kernel.
 
     positions: of a full batch without position_ids, [B, S] or None for 0, 1, 2 ...; they do not tell documents apart.
+    largest_position: whether the model looks at the largest position of a batch (see `rope`).
     """
 
     order: str = "auto"
     kinds: tuple[MaskKind, ...] = (CAUSAL,)
     kernel: str | None = None
     positions: Callable[[Mapping[str, Any]], Tensor | None] | None = None
+    largest_position: bool = True
 
 
 _SAME_MASK = (
@@ -182,6 +184,7 @@ def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> L
     documents = find_documents(rows, length, batch.get("attention_mask"), positions, seq_lens)
     layout = make_layout(documents, rows, length, mesh, options.order, options.kinds)
     layout.kernel, layout.positions = options.kernel, options.positions
+    layout.largest_position = options.largest_position
     return layout
 
 
@@ -251,7 +254,8 @@ def cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         for name, value in full.items()
     }
     share["attention_mask"] = LayoutMask.of(cut(mask, layout, 0), layout)
-    share["position_ids"] = GlobalPositions.of(share["position_ids"], largest)
+    if layout.largest_position:
+        share["position_ids"] = GlobalPositions.of(share["position_ids"], largest)
     share["usp"] = layout
     return share | cut_labels(labels, layout)
 
