@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, ParallelismConfig
-from accelerate.utils import gather_object, recursively_apply
+from accelerate.utils import DynamoBackend, gather_object, is_compiled_module, recursively_apply
 
 from .chunked_loss import ChunkedLoss, chunked_loss
 from .comm import world_size
@@ -23,6 +23,8 @@ from .errors import UspConfigError, UspModelError
 from .feed import same_rows
 from .mesh import DeviceMesh, UspMesh
 from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
+from .recompute import use_plain_function
+from .rope import length_dependent_ropes
 from .shard import ShardOptions
 from .token_counts import Copies, gather_seen_once
 from .zero import prepare_for_deepspeed, under_deepspeed
@@ -233,6 +235,7 @@ class _Seam:
 
     def shard(self, module: torch.nn.Module) -> None:
         """Attach the hooks to the Transformers model in `module`, once."""
+        use_plain_function(module)
         if self.config.loss_chunk is not None and chunked_loss(module) is None:
             ChunkedLoss(find_model(module), self.config.loss_chunk)
         if self.config.cp_size == 1:
@@ -241,6 +244,7 @@ class _Seam:
         if hooks is not None and hooks.mesh in self.meshes.values():
             return
         config, model = self.config, find_model(module)
+        self._check_compilation(module, model)
         if config.ulysses_degree is None:
             config.ulysses_degree = _chosen_degree(config, model)
         degree = config.ulysses_degree
@@ -249,6 +253,18 @@ class _Seam:
             self.meshes[degree] = UspMesh.from_device_mesh(axis, ulysses_degree=degree)
         options = ShardOptions(config.sequence_order, mask_kinds(model), config.kernel)
         self.prepared.append(attach(module, self.meshes[degree], options, config.gather_outputs, config.self_check))
+
+    def _check_compilation(self, module: torch.nn.Module, model: torch.nn.Module) -> None:
+        """Refuse models whose graphs would have to take in positions that know the whole batch (see `rope`)."""
+        plugin = getattr(self.accelerator.state, "dynamo_plugin", None)
+        wanted = plugin is not None and plugin.backend != DynamoBackend.NO
+        if (wanted or is_compiled_module(module)) and length_dependent_ropes(model):
+            raise UspModelError(
+                f"torch_compile with {type(model).__name__}, whose rotary embedding looks at the largest position",
+                rule="in a sharded forward the largest position of the whole batch travels beside those of a rank, "
+                "which compiled graphs cannot take in",
+                remedy="leave out torch_compile, or compile decoder layers alone (layer.compile())",
+            )
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """As in Accelerate, from the ranks that hold different rows: one of each context-parallel group."""

@@ -23,14 +23,28 @@ def keep_attention() -> dict[str, Any]:
 
     `TrainingArguments(gradient_checkpointing=True, gradient_checkpointing_kwargs=hf_usp.keep_attention())`, or
     `model.gradient_checkpointing_enable(hf_usp.keep_attention())`; also as keywords of `torch.utils.checkpoint.
-    checkpoint`. Only for the kind without reentrance (torch refuses `context_fn` with `use_reentrant=True`).
+    checkpoint`. Only for the kind without reentrance (torch refuses `context_fn` with `use_reentrant=True`). With
+    layers that you compile in a loop of your own pass `context_fn=hf_usp.recompute.contexts`.
     """
     return {"use_reentrant": False, "context_fn": KeepAttention("hf_usp.keep_attention")}
+
+
+def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The two contexts of `keep_attention`, around the forward and around the recomputation of a layer."""
+    ops = torch.ops.hf_usp
+    return create_selective_checkpoint_contexts([ops.attend.default, ops.exchange.default])
 
 
 class KeepAttention(str):
     """The `context_fn` of `keep_attention`. It is a string as well, because training arguments are written as JSON."""
 
     def __call__(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        ops = torch.ops.hf_usp
-        return create_selective_checkpoint_contexts([ops.attend.default, ops.exchange.default])
+        return contexts()
+
+
+def use_plain_function(model: torch.nn.Module) -> None:
+    """Let a model that has `keep_attention` call `contexts`: torch.compile takes functions only for a `context_fn`."""
+    for module in model.modules():
+        keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if isinstance(keywords.get("context_fn"), KeepAttention):
+            keywords["context_fn"] = contexts

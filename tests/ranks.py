@@ -112,6 +112,8 @@ def strict_warnings() -> None:
     warnings.simplefilter("error")
     # torch.distributed and torch.compile warn about their own internals when first used.
     warnings.filterwarnings("ignore", module=r"torch\..*", category=FutureWarning)
+    # torch 2.13 looks at the gradients of a compiled region's inputs.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     # Accelerate 1.15 takes "dp_shard_cp" from the root mesh, for its own FSDP2 as for ours.
     warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
     # PEFT 0.21 and TRL 1.16 use names that Transformers 5.23 has deprecated.
