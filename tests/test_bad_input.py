@@ -15,6 +15,10 @@ from .ranks import Ranks
 from .tiny import batch_of, rows, tiny_model
 
 
+# A rotary embedding that looks at the largest position.
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
 def prepared(family: str = "llama", attention: str = "usp", compiled: str = "", **changes: Any) -> Any:
     """A model prepared over 2 x 2 ranks; `compiled` by the user or by Accelerate."""
     from accelerate import Accelerator
@@ -105,8 +109,8 @@ CASES: dict[str, Any] = {
     "attention dropout": lambda rank: prepared(attention_dropout=0.1).train()(**batch_of("plain")),
     "own attention code": lambda rank: prepared("bloom", hidden_size=32, n_head=4)(**batch_of("plain")),
     "not usp": lambda rank: prepared(attention="sdpa"),
-    "compiled": lambda rank: prepared(compiled="user"),
-    "compiled by Accelerate": lambda rank: prepared(compiled="accelerate"),
+    "compiled": lambda rank: prepared(compiled="user", rope_parameters=DYNAMIC),
+    "compiled by Accelerate": lambda rank: prepared(compiled="accelerate", rope_parameters=DYNAMIC),
     "not a model": lambda rank: hf_usp.prepare.find_model(torch.nn.Linear(2, 2)),
     "world": lambda rank: hf_usp.UspMesh.build(ring_degree=3, ulysses_degree=1),
     "unknown kernel": lambda rank: attend(kernel="flash_attn_9"),

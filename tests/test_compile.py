@@ -109,7 +109,7 @@ def test_a_compiled_layer_keeps_attention(monkeypatch: pytest.MonkeyPatch) -> No
         assert len(calls) == attended
 
 
-def train(folder: str, cp_size: int, options: dict[str, Any], regional: bool = False, **changes: Any) -> dict[str, Any]:
+def train(folder: str, cp_size: int, options: dict[str, Any], regional: bool = False) -> dict[str, Any]:
     """Three steps of the stock Trainer and an evaluation."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers import Trainer, TrainingArguments
@@ -125,7 +125,7 @@ def train(folder: str, cp_size: int, options: dict[str, Any], regional: bool = F
             optim="sgd", per_device_train_batch_size=2, logging_steps=1, save_strategy="no",
             dataloader_pin_memory=False, parallelism_config=config, **options,
         )  # fmt: skip
-        model = tiny_model("qwen2", "usp" if config else "eager", **changes)
+        model = tiny_model("qwen2", "usp" if config else "eager")
         trainer = Trainer(model=model, args=args, train_dataset=rows(6, 40), eval_dataset=rows(3, 40))
         trainer.train()
         evaluation = trainer.evaluate()["eval_loss"]
@@ -146,18 +146,6 @@ def test_the_stock_trainer(two_ranks: Ranks, tmp_path: Path, regional: bool) -> 
     reference = train(str(tmp_path), 1, {})
     for mine in two_ranks.run(train, str(tmp_path), 2, COMPILE, regional, timeout=400):
         compare(mine, reference)
-
-
-def refused(folder: str) -> str:
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(hf_usp.UspModelError) as refusal:
-        train(folder, 2, COMPILE, rope_parameters=rope)
-    return str(refusal.value)
-
-
-def test_rotary_embeddings_that_look_at_the_length_are_refused(two_ranks: Ranks, tmp_path: Path) -> None:
-    for message in two_ranks.run(refused, str(tmp_path)):
-        assert "largest position" in message and "torch_compile" in message
 
 
 def test_a_copied_ticket_is_refused() -> None:
