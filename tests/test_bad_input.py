@@ -14,7 +14,6 @@ import hf_usp
 from .ranks import Ranks
 from .tiny import batch_of, rows, tiny_model
 
-
 # A rotary embedding that looks at the largest position.
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 
