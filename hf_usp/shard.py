@@ -254,6 +254,8 @@ def cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         for name, value in full.items()
     }
     share["attention_mask"] = LayoutMask.of(cut(mask, layout, 0), layout)
+    # Of one mesh all batches have the same strides, which compiled graphs look at.
+    share["position_ids"] = share["position_ids"].contiguous()
     if layout.largest_position:
         share["position_ids"] = GlobalPositions.of(share["position_ids"], largest)
     share["usp"] = layout
