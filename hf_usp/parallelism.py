@@ -16,12 +16,14 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DynamoBackend, gather_object, is_compiled_module, recursively_apply
 
 from .chunked_loss import ChunkedLoss, chunked_loss
+from .chunked_mlp import chunk_mlps
 from .comm import world_size
 from .dealing import ALL_ORDERS
 from .degrees import check_degrees, choose_ulysses_degree
 from .errors import UspConfigError, UspModelError
 from .feed import same_rows
 from .mesh import DeviceMesh, UspMesh
+from .offload import offload_checkpoints
 from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .recompute import use_plain_function
 from .rope import length_dependent_ropes
@@ -49,6 +51,8 @@ class UspParallelismConfig(ParallelismConfig):
         gather_outputs: whether logits and hidden states come back whole on every rank, or as this rank's share.
         loss_chunk: with labels, compute the loss of this rank's tokens in chunks of so many, without ever holding all
             their logits; `outputs.logits` is then None. The same loss and gradients; also for cp_size=1.
+        mlp_chunk: compute the MLPs of all layers in chunks of so many tokens, again in the backward; also for one rank.
+        offload_checkpoints: keep the inputs of checkpointed layers (gradient checkpointing) in CPU memory.
         kernel: name of the attention kernel to use; None: the best installed.
         self_check: whether a prepared model first shows on a short random batch that sharding changes nothing.
         ranks_per_node: for choosing the ulysses degree; None: LOCAL_WORLD_SIZE.
@@ -68,6 +72,8 @@ class UspParallelismConfig(ParallelismConfig):
         sequence_order: str = "auto",
         gather_outputs: bool = False,
         loss_chunk: int | None = None,
+        mlp_chunk: int | None = None,
+        offload_checkpoints: bool = False,
         kernel: str | None = None,
         self_check: bool = True,
         ranks_per_node: int | None = None,
@@ -76,7 +82,8 @@ class UspParallelismConfig(ParallelismConfig):
         self.ulysses_degree = ulysses_degree
         self.sequence_order = sequence_order
         self.gather_outputs = gather_outputs
-        self.loss_chunk = loss_chunk
+        self.loss_chunk, self.mlp_chunk = loss_chunk, mlp_chunk
+        self.offload_checkpoints = offload_checkpoints
         self.kernel = kernel
         self.self_check = self_check
         self.ranks_per_node = ranks_per_node
@@ -91,7 +98,7 @@ class UspParallelismConfig(ParallelismConfig):
     def __post_init__(self) -> None:
         cp_size: int = self.cp_size  # type: ignore[has-type]
         _check_options(cp_size, self.ulysses_degree, self.sequence_order)
-        _check_chunk(self.loss_chunk, self.gather_outputs)
+        _check_chunks(self.loss_chunk, self.mlp_chunk, self.gather_outputs)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
         super().__post_init__()
@@ -129,7 +136,7 @@ class UspParallelismConfig(ParallelismConfig):
 
     def to_json(self) -> dict[str, Any]:
         """The sizes and options, as `TrainingArguments` writes them."""
-        options = ("ulysses_degree", "sequence_order", "gather_outputs", "loss_chunk", "kernel")
+        options = ("ulysses_degree", "sequence_order", "gather_outputs", "loss_chunk", "mlp_chunk", "kernel")
         return {f"{name}_size": size for name, size in self._sizes.items()} | {x: getattr(self, x) for x in options}
 
     def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
@@ -157,7 +164,7 @@ class UspParallelismConfig(ParallelismConfig):
         """Called by Accelerate with the accelerator that was made with this config: here its `prepare` learns of us."""
         if self.total_size != accelerator.num_processes:
             raise _wrong_world(self, accelerator.num_processes)
-        if self.cp_size > 1 or self.loss_chunk is not None:
+        if self.cp_size > 1 or self.loss_chunk or self.mlp_chunk or self.offload_checkpoints:
             _Seam(accelerator, self)
 
 
@@ -174,9 +181,10 @@ def _check_options(cp_size: int, ulysses_degree: int | None, sequence_order: str
         )
 
 
-def _check_chunk(loss_chunk: int | None, gather_outputs: bool) -> None:
-    if loss_chunk is not None and (not isinstance(loss_chunk, int) or loss_chunk < 1):
-        raise UspConfigError(f"loss_chunk={loss_chunk!r}", rule="it is a number of tokens of at least 1, or None")
+def _check_chunks(loss_chunk: int | None, mlp_chunk: int | None, gather_outputs: bool) -> None:
+    for name, chunk in (("loss_chunk", loss_chunk), ("mlp_chunk", mlp_chunk)):
+        if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+            raise UspConfigError(f"{name}={chunk!r}", rule="it is a number of tokens of at least 1, or None")
     if loss_chunk is not None and gather_outputs:
         raise UspConfigError(
             f"loss_chunk={loss_chunk} with gather_outputs=True",
@@ -238,6 +246,10 @@ class _Seam:
         use_plain_function(module)
         if self.config.loss_chunk is not None and chunked_loss(module) is None:
             ChunkedLoss(find_model(module), self.config.loss_chunk)
+        if self.config.mlp_chunk is not None:
+            chunk_mlps(find_model(module), self.config.mlp_chunk)
+        if self.config.offload_checkpoints:
+            offload_checkpoints(find_model(module))
         if self.config.cp_size == 1:
             return
         hooks = sharded_forward(module)

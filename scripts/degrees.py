@@ -42,6 +42,10 @@ class ContextParallelArguments:
         default=None,
         metadata={"help": "Compute the loss in chunks of so many tokens, without ever holding all logits."},
     )
+    mlp_chunk: int | None = field(default=None, metadata={"help": "Compute MLPs in chunks of so many tokens."})
+    offload_checkpoints: bool = field(
+        default=False, metadata={"help": "With --gradient_checkpointing: keep the inputs of layers in CPU memory."}
+    )
 
     def __post_init__(self) -> None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -85,11 +89,12 @@ class ContextParallelArguments:
 
     def parallelism_config(self) -> hf_usp.UspParallelismConfig | None:
         """None where there is nothing to share: one process per sequence is what the Trainer does by itself."""
-        if self.context_parallel_size == 1 and self.loss_chunk is None:
+        if self.context_parallel_size == 1 and not (self.loss_chunk or self.mlp_chunk or self.offload_checkpoints):
             return None
         return hf_usp.UspParallelismConfig(
-            cp_size=self.context_parallel_size, ulysses_degree=self.ulysses_degree, loss_chunk=self.loss_chunk
-        )
+            cp_size=self.context_parallel_size, ulysses_degree=self.ulysses_degree, loss_chunk=self.loss_chunk,
+            mlp_chunk=self.mlp_chunk, offload_checkpoints=self.offload_checkpoints,
+        )  # fmt: skip
 
     def distributed_config(self) -> DistributedConfig | None:
         """What `from_pretrained` takes to split layers while it loads; FSDP2 over all other processes."""

@@ -148,6 +148,8 @@ def test_other_heads_are_refused_and_left_as_they_were(head: str, named: str) ->
 def test_options_that_do_not_fit() -> None:
     from transformers import AutoModelForSequenceClassification
 
+    with pytest.raises(hf_usp.UspConfigError, match="mlp_chunk=0"):
+        UspParallelismConfig(cp_size=1, mlp_chunk=0)
     with pytest.raises(hf_usp.UspConfigError, match="loss_chunk=0"):
         UspParallelismConfig(cp_size=1, loss_chunk=0)
     with pytest.raises(hf_usp.UspConfigError, match="leaves no logits to be gathered"):

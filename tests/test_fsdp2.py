@@ -69,7 +69,7 @@ SIZES = [
     {"cp_size": 4, "ulysses_degree": 2},
     {"cp_size": 2, "ulysses_degree": 2, "dp_shard_size": 2},
     {"cp_size": 2, "ulysses_degree": 1, "dp_replicate_size": 2},
-    {"cp_size": 2, "ulysses_degree": 1, "dp_shard_size": 2, "loss_chunk": 5},
+    {"cp_size": 2, "ulysses_degree": 1, "dp_shard_size": 2, "loss_chunk": 5, "mlp_chunk": 7},
 ]
 
 

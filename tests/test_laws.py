@@ -48,6 +48,8 @@ FLOORS = {
         "selfcheck",
         "training_check",
         "counting",
+        "chunked_mlp",
+        "offload",
     ),
     6: ("prepare", "feed", "parallelism", "zero"),
     7: (

@@ -31,10 +31,10 @@ def run_trainer(folder: str, mesh: tuple[int, int | None, str] | None, setup: di
     if mesh is not None:
         config = hf_usp.UspParallelismConfig(
             cp_size=mesh[0], ulysses_degree=mesh[1], sequence_order=mesh[2], gather_outputs=setup.get("gather", False),
-            loss_chunk=setup.get("chunk"),
+            **{"loss_chunk": setup.get("chunk"), **setup.get("options", {})},
         )  # fmt: skip
-    elif setup.get("chunk"):
-        config = hf_usp.UspParallelismConfig(loss_chunk=setup["chunk"])
+    elif setup.get("chunk") or setup.get("options"):
+        config = hf_usp.UspParallelismConfig(**{"loss_chunk": setup.get("chunk"), **setup.get("options", {})})
     arguments = {
         "per_device_train_batch_size": setup["batch"] // data_parallel,
         "per_device_eval_batch_size": setup.get("eval_batch", 2),
