@@ -18,12 +18,12 @@ from accelerate.utils import DynamoBackend, gather_object, is_compiled_module, r
 from .chunked_loss import ChunkedLoss, chunked_loss
 from .chunked_mlp import chunk_mlps
 from .comm import world_size
-from .dealing import ALL_ORDERS
-from .degrees import check_degrees, choose_ulysses_degree
+from .degrees import choose_ulysses_degree
 from .errors import UspConfigError, UspModelError
 from .feed import same_rows
 from .mesh import DeviceMesh, UspMesh
 from .offload import offload_checkpoints
+from .options import check_chunks, check_options
 from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .recompute import use_plain_function
 from .rope import length_dependent_ropes
@@ -97,8 +97,8 @@ class UspParallelismConfig(ParallelismConfig):
 
     def __post_init__(self) -> None:
         cp_size: int = self.cp_size  # type: ignore[has-type]
-        _check_options(cp_size, self.ulysses_degree, self.sequence_order)
-        _check_chunks(self.loss_chunk, self.mlp_chunk, self.gather_outputs)
+        check_options(cp_size, self.ulysses_degree, self.sequence_order)
+        check_chunks(self.loss_chunk, self.mlp_chunk, self.gather_outputs)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
         super().__post_init__()
@@ -166,31 +166,6 @@ class UspParallelismConfig(ParallelismConfig):
             raise _wrong_world(self, accelerator.num_processes)
         if self.cp_size > 1 or self.loss_chunk or self.mlp_chunk or self.offload_checkpoints:
             _Seam(accelerator, self)
-
-
-def _check_options(cp_size: int, ulysses_degree: int | None, sequence_order: str) -> None:
-    if not isinstance(cp_size, int) or cp_size < 1:
-        raise UspConfigError(f"cp_size={cp_size!r}", rule="cp_size is a whole number of at least 1")
-    if ulysses_degree is not None:
-        check_degrees(cp_size, ulysses_degree)
-    if sequence_order not in ("auto", *ALL_ORDERS):
-        raise UspConfigError(
-            f"sequence_order={sequence_order!r}",
-            rule=f"it is one of auto, {', '.join(ALL_ORDERS)}",
-            remedy="use 'auto'",
-        )
-
-
-def _check_chunks(loss_chunk: int | None, mlp_chunk: int | None, gather_outputs: bool) -> None:
-    for name, chunk in (("loss_chunk", loss_chunk), ("mlp_chunk", mlp_chunk)):
-        if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-            raise UspConfigError(f"{name}={chunk!r}", rule="it is a number of tokens of at least 1, or None")
-    if loss_chunk is not None and gather_outputs:
-        raise UspConfigError(
-            f"loss_chunk={loss_chunk} with gather_outputs=True",
-            rule="a loss in chunks leaves no logits to be gathered",
-            remedy="choose one: loss_chunk for training, gather_outputs for predict and compute_metrics",
-        )
 
 
 def _wrong_world(config: UspParallelismConfig, world: int) -> UspConfigError:

@@ -21,7 +21,19 @@ ROOT = Path(hf_usp.__file__).parent
 ROOFLINE = ("sizes", "machines", "footprint", "roofline")
 FLOORS = {
     0: ("errors", "versions", "checkpoint", "ranges"),
-    1: ("packing", "layout", "dealing", "plan", "scan_plan", "degrees", "comm", "token_counts", "steady", *ROOFLINE),
+    1: (
+        "packing",
+        "options",
+        "layout",
+        "dealing",
+        "plan",
+        "scan_plan",
+        "degrees",
+        "comm",
+        "token_counts",
+        "steady",
+        *ROOFLINE,
+    ),
     2: ("kernels", "mesh", "work"),
     3: (
         "ring",
@@ -70,7 +82,7 @@ FLOORS = {
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 # Decided in integers and plain numbers, without torch: these rooms import each other and nothing else of ours.
-INTEGERS = {"errors", "packing", "layout", "dealing", "plan", "scan_plan", "degrees", *ROOFLINE}
+INTEGERS = {"errors", "packing", "options", "layout", "dealing", "plan", "scan_plan", "degrees", *ROOFLINE}
 # Package -> the rooms that may import it. What is not listed here is free everywhere.
 ONLY_IN = {
     "torch": set(FLOOR) - INTEGERS - {"versions", "cli", "picture", "page", "first_batch", "planning", "__main__"},
