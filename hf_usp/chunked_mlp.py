@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import UspModelError
 from .kernels import accumulation_dtype
@@ -112,6 +111,8 @@ def chunked(module: nn.Module) -> bool:
 
 def find_mlps(model: PreTrainedModel) -> list[nn.Module]:
     """The MLPs of all layers, found by their structure. Raises `UspModelError` where there are none, or others too."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # which loads every auto class
+
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     mlps = [child for layer in layers for child in layer.children() if _is_mlp(child)]
     if not mlps:
