@@ -15,7 +15,7 @@ MODEL := models/SmolLM2-135M-Instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart long test table table-oldest lint format gpu clean
+.PHONY: setup quickstart long test table table-oldest lint format gpu docs clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,11 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+# The documentation as a site, in build/site.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt ".[docs]"
+	$(BIN)/python -m mkdocs build
 
 # Without an environment of ours, the machine's own Python: a GPU machine usually has its torch already.
 gpu:

@@ -1,0 +1,65 @@
+"""The public surface: names, parameters, verbs of the command. A change here changes the version (CHANGELOG.md)."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import hf_usp
+from hf_usp.cli import main
+
+ROOT = Path(__file__).parents[1]
+# Name -> parameters that callers rely on. More may be added behind them, with defaults.
+SURFACE = {
+    "UspParallelismConfig": ["cp_size", "ulysses_degree"],
+    "UspMesh.build": ["ring_degree", "ulysses_degree"],
+    "UspMesh.from_device_mesh": ["mesh", "ulysses_degree", "cp_axis"],
+    "shard": ["batch", "mesh", "order", "kernel"],
+    "unshard": ["tensor", "layout", "dim"],
+    "usp_attention": ["q", "k", "v", "layout", "scaling", "sliding_window", "softcap", "sinks", "causal"],
+    "shard_recurrent_layers": ["model"],
+}
+OPTIONS = [
+    "dp_replicate_size", "dp_shard_size", "tp_size", "sequence_order", "gather_outputs", "loss_chunk", "kernel",
+    "self_check", "ranks_per_node",
+]  # fmt: skip
+ERRORS = {"UspBatchError", "UspConfigError", "UspError", "UspKernelError", "UspMaskError", "UspModelError"}
+
+
+def parameters(name: str) -> list[inspect.Parameter]:
+    thing = hf_usp
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    return [p for p in inspect.signature(thing).parameters.values() if p.name != "self"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_parameters_keep_their_order_and_new_ones_have_defaults(name: str) -> None:
+    found = parameters(name)
+    known = SURFACE[name]
+    assert [p.name for p in found[: len(known)]] == known
+    optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    assert all(p.default is not p.empty or p.kind in optional for p in found[len(known) :])
+
+
+def test_names_stay() -> None:
+    assert set(hf_usp.__all__) >= {name.split(".")[0] for name in SURFACE} | ERRORS | {"Layout", "UspMesh"}
+    assert set(OPTIONS) <= {p.name for p in parameters("UspParallelismConfig")}
+    for error in ERRORS:
+        assert issubclass(getattr(hf_usp, error), ValueError)
+
+
+@pytest.mark.parametrize("verb", ["plan", "check", "explain"])
+def test_verbs_stay(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0 and "--output" in capsys.readouterr().out or verb == "plan"
+
+
+def test_one_version_everywhere() -> None:
+    declared = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert declared is not None and declared[1] == hf_usp.__version__
+    assert f"## {hf_usp.__version__}" in (ROOT / "CHANGELOG.md").read_text()
