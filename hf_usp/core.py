@@ -89,6 +89,7 @@ def backward(dout_BLHE: Tensor, inputs: KeptInputs, kept: Kept, call: AttentionC
     dout_ThE = tokens_to_heads_backward(dout_BLHE, call.heads)
     q_ThD, k_TgD, v_TgE, sinks_h = _at_hand(inputs, arrived_TX, call.heads)
     *grads, dsinks_h = ring_backward(dout_ThE, q_ThD, k_TgD, v_TgE, sinks_h, out_ThE, lse_hT, call.ring)
+    del dout_ThE, q_ThD, k_TgD, v_TgE  # the message needs their memory
     dq, dk, dv = heads_to_tokens_backward(grads, call.heads, dout_BLHE.dtype)
     if dsinks_h is None:
         return dq, dk, dv, None

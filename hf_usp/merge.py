@@ -55,7 +55,8 @@ class Merged:
             blank = self._work.rows.blank
             self._out = self._like.new_empty(self._shape, dtype=self._dtype)
             self._lse = self._like.new_empty(self._shape[1::-1], dtype=self._acc)
-            self._out[blank], self._lse[:, blank] = 0.0, float("-inf")
+            _fill_(self._out, blank, 0.0)
+            _fill_(self._lse.T, blank, float("-inf"))
         return self._out, self._lse
 
 
@@ -98,10 +99,18 @@ class Sum:
                 self._total = self._into
             else:
                 self._total = self.like.new_empty(self.like.shape, dtype=self._dtype)
-            self._total[self._parts.blank] = 0.0
+            _fill_(self._total, self._parts.blank, 0.0)
         return self._total
 
 
 def _is_whole(part: Tensor, rows: Index, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether a part is a result by itself: all rows in order and all heads, in memory of its own."""
     return part.shape == shape and part.dtype == dtype and isinstance(rows, slice) and part.is_contiguous()
+
+
+def _fill_(x: Tensor, rows: Index, value: float) -> None:
+    """x[rows] = value, without a scalar that has to be copied to the device."""
+    if isinstance(rows, slice):
+        x[rows].fill_(value)
+    else:
+        x.index_fill_(0, rows, value)

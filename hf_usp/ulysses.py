@@ -67,12 +67,11 @@ def heads_to_tokens(q_BLHD: Tensor, k_BLGD: Tensor, v_BLGE: Tensor, heads: Heads
     return _to_tokens(sent, sum(heads.columns(heads.mine)), heads.mesh)
 
 
-def heads_to_tokens_backward(
-    grads: Sequence[Tensor], heads: Heads, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def heads_to_tokens_backward(grads: list[Tensor], heads: Heads, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """dq_BLHD, dk_BLGD, dv_BLGE in `dtype` from dq_ThD, dk_TgD, dv_TgE in the dtype that they were summed in.
 
-    Gradients of this rank's own tokens never enter the message, and casting is part of the one copy into it.
+    Gradients of this rank's own tokens never enter the message, and casting is part of the one copy into it. `grads`
+    is emptied, so that their memory is free while the message travels.
     """
     mesh, batch, me = heads.mesh, heads.batch, heads.mesh.ulysses_rank
     if mesh.ulysses_group is None:
@@ -80,44 +79,51 @@ def heads_to_tokens_backward(
         return dq, dk, dv
     parts_BULhD = [x.unflatten(0, (batch, mesh.ulysses_degree, -1)) for x in grads]
     length = parts_BULhD[0].shape[2]
-    message_UBLX = grads[0].new_empty(
-        mesh.ulysses_degree - 1, batch, length, sum(heads.columns(heads.mine)), dtype=dtype
-    )
+    columns = [sum(heads.columns(share)) for share in heads.shares]
+    message_UBLX = grads[0].new_empty(mesh.ulysses_degree - 1, batch, length, columns[me], dtype=dtype)
     for piece_UBLhD, part in zip(heads.split(message_UBLX, heads.mine), parts_BULhD, strict=True):
         by_peer = part.transpose(0, 1)
         piece_UBLhD[:me].copy_(by_peer[:me])
         piece_UBLhD[me:].copy_(by_peer[me + 1 :])
+    totals = [_Whole(part[:, me], heads, which, dtype) for which, part in enumerate(parts_BULhD)]
+    grads.clear()
+    del parts_BULhD, part, by_peer
     sent = [0 if u == me else message_UBLX[0].numel() for u in range(mesh.ulysses_degree)]
-    sizes = [0 if u == me else batch * length * sum(heads.columns(s)) for u, s in enumerate(heads.shares)]
+    sizes = [0 if u == me else batch * length * columns[u] for u in range(mesh.ulysses_degree)]
     received = all_to_all(message_UBLX.view(-1), sent, sizes, mesh.ulysses_group).split(sizes)
-    of_ranks = [
-        [part[:, me] for part in parts_BULhD] if u == me else heads.split(received[u].view(batch, length, -1), share)
-        for u, share in enumerate(heads.shares)
-    ]
-    dq, dk, dv = (_gather(parts, heads, i, dtype) for i, parts in enumerate(zip(*of_ranks, strict=True)))
+    for u, share in enumerate(heads.shares):
+        if u != me:
+            for total, part in zip(
+                totals, heads.split(received[u].view(batch, length, columns[u]), share), strict=True
+            ):
+                total.add(part, share)
+    dq, dk, dv = (total.tensor.to(dtype) for total in totals)
     return dq, dk, dv
 
 
-def _gather(parts: Sequence[Tensor], heads: Heads, which: int, dtype: torch.dtype) -> Tensor:
-    """Gradient of all heads of q, k or v (`which`) [B, L, heads, width] from those of every rank's share.
+class _Whole:
+    """Gradient of all heads of q, k or v (`which`) [B, L, heads, width], put together from those of every share.
 
-    kv heads that several ranks read are summed in fp32.
+    Starts with this rank's own. kv heads that several ranks read are summed in fp32.
     """
-    counts = [share.num_kv if which else share.num_query for share in heads.shares]
-    number = heads.kv_heads if which else sum(counts)
-    shared = sum(counts) > number
-    shape = (*parts[0].shape[:2], number, parts[0].shape[3])
-    if shared:
-        total = parts[0].new_zeros(shape, dtype=accumulation_dtype(dtype))
-    else:
-        total = parts[0].new_empty(shape, dtype=dtype)
-    for part, share in zip(parts, heads.shares, strict=True):
-        at = total[:, :, share.k0 : share.k1] if which else total[:, :, share.q0 : share.q1]
-        if shared:
+
+    def __init__(self, own: Tensor, heads: Heads, which: int, dtype: torch.dtype) -> None:
+        self.which = which
+        number = heads.kv_heads if which else heads.query_heads
+        self.shared = sum(share.num_kv if which else share.num_query for share in heads.shares) > number
+        shape = (*own.shape[:2], number, own.shape[3])
+        if self.shared:
+            self.tensor = own.new_zeros(shape, dtype=accumulation_dtype(dtype))
+        else:
+            self.tensor = own.new_empty(shape, dtype=dtype)
+        self.add(own, heads.mine)
+
+    def add(self, part: Tensor, share: HeadShare) -> None:
+        at = self.tensor[:, :, share.k0 : share.k1] if self.which else self.tensor[:, :, share.q0 : share.q1]
+        if self.shared:
             at.add_(part)
         else:
             at.copy_(part)
-    return total.to(dtype)
 
 
 def tokens_to_heads(out_ThE: Tensor, heads: Heads) -> Tensor:

@@ -1,4 +1,8 @@
-"""Counted, never timed: bytes on the wire, messages, launched area, saved bytes and peak memory of the core."""
+"""Counted, never timed: bytes on the wire, messages, launched area, copies, saved bytes and peak memory of the core.
+
+Elsewhere: exposed hops and synchronisations in `test_overlap`, area per rank of packed documents in
+`integers/test_dealing`, bf16 error and bitwise ulysses in `test_core`, CPU time in `scripts/benchmarks/attention.py`.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +68,18 @@ def test_floors_of_the_exchange(four_ranks: Ranks) -> None:
         everyone = four_ranks.run(counted, degrees, "causal", 2048)
         sent = sum(m["wire_forward"] + m["wire_backward"] for m, _ in everyone) / 4
         assert sent <= 1.01 * floor + 4000
+
+
+def test_relayout_copies_of_the_ulysses_exchange(four_ranks: Ranks) -> None:
+    """In units of one head of the local share: forward 2h + 2hk, each byte once on the way in or out.
+
+    Backward h for dout and, since torch's kernels allocate what they return, (h + 2hk)(1 - 1/U) into the message and
+    h + 2hk out of it; this rank's own tokens do not enter the message.
+    """
+    unit = 512 * 64 * 4
+    for measured, _ in four_ranks.run(counted, (1, 4), "causal", 2048):
+        assert measured["copied"] <= (2 * 8 + 2 * 4) * unit
+        assert measured["copied_backward"] <= (8 + (8 + 2 * 4) * (2 - 1 / 4)) * unit
 
 
 def test_aligned_documents_move_no_keys(four_ranks: Ranks) -> None:
