@@ -23,6 +23,7 @@ from .bodies import layout_of
 from .counting import Seen, StepCounts, count, work_per_token
 from .errors import UspConfigError
 from .exposed import exposed_share
+from .machines import MACHINES
 from .prepare import find_model
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class UspReport(TrainerCallback):
 
     Args:
         trainer: the report adds itself to its callbacks. Attach it before `train`.
-        peak_flops: operations a second of one device in the run's dtype; None leaves `usp/mfu` out.
+        peak_flops: operations a second of one device in the run's dtype; None: of a known GPU
+            under bf16 or fp16 (`hf_usp.machines`), else `usp/mfu` is left out.
         profile_step: number of the optimizer step to profile with torch.profiler, for `usp/exposed_communication`;
             None profiles nothing. A step that somebody else profiles is left alone.
         trace: folder for the trace of that step, one file per process, which chrome://tracing and Perfetto open.
@@ -65,6 +67,8 @@ class UspReport(TrainerCallback):
         trace: str | Path | None = None,
     ) -> None:
         _check(peak_flops, profile_step, trace)
+        if peak_flops is None and (trainer.args.bf16 or trainer.args.fp16) and torch.cuda.is_available():
+            peak_flops = known_peak(torch.cuda.get_device_name(trainer.args.device))
         self.peak_flops, self.profile_step, self.trace = peak_flops, profile_step, trace
         self.accelerator = trainer.accelerator
         assert isinstance(trainer.model, torch.nn.Module)
@@ -196,6 +200,12 @@ class UspReport(TrainerCallback):
         """Ranks that see the same batch: tensor-parallel ones and those of a context-parallel group."""
         config = self.accelerator.parallelism_config
         return 1 if config is None else config.cp_size * config.tp_size
+
+
+def known_peak(device_name: str) -> float | None:
+    """16-bit operations a second of a GPU that is among the presets, by the name its driver has for it."""
+    words = device_name.upper().replace("-", " ").split()
+    return next((m.flops for m in MACHINES.values() if m.name.split("-")[0].upper() in words and m.name != "cpu"), None)
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -12,7 +12,7 @@ import torch
 from hf_usp.counting import work_per_token
 from hf_usp.errors import UspConfigError
 from hf_usp.exposed import length, merged
-from hf_usp.report import UspReport
+from hf_usp.report import UspReport, known_peak
 
 from .ranks import Ranks
 from .tiny import rows, tiny_model
@@ -156,6 +156,17 @@ def test_frozen_weights_and_idle_experts_are_not_counted() -> None:
     sparse, two = tiny_model("mixtral", **experts), tiny_model("mixtral", **{**experts, "num_local_experts": 2})
     router = 6 * 2 * (8 - 2) * 32  # two layers
     assert work_per_token(sparse) - router == work_per_token(two)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA L20", 119.5e12), ("NVIDIA Unknown 2080", None), ("AMD EPYC cpu", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_known_gpus(name: str, peak: float | None) -> None:
+    assert known_peak(name) == peak
 
 
 def test_spans_are_counted_once() -> None:
