@@ -5,7 +5,7 @@ Importing it registers `attn_implementation="usp"` with Transformers and does no
 
 from .attention import usp_attention
 from .batch import Layout, unshard
-from .errors import UspBatchError, UspConfigError, UspError, UspKernelError, UspMaskError, UspModelError
+from .errors import UspBatchError, UspConfigError, UspError, UspKernelError, UspMaskError, UspModelError, UspRankError
 from .mesh import UspMesh
 from .modeling import register
 from .parallelism import UspParallelismConfig
@@ -25,6 +25,7 @@ __all__ = [
     "UspMesh",
     "UspModelError",
     "UspParallelismConfig",
+    "UspRankError",
     "keep_attention",
     "shard",
     "shard_recurrent_layers",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .errors import UspBatchError, UspError
+from .faults import explained
 from .ranges import EXCHANGE, WAIT, named
 
 Group = dist.ProcessGroup
@@ -34,6 +35,7 @@ class Pending:
         self._works = works
         self._sent = sent  # kept alive until the transfer is over
 
+    @explained
     def wait(self) -> None:
         with named(WAIT):
             for work in self._works:
@@ -41,6 +43,7 @@ class Pending:
         self._works, self._sent = (), ()
 
 
+@explained
 def post(group: Group, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Pending:
     """Start sending and receiving contiguous tensors, each with a global rank; empty tensors are not sent.
 
@@ -52,6 +55,7 @@ def post(group: Group, sends: Sequence[tuple[Tensor, int]], receives: Sequence[t
         return Pending(dist.batch_isend_irecv(ops) if ops else (), [tensor for tensor, _ in sends])
 
 
+@explained
 def all_to_all(send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group) -> Tensor:
     """Exchange slices of a flat tensor: slice i of `send` goes to group rank i, slice j of the result came from j."""
     received = send.new_empty(sum(receive_sizes))
@@ -77,6 +81,7 @@ def all_to_all_by_operator(
     return torch.ops.hf_usp.exchange(send, send_sizes, receive_sizes, group.group_name)
 
 
+@explained
 def all_gather_ints(values: Tensor, group: Group) -> Tensor:
     """The same few int64 values [N] of every rank of a group, as [P, N]."""
     rows = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
@@ -84,6 +89,7 @@ def all_gather_ints(values: Tensor, group: Group) -> Tensor:
     return torch.stack(rows)
 
 
+@explained
 def all_reduce_sum(value: Tensor, group: Group) -> Tensor:
     """Sum of a tensor over a group, in a new tensor."""
     total = value.detach().clone(memory_format=torch.contiguous_format)

@@ -36,3 +36,7 @@ class UspModelError(UspError):
 
 class UspKernelError(UspError):
     """A kernel that is unknown, not installed, or unable to compute what was asked."""
+
+
+class UspRankError(UspError):
+    """Another rank failed while this one waited for it; the message has its cause."""

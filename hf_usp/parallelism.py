@@ -20,6 +20,7 @@ from .chunked_mlp import chunk_mlps
 from .comm import world_size
 from .degrees import choose_ulysses_degree
 from .errors import UspConfigError, UspModelError
+from .faults import telling
 from .feed import same_rows
 from .mesh import DeviceMesh, UspMesh
 from .offload import offload_checkpoints
@@ -184,7 +185,7 @@ class _Seam:
 
     `prepare` and `prepare_model` attach the sharding hooks to models; `gather_for_metrics` counts ranks that share a
     batch once; `pad_across_processes` refuses logits of which every rank holds only a share; `prepare_data_loader`
-    gives these ranks the same rows (feed.py).
+    gives these ranks the same rows (feed.py); `backward` tells the other ranks what ended it (faults.py).
     """
 
     def __init__(self, accelerator: Accelerator, config: UspParallelismConfig) -> None:
@@ -192,7 +193,7 @@ class _Seam:
         self.accelerator = accelerator
         self.prepared: list[ShardedForward] = []
         self.meshes: dict[int, UspMesh] = {}
-        stock = ("prepare", "prepare_model", "prepare_data_loader", "pad_across_processes")
+        stock = ("prepare", "prepare_model", "prepare_data_loader", "pad_across_processes", "backward")
         self.stock = {name: getattr(accelerator, name) for name in stock}
         for name in (*self.stock, "gather_for_metrics"):
             method = functools.wraps(getattr(Accelerator, name))(functools.partial(getattr(type(self), name), self))
@@ -215,6 +216,10 @@ class _Seam:
         if self.config.cp_size > 1 and not getattr(data_loader, "_is_accelerate_prepared", False):
             same_rows(self.accelerator, data_loader, self.config.cp_size * self.config.tp_size)
         return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        with telling(self.prepared):
+            self.stock["backward"](*args, **kwargs)
 
     def shard(self, module: torch.nn.Module) -> None:
         """Attach the hooks to the Transformers model in `module`, once."""

@@ -7,6 +7,7 @@ travels in its `Layout`; between calls they keep only what the self-check found 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from .batch import CAUSAL, MaskKind, cut
 from .bodies import CutBody, check_surroundings, find_body, gather_outputs, layout_of, pool_again, share_for
 from .errors import UspModelError
+from .faults import after, tell_failure
 from .layout import UNLIMITED
 from .loss import whole_loss
 from .mesh import UspMesh
@@ -30,7 +32,7 @@ from .rope import length_dependent_ropes
 from .router import RouterLoss, wants_router_logits
 from .selfcheck import self_check
 from .shard import ShardOptions
-from .training_check import training_check
+from .training_check import refuse_scaled_noise, training_check
 
 
 class ShardedForward:
@@ -44,12 +46,14 @@ class ShardedForward:
         self.inexact: frozenset[str] = frozenset()  # what the self-check found besides
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
+        self.failed: BaseException | None = None  # what ended a forward or backward on this rank
         self.recurrent = RecurrentLayers(model)
         body = find_body(model)
         self.inside, self.whole_head = body.module is not model, body.whole_head
         self._handles = (
             model.register_forward_pre_hook(self.cut, with_kwargs=True),
             model.register_forward_hook(self.put_together, with_kwargs=True),
+            model.register_forward_hook(self.notice_failure, with_kwargs=True, always_call=True),
             *(CutBody(body, mesh).handles if self.inside else ()),
         )
         self.router = RouterLoss(model)  # its hook runs after ours, where both are on one model
@@ -70,6 +74,8 @@ class ShardedForward:
         batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if "usp" in batch or _is_generation(batch):
             return args, kwargs
+        if self.failed is not None:
+            raise after(self.failed)
         if self.unchecked:
             # Every rank comes here with its first batch, whatever that batch is.
             self.inexact = self_check(model, self.mesh, self.options, next(model.parameters()).device)
@@ -95,6 +101,7 @@ class ShardedForward:
         """Refuse what this model cannot do with this batch."""
         _check_call(model, batch)
         check_trainer(model, batch)
+        refuse_scaled_noise(model)
         if self._wants_router_logits(model, batch):
             self.router.learn(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
@@ -120,6 +127,14 @@ class ShardedForward:
 
     def _wants_router_logits(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
         return not self.whole_head and wants_router_logits(model, batch)
+
+    @torch.compiler.disable
+    def notice_failure(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Torch calls this also when the forward raised: there is no output then."""
+        problem = sys.exc_info()[1]
+        if output is None and problem is not None and layout_of(kwargs) is not None:
+            tell_failure(problem)
+            self.failed = problem
 
     @torch.compiler.disable
     def put_together(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

@@ -26,6 +26,7 @@ from .batch import Layout, cut
 from .bodies import find_body, pool_again, share_for
 from .comm import agree, all_gather_ints, all_reduce_sum
 from .errors import UspError, UspModelError
+from .faults import tell_failure
 from .mesh import UspMesh
 from .positions import may_count_visible, temperature_tuned, visible_positions
 from .recurrent import has_recurrent_layers
@@ -65,6 +66,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
         except UspError:
             raise
         except Exception as problem:
+            tell_failure(problem)
             raise fails_alone(model, problem) from problem
         error = None if found is None else refusal(model, found)
         agree(torch.zeros(1, dtype=torch.int64, device=device), error, group, UspModelError)

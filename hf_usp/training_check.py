@@ -71,3 +71,14 @@ def _random_layers(model: PreTrainedModel, source: str) -> UspModelError:
         "layers that are left out (layer drop, stochastic depth)",
         remedy="set layerdrop (drop_path_rate, ...) to 0 in the model's config",
     )
+
+
+def refuse_scaled_noise(model: PreTrainedModel) -> None:
+    """Refuse NEFTune, whose hook sits on the input embeddings and leaves its strength there."""
+    if model.training and getattr(model.get_input_embeddings(), "neftune_noise_alpha", None) is not None:
+        raise UspModelError(
+            "neftune_noise_alpha under UspParallelismConfig",
+            rule="NEFTune divides its noise by the root of the number of tokens it sees, which are this rank's share: "
+            "it would be stronger than in one process",
+            remedy="leave neftune_noise_alpha out",
+        )

@@ -89,6 +89,13 @@ def holes(batch: dict[str, Any]) -> torch.Tensor:
     return mask
 
 
+def noisy(rank: int) -> None:
+    """As NEFTune marks a model."""
+    model = prepared().train()
+    hf_usp.prepare.find_model(model).get_input_embeddings().neftune_noise_alpha = 5.0
+    model(**batch_of("plain"))
+
+
 CASES: dict[str, Any] = {
     "differing tokens": other_batch,
     "differing shapes": other_shape,
@@ -106,6 +113,7 @@ CASES: dict[str, Any] = {
     "cache with labels": changed(past_key_values=lambda b: object()),
     "cu_seq_lens": changed(cu_seq_lens_q=torch.tensor([0, 10])),
     "attention dropout": lambda rank: prepared(attention_dropout=0.1).train()(**batch_of("plain")),
+    "NEFTune": noisy,
     "own attention code": lambda rank: prepared("bloom", hidden_size=32, n_head=4)(**batch_of("plain")),
     "not usp": lambda rank: prepared(attention="sdpa"),
     "compiled": lambda rank: prepared(compiled="user", rope_parameters=DYNAMIC),

@@ -29,6 +29,7 @@ FLOORS = {
         "plan",
         "scan_plan",
         "degrees",
+        "faults",
         "comm",
         "token_counts",
         "steady",
@@ -86,7 +87,7 @@ INTEGERS = {"errors", "packing", "options", "layout", "dealing", "plan", "scan_p
 # Package -> the rooms that may import it. What is not listed here is free everywhere.
 ONLY_IN = {
     "torch": set(FLOOR) - INTEGERS - {"versions", "cli", "picture", "page", "first_batch", "planning", "__main__"},
-    "torch.distributed": {"comm", "mesh", "loss", "check"},
+    "torch.distributed": {"comm", "faults", "mesh", "loss", "check"},
     "transformers": {room for room, floor in FLOOR.items() if floor >= 5},
     "accelerate": {room for room, floor in FLOOR.items() if floor >= 6},
     "matplotlib": {"picture", "planning"},
