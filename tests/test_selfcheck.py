@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hf_usp
 
 from .ranks import Ranks
 from .test_bad_input import prepared
-from .tiny import batch_of, tiny_model
+from .tiny import HYBRID, batch_of, tiny_model
 
 
 class PeeksAtTheNeighbour(nn.Linear):
@@ -87,9 +91,10 @@ def traces() -> list[str]:
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in inner.modules())
     buffers = {name: b.clone() for name, b in inner.named_buffers()}
     torch.manual_seed(5)
-    expected = torch.random.get_rng_state()
+    expected, python, numpy = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
     model(**batch_of("plain"))
-    if not torch.equal(torch.random.get_rng_state(), expected):
+    same = random.getstate() == python and np.random.get_state()[1].tobytes() == numpy
+    if not torch.equal(torch.random.get_rng_state(), expected) or not same:
         left.append("random state")
     if not inner.training or inner.model.layers[1].training:
         left.append("training flags")
@@ -104,6 +109,60 @@ def traces() -> list[str]:
 
 def test_it_leaves_no_trace(four_ranks: Ranks) -> None:
     assert four_ranks.run(traces) == [[]] * 4
+
+
+class Allocations(TorchDispatchMode):
+    """The largest storage, in bytes, that operations make and that is none of a model's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.own:
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return result
+
+
+def cost(family: str, training: bool, changes: dict[str, Any]) -> dict[str, Any]:
+    """Tokens of every call of the model in its first two forwards, and the largest tensor of the check itself."""
+    from hf_usp.selfcheck import self_check
+    from hf_usp.training_check import training_check
+
+    from .models.verdict import attach_to
+
+    model = tiny_model(family, **changes).train(training)
+    hooks = attach_to(model, (2, 2), True)
+    calls, forward = [], model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    batch = batch_of("plain")
+    model(**batch)
+    first = list(calls)
+    model(**batch)
+    with Allocations(model) as seen:
+        self_check(model, hooks.mesh, hooks.options, torch.device("cpu"))
+        training_check(model, hooks.mesh, hooks.options, torch.device("cpu"))
+    return {"first": first, "second": calls[len(first) : len(first) + 1], "largest": seen.largest}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
+def test_it_costs_a_few_forwards_of_a_few_tokens(four_ranks: Ranks, family: str) -> None:
+    """Once; its tensors are as large as its few tokens, whatever the size of the model."""
+    changes = {"vocab_size": 6000, "hidden_size": 64} | (HYBRID if family == "qwen3_5_text" else {})
+    for training in (True, False):
+        for mine in four_ranks.run(cost, family, training, changes):
+            check = mine["first"][:-1]
+            assert 0 < len(check) <= (10 if training else 8) and max(check) <= 8, mine
+            assert mine["second"] == mine["first"][-1:]
+            assert mine["largest"] <= 8 * 6000 * 4
 
 
 def family_verdict(family: str, changes: dict[str, Any]) -> str:

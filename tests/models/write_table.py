@@ -1,4 +1,6 @@
-"""Writes docs/models.md: builds, runs and judges every architecture (about four minutes on two cores).
+"""Writes docs/models.md: builds, runs and judges every architecture (about five minutes on two cores).
+
+With the oldest supported Transformers (`make table-oldest`) it writes a section of docs/versions.md instead.
 
 python -m tests.models.write_table                # all, and the page
 python -m tests.models.write_table llama gemma3   # these only, printed
@@ -9,9 +11,12 @@ from __future__ import annotations
 import sys
 import time
 
+from hf_usp.versions import OLDEST
+
 from ..ranks import Ranks
+from . import versions_page
 from .census import subjects
-from .table import PATH, render
+from .table import PATH, render, versions
 from .verdict import judge
 
 
@@ -25,7 +30,9 @@ def main(names: list[str]) -> None:
             print(f"{seconds:4.0f} s {name}: {verdict.summary()} {verdict.error:.0e} {verdict.reason()}", flush=True)
     finally:
         ranks.stop()
-    if not names:
+    if not names and versions()["transformers"].startswith(f"{dict(OLDEST)['transformers']}."):
+        versions_page.write(verdicts)
+    elif not names:
         PATH.write_text(render(verdicts))
 
 
