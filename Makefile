@@ -3,6 +3,7 @@
 # make long         one sequence of 32,768 tokens through a small fresh Qwen3, the same comparison
 # make table        every architecture of Transformers, judged anew: docs/models.md
 # make table-oldest the same with the oldest supported Transformers: docs/versions.md
+# make book         one sequence of 131,072 tokens on 4 processes, in less memory than it needs in one
 # make gpu          every CUDA kernel against the definition, then ten minutes of measurements, on this machine's GPU
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ MODEL := models/SmolLM2-135M-Instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart long test table table-oldest lint format gpu docs clean
+.PHONY: setup quickstart long book test table table-oldest lint format gpu docs clean
 
 setup: $(STAMP)
 
@@ -36,6 +37,9 @@ quickstart: $(STAMP) $(MODEL)/config.json
 
 long: $(STAMP)
 	$(BIN)/python scripts/quickstart.py --preset long
+
+book: $(STAMP)
+	$(BIN)/python scripts/book.py
 
 test: lint
 	$(BIN)/python -m pytest
