@@ -23,6 +23,7 @@ from .errors import UspBatchError
 from .kernels import accumulation_dtype
 from .layout import UNLIMITED, Documents, IntArray, Mask, over_batch
 from .mesh import UspMesh
+from .passing import passed_on
 from .plan import RingPlan, make_plan
 from .work import Work, prepare
 
@@ -57,6 +58,7 @@ class CallShape:
     itemsize: int
 
 
+@passed_on
 @dataclass(eq=False)
 class Layout:
     """Who holds which token of one batch.

@@ -28,6 +28,7 @@ from .batch import Layout, MaskKind
 from .errors import UspMaskError, UspModelError
 from .kernels import Softmax
 from .layout import UNLIMITED
+from .passing import passed_on
 from .positions import is_temperature_tuned, with_global_temperature
 from .shard import LayoutMask
 
@@ -52,6 +53,7 @@ class _MaskTouchedError(UspMaskError, AttributeError):
     """A model computes with the mask itself; also an AttributeError, so that `hasattr` stays a question."""
 
 
+@passed_on
 @dataclass(frozen=True, eq=False)
 class ShardedMask:
     """What a layer of a sharded forward gets as its attention mask: the layout, its ticket and the kind of mask."""

@@ -98,7 +98,8 @@ def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kerne
     Returns:
         Local `input_ids` [B, L], `position_ids` [B, L], `attention_mask` [B, L], labels already shifted (`labels` and
         `shift_labels` [B, L]), `num_items_in_batch` (label tokens of the whole batch / ranks of the mesh), and `usp`,
-        the layout.
+        the layout. Under `fully_shard` with a MixedPrecisionPolicy pass the count as a number (`.item()`): FSDP2 would
+        cast it with the other inputs.
 
     Raises:
         UspBatchError on every rank of the mesh, also where only one of them has bad input or another batch.

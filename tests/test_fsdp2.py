@@ -5,45 +5,61 @@ The device is the CPU, the backend gloo, and `fully_shard` is the real one.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import hf_usp
+
 from .cpu_accelerator import cpu_as_accelerator
 from .ranks import Ranks
 from .tiny import HYBRID, rows, tiny_model
 
 
-def train(sizes: dict[str, int] | None, family: str = "qwen2", changes: dict[str, Any] | None = None) -> dict[str, Any]:
+def train(
+    sizes: dict[str, Any] | None, family: str = "qwen2", changes: dict[str, Any] | None = None, **plugin: Any
+) -> dict[str, Any]:
     """Four AdamW steps on batches of four rows; FSDP2 where `sizes` are given, else one process."""
     model = tiny_model(family, "usp" if sizes else "eager", tie_word_embeddings=False, **changes or {})
     if sizes is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
         return _steps(model, optimizer, [rows(4, 33) for _ in range(4)], lambda loss: loss.backward())
     with cpu_as_accelerator():
-        from accelerate import Accelerator, FullyShardedDataParallelPlugin
-
-        import hf_usp
-
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
-        )
-        config = hf_usp.UspParallelismConfig(**sizes)
-        accelerator = Accelerator(fsdp_plugin=plugin, parallelism_config=config)
+        accelerator = fsdp2(model, sizes, **plugin)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
         prepared, optimizer = accelerator.prepare(model, optimizer)
-        data_parallel = config.dp_shard_size * config.dp_replicate_size
-        per_rank = 4 // data_parallel
-        mine = (dist.get_rank() // config.cp_size) * per_rank
-        batches = [rows(4, 33)[mine : mine + per_rank] for _ in range(4)]
-        result = _steps(prepared, optimizer, batches, accelerator.backward)
+        result = _steps(prepared, optimizer, share_of_rows(accelerator), accelerator.backward)
         result["sharded"] = all(type(p).__name__ == "DTensor" for p in prepared.parameters())
         result["weights"] = {k: v.full_tensor() for k, v in prepared.state_dict().items()}
         return result
+
+
+def fsdp2(model: Any, sizes: dict[str, Any], precision: str = "no", offload: bool = False, **plugin: Any) -> Any:
+    """An accelerator with FSDP2 that wraps every layer."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    wrapping = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
+        # Pinning memory needs a GPU.
+        cpu_offload=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy(),
+        **plugin,
+    )
+    config = hf_usp.UspParallelismConfig(**sizes)
+    return Accelerator(fsdp_plugin=wrapping, parallelism_config=config, mixed_precision=precision)
+
+
+def share_of_rows(accelerator: Any, steps: int = 4) -> list[list[dict[str, Any]]]:
+    """The rows of this data-parallel rank, for each step."""
+    config = accelerator.parallelism_config
+    per_rank = 4 // (config.dp_shard_size * config.dp_replicate_size)
+    mine = (dist.get_rank() // config.cp_size) * per_rank
+    return [rows(4, 33)[mine : mine + per_rank] for _ in range(steps)]
 
 
 def _steps(model: Any, optimizer: Any, batches: Any, backward: Any) -> dict[str, Any]:
@@ -81,6 +97,70 @@ def test_fsdp2_equals_one_process(four_ranks: Ranks, sizes: dict[str, int]) -> N
 def test_fsdp2_with_recurrent_layers(four_ranks: Ranks) -> None:
     model = "qwen3_5_text", HYBRID
     compare(four_ranks.run(train, {"cp_size": 4, "ulysses_degree": 2}, *model), train(None, *model))
+
+
+@pytest.mark.parametrize("plugin", [{"offload": True}, {"activation_checkpointing": True}], ids=str)
+def test_what_the_plugin_adds(four_ranks: Ranks, plugin: dict[str, Any]) -> None:
+    """Parameters offloaded to the CPU; layers that are computed again in the backward; with the loss in chunks."""
+    sizes = {"cp_size": 2, "ulysses_degree": 2, "dp_replicate_size": 2, "loss_chunk": 7}
+    compare(four_ranks.run(train, sizes, **plugin), train(None))
+
+
+def in_bf16(sizes: dict[str, Any]) -> dict[str, Any]:
+    result = train(sizes, precision="bf16")
+    assert {w.dtype for w in result["weights"].values()} == {torch.float32}
+    return result
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_bf16(four_ranks: Ranks, chunk: int | None) -> None:
+    """Weights in fp32, everything computed and reduced in bf16: a factor of the mesh would show in the norms."""
+    reference = train(None)
+    for mine in four_ranks.run(in_bf16, {"cp_size": 4, "ulysses_degree": 2, "loss_chunk": chunk}):
+        assert mine["losses"] == pytest.approx(reference["losses"], abs=2e-2)
+        assert mine["norms"] == pytest.approx(reference["norms"], rel=2e-2)
+
+
+def save(folder: str, sizes: dict[str, Any], kind: str) -> None:
+    """Two steps, then everything of Accelerate's state and the whole weights."""
+    with cpu_as_accelerator():
+        model = tiny_model("qwen2", "usp", tie_word_embeddings=False)
+        accelerator = fsdp2(model, sizes, state_dict_type=kind)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.003))
+        _steps(model, optimizer, share_of_rows(accelerator, 2), accelerator.backward)
+        accelerator.save_state(f"{folder}/state")
+        accelerator.save_model(model, f"{folder}/whole")
+
+
+def go_on(folder: str, sizes: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Two more steps from a saved state, on this mesh."""
+    with cpu_as_accelerator():
+        model = tiny_model("qwen2", "usp", tie_word_embeddings=False)
+        with torch.no_grad():
+            model.lm_head.weight.zero_()  # what is not loaded would show
+        accelerator = fsdp2(model, sizes, state_dict_type=kind)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.003))
+        accelerator.load_state(f"{folder}/state")
+        result = _steps(model, optimizer, share_of_rows(accelerator, 2), accelerator.backward)
+        result["sharded"] = all(type(p).__name__ == "DTensor" for p in model.parameters())
+        result["weights"] = {k: v.full_tensor() for k, v in model.state_dict().items()}
+        return result
+
+
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_saved_on_one_mesh_and_continued_on_another(four_ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    from safetensors.torch import load_file
+
+    four_ranks.run(save, str(tmp_path), {"cp_size": 4, "ulysses_degree": 2}, kind)
+    reference = train(None)
+    last = {name: values[2:] if name != "weights" else values for name, values in reference.items()}
+    other = {"cp_size": 2, "ulysses_degree": 1, "dp_shard_size": 2}
+    compare(four_ranks.run(go_on, str(tmp_path), other, kind), last)
+    # The whole weights are those of one process after two steps: its third loss comes from them.
+    model = tiny_model("qwen2", "eager", tie_word_embeddings=False)
+    model.load_state_dict(load_file(tmp_path / "whole" / "model.safetensors"))
+    result = _steps(model, torch.optim.AdamW(model.parameters()), [rows(4, 33)], lambda loss: loss.backward())
+    assert result["losses"] == pytest.approx(reference["losses"][2:3], abs=1e-5)
 
 
 def compare(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
