@@ -26,7 +26,15 @@ OPTIONS = [
     "dp_replicate_size", "dp_shard_size", "tp_size", "sequence_order", "gather_outputs", "loss_chunk", "kernel",
     "self_check", "ranks_per_node",
 ]  # fmt: skip
-ERRORS = {"UspBatchError", "UspConfigError", "UspError", "UspKernelError", "UspMaskError", "UspModelError"}
+ERRORS = {
+    "UspBatchError",
+    "UspConfigError",
+    "UspError",
+    "UspKernelError",
+    "UspMaskError",
+    "UspModelError",
+    "UspRankError",
+}
 
 
 def parameters(name: str) -> list[inspect.Parameter]:
