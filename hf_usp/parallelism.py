@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DynamoBackend, gather_object, is_compiled_module, recursively_apply
+from transformers import PreTrainedModel
 
+from .bodies import find_body
 from .chunked_loss import ChunkedLoss, chunked_loss
 from .chunked_mlp import chunk_mlps
 from .comm import world_size
@@ -27,6 +29,7 @@ from .offload import offload_checkpoints
 from .options import check_chunks, check_options
 from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .recompute import use_plain_function
+from .recurrent import has_recurrent_layers
 from .rope import length_dependent_ropes
 from .shard import ShardOptions
 from .token_counts import Copies, gather_seen_once
@@ -246,17 +249,22 @@ class _Seam:
         options = ShardOptions(config.sequence_order, mask_kinds(model), config.kernel)
         self.prepared.append(attach(module, self.meshes[degree], options, config.gather_outputs, config.self_check))
 
-    def _check_compilation(self, module: torch.nn.Module, model: torch.nn.Module) -> None:
-        """Refuse models whose graphs would have to take in positions that know the whole batch (see `rope`)."""
+    def _check_compilation(self, module: torch.nn.Module, model: PreTrainedModel) -> None:
+        """Refuse models whose graphs would have to take in tensors that carry the layout (masks, positions)."""
         plugin = getattr(self.accelerator.state, "dynamo_plugin", None)
-        wanted = plugin is not None and plugin.backend != DynamoBackend.NO
-        if (wanted or is_compiled_module(module)) and length_dependent_ropes(model):
-            raise UspModelError(
-                f"torch_compile with {type(model).__name__}, whose rotary embedding looks at the largest position",
-                rule="in a sharded forward the largest position of the whole batch travels beside those of a rank, "
-                "which compiled graphs cannot take in",
-                remedy="leave out torch_compile, or compile decoder layers alone (layer.compile())",
-            )
+        if not is_compiled_module(module) and (plugin is None or plugin.backend == DynamoBackend.NO):
+            return
+        for found, reason in (
+            (length_dependent_ropes(model), "whose rotary embedding looks at the largest position"),
+            (has_recurrent_layers(model), "whose recurrent layers look at the mask"),
+            (find_body(model).module is not model, "whose sequences are cut inside it (another head, or images)"),
+        ):
+            if found:
+                raise UspModelError(
+                    f"torch_compile with {type(model).__name__}, {reason}",
+                    rule="compiled graphs cannot take in the tensors with which the layout of a batch travels there",
+                    remedy="leave out torch_compile, or compile attention layers alone (layer.compile())",
+                )
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """As in Accelerate, from the ranks that hold different rows: one of each context-parallel group."""

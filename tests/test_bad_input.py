@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForSequenceClassification
 
 import hf_usp
 
 from .ranks import Ranks
-from .tiny import batch_of, rows, tiny_model
+from .tiny import HYBRID, batch_of, rows, tiny_model
 
 # A rotary embedding that looks at the largest position.
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -26,8 +27,10 @@ def prepared(family: str = "llama", attention: str = "usp", compiled: str = "", 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2)
-    backend = "EAGER" if compiled == "accelerate" else None
+    backend = "EAGER" if compiled in ("accelerate", "head") else None
     model = tiny_model(family, attention, **changes)
+    if compiled == "head":
+        model = AutoModelForSequenceClassification.from_config(model.config, attn_implementation=attention)
     model = torch.compile(model, backend="eager") if compiled == "user" else model
     return Accelerator(cpu=True, parallelism_config=config, dynamo_backend=backend).prepare(model)
 
@@ -118,6 +121,8 @@ CASES: dict[str, Any] = {
     "not usp": lambda rank: prepared(attention="sdpa"),
     "compiled": lambda rank: prepared(compiled="user", rope_parameters=DYNAMIC),
     "compiled by Accelerate": lambda rank: prepared(compiled="accelerate", rope_parameters=DYNAMIC),
+    "compiled, recurrent layers": lambda rank: prepared("qwen3_5_text", compiled="accelerate", **HYBRID),
+    "compiled, another head": lambda rank: prepared(compiled="head"),
     "not a model": lambda rank: hf_usp.prepare.find_model(torch.nn.Linear(2, 2)),
     "world": lambda rank: hf_usp.UspMesh.build(ring_degree=3, ulysses_degree=1),
     "unknown kernel": lambda rank: attend(kernel="flash_attn_9"),
