@@ -22,7 +22,7 @@ from .chunked_mlp import chunk_mlps
 from .comm import world_size
 from .degrees import choose_ulysses_degree
 from .errors import UspConfigError, UspModelError
-from .faults import telling
+from .faults import after, telling
 from .feed import same_rows
 from .mesh import DeviceMesh, UspMesh
 from .offload import offload_checkpoints
@@ -226,6 +226,9 @@ class _Seam:
 
     def shard(self, module: torch.nn.Module) -> None:
         """Attach the hooks to the Transformers model in `module`, once."""
+        for earlier in self.prepared:
+            if earlier.failed is not None:  # DDP would wait for ranks that wait for this one
+                raise after(earlier.failed)
         use_plain_function(module)
         if self.config.loss_chunk is not None and chunked_loss(module) is None:
             ChunkedLoss(find_model(module), self.config.loss_chunk)

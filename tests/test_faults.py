@@ -63,7 +63,9 @@ def run(folder: str, mesh: tuple[int, int], where: str, finds_batch_size: bool) 
 
 
 @pytest.mark.parametrize(
-    ("mesh", "where", "finds_batch_size"), [((4, 2), "forward", False), ((2, 2), "backward", False)], ids=str
+    ("mesh", "where", "finds_batch_size"),
+    [((4, 2), "forward", False), ((2, 2), "backward", False), ((4, 1), "forward", True)],
+    ids=str,
 )
 def test_every_rank_ends_with_the_cause(
     tmp_path: Path, mesh: tuple[int, int], where: str, finds_batch_size: bool
