@@ -206,7 +206,7 @@ def deaf_to_states() -> tuple[frozenset[str], bool]:
 
     stock = modeling.torch_chunk_gated_delta_rule
     changes = {"linear_num_key_heads": 1, "linear_num_value_heads": 1}  # states would pay
-    expected = tiny_model("qwen3_next", "eager", **changes).eval()(**batch_of("plain")).loss
+    expected = tiny_model("qwen3_next", "eager", **changes).eval()(**batch_of("right")).loss
     model = tiny_model("qwen3_next", "usp", **changes).eval()
 
     def deaf(*args: Any, initial_state: Any = None, **kwargs: Any) -> Any:
@@ -217,7 +217,7 @@ def deaf_to_states() -> tuple[frozenset[str], bool]:
         hooks = attach_to(model, (2, 2), True)
     finally:
         modeling.torch_chunk_gated_delta_rule = stock
-    loss = model(**batch_of("plain")).loss
+    loss = model(**batch_of("right")).loss
     return hooks.inexact, bool((loss - expected).abs() < 1e-5)
 
 
