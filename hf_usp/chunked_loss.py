@@ -2,12 +2,13 @@
 
 At 131,072 tokens and a vocabulary of 150,000 the logits alone are 73 GiB in fp32. Here the head's input is swapped for
 a stand-in. `torch.nn.functional.linear` of it is a stand-in for the logits, which remembers what the model does to them
-on the way to its loss (scaling, tanh of a softcap, casts), and `cross_entropy` of that does the work: for every chunk
-of tokens logits, their transformations and the loss; in the backward the same again, and their gradient, which is spent
-on the gradients of hidden states and weight at once. The model and its loss function run unchanged; whatever else a
-model does with its logits is refused by name.
+on the way to its loss (scaling, tanh of a softcap, casts), and `cross_entropy` of that does the work, chunk by chunk
+(`token_losses.py`). The model and its loss function run unchanged; whatever else a model does with its logits is
+refused by name.
 
-Weight gradients are summed over chunks in fp32 (or fp64), so bf16 loses nothing by chunks.
+Under ZeRO-3 weights are there only while their module is called, and `linear` is replaced, for every model of the
+process, by a function that stand-ins do not reach. There the head's own forward makes the stand-in, and the loss is
+computed within a second call of the head, so that DeepSpeed's hooks gather and reduce the weight as ever.
 
 Shape suffixes: T tokens, D width, V vocabulary.
 """
@@ -15,7 +16,7 @@ Shape suffixes: T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,7 @@ from transformers import PreTrainedModel
 
 from .bodies import find_body
 from .errors import UspModelError
-from .kernels import accumulation_dtype
-
-Change = Callable[[Tensor], Tensor]
+from .token_losses import Change, Head, SumOfLosses, autocast_dtype
 
 
 class ChunkedLoss:
@@ -46,7 +45,7 @@ class ChunkedLoss:
                 remedy="use the model's ForCausalLM class, or leave out loss_chunk",
             )
         self.chunk = chunk
-        self._on_head: RemovableHandle | None = None
+        self._on_head: RemovableHandle | _OwnForward | None = None
         self._handles = (
             model.register_forward_pre_hook(self.begin, with_kwargs=True),
             model.register_forward_hook(self.end, with_kwargs=True, always_call=True),
@@ -63,12 +62,11 @@ class ChunkedLoss:
         head = model.get_output_embeddings()
         if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
             return
-        if any(hasattr(p, "ds_id") for p in head.parameters()):
-            raise UspModelError(
-                "loss_chunk with a vocabulary head partitioned by ZeRO-3",
-                rule="the weight of the head stays gathered from the head to the loss",
-                remedy="use ZeRO-2 or FSDP2, or leave out loss_chunk",
-            )
+        partitioned = any(hasattr(p, "ds_id") for p in head.parameters())
+        if partitioned or functional.linear is not torch._C._nn.linear:
+            _check_plain(head)
+            self._on_head = _OwnForward(head, partial(_own_logits, head, self.chunk, partitioned))
+            return
         for unit in _fsdp_units(head):
             unit.set_reshard_after_forward(False, recurse=False)  # gathered once: for head, loss and backward
         self._on_head = head.register_forward_pre_hook(self._swap)
@@ -91,6 +89,35 @@ class ChunkedLoss:
     def __deepcopy__(self, memo: dict) -> ChunkedLoss:
         """The hooks hold nothing between calls."""
         return self
+
+
+def _check_plain(head: nn.Module) -> None:
+    if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        raise UspModelError(
+            f"loss_chunk with a vocabulary head of class {type(head).__name__} where DeepSpeed's ZeRO-3 has replaced "
+            "torch.nn.functional.linear",
+            rule="the loss in chunks is computed inside the forward of one linear head (torch.nn.Linear)",
+            remedy="train the head without an adapter, use ZeRO-2 or FSDP2, or leave out loss_chunk",
+        )
+
+
+class _OwnForward:
+    """The forward of one module, replaced until `remove`."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module, self.before = module, vars(module).get("forward")
+        module.forward = forward
+
+    def remove(self) -> None:
+        if self.before is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.before
+
+
+def _own_logits(head: nn.Linear, chunk: int, partitioned: bool, hidden: Tensor) -> ChunkedLogits:
+    weights = _PartitionedHead(head) if partitioned else _HeadWeights(head.weight, head.bias)
+    return ChunkedLogits(HeadInput(hidden, chunk), weights, ())
 
 
 def _fsdp_units(head: nn.Module) -> list[Any]:
@@ -146,24 +173,52 @@ class HeadInput(_StandIn):
         if func is not functional.linear or args[0] is not self or not _is_plain(args[1]):
             return super().call(func, args, kwargs)
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        return ChunkedLogits(self, args[1], bias, ())
+        return ChunkedLogits(self, _HeadWeights(args[1], bias), ())
 
 
 def _is_plain(weight: Any) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.ndim == 2
 
 
+class _HeadWeights:
+    """A linear head whose weights stay where they are until the backward."""
+
+    def __init__(self, weight_VD: Tensor, bias_V: Tensor | None) -> None:
+        self.weight_VD, self.bias_V, self.entries = weight_VD, bias_V, len(weight_VD)
+
+    def sum_of_losses(self, hidden_TD: Tensor, labels_T: Tensor, head: Head) -> Tensor:
+        return SumOfLosses.apply(hidden_TD, self.weight_VD, self.bias_V, labels_T, head)
+
+
+class _PartitionedHead:
+    """A linear head whose weights are there only while it is called: the loss is the output of a call of its own.
+
+    It holds no tensor: DeepSpeed looks for parameters in what a module returns, to keep them gathered.
+    """
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module, self.entries = module, len(module.weight)
+
+    def sum_of_losses(self, hidden_TD: Tensor, labels_T: Tensor, head: Head) -> Tensor:
+        def forward(hidden_TD: Tensor) -> Tensor:
+            return SumOfLosses.apply(hidden_TD, self.module.weight, self.module.bias, labels_T, head)
+
+        inside = _OwnForward(self.module, forward)
+        try:
+            return self.module(hidden_TD)
+        finally:
+            inside.remove()
+
+
 class ChunkedLogits(_StandIn):
     """Logits that exist only chunk by chunk: a linear head and what the model did to its output."""
 
-    def __init__(
-        self, source: HeadInput, weight_VD: Tensor, bias_V: Tensor | None, changes: tuple[Change, ...]
-    ) -> None:
-        self.source, self.weight_VD, self.bias_V, self.changes = source, weight_VD, bias_V, changes
+    def __init__(self, source: HeadInput, head: _HeadWeights | _PartitionedHead, changes: tuple[Change, ...]) -> None:
+        self.source, self.head, self.changes = source, head, changes
         self.device = source.hidden.device
 
     def then(self, change: Change) -> ChunkedLogits:
-        return ChunkedLogits(self.source, self.weight_VD, self.bias_V, (*self.changes, change))
+        return ChunkedLogits(self.source, self.head, (*self.changes, change))
 
     def float(self) -> ChunkedLogits:
         return self.then(Tensor.float)
@@ -175,8 +230,8 @@ class ChunkedLogits(_StandIn):
 
     def view(self, tokens: int, vocabulary: int) -> ChunkedLogits:
         """Rows and tokens flattened, as the loss does."""
-        if tokens != -1 or vocabulary != len(self.weight_VD):
-            raise _TouchedError(f"`view({tokens}, {vocabulary})` for a head of {len(self.weight_VD)} entries")
+        if tokens != -1 or vocabulary != self.head.entries:
+            raise _TouchedError(f"`view({tokens}, {vocabulary})` for a head of {self.head.entries} entries")
         return self
 
     def __mul__(self, factor: Any) -> ChunkedLogits:
@@ -196,8 +251,8 @@ class ChunkedLogits(_StandIn):
             return super().call(func, args, kwargs)
         ignored, labels_T = kwargs["ignore_index"], args[1]
         hidden_TD = self.source.hidden.flatten(0, -2)
-        head = Head(self.changes, self.source.chunk, ignored, kwargs["label_smoothing"], _autocast(hidden_TD))
-        total = _SumOfLosses.apply(hidden_TD, self.weight_VD, self.bias_V, labels_T, head)
+        head = Head(self.changes, self.source.chunk, ignored, kwargs["label_smoothing"], autocast_dtype(hidden_TD))
+        total = self.head.sum_of_losses(hidden_TD, labels_T, head)
         return total if kwargs["reduction"] == "sum" else total / (labels_T != ignored).sum()
 
 
@@ -205,89 +260,3 @@ def _number(value: Any) -> Any:
     if isinstance(value, int | float):
         return value
     raise _TouchedError("a product or quotient with something else than a number")
-
-
-def _autocast(tensor: Tensor) -> torch.dtype | None:
-    """The dtype of matrix products if autocast is on."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-class Head:
-    """From a chunk of hidden states to the sum of its token losses."""
-
-    def __init__(
-        self, changes: tuple[Change, ...], chunk: int, ignored: int, smoothing: float, autocast: torch.dtype | None
-    ) -> None:
-        self.changes, self.chunk, self.ignored, self.smoothing = changes, chunk, ignored, smoothing
-        self.autocast = autocast
-
-    def cast(self, tensor: Tensor | None) -> Any:
-        return tensor if tensor is None or self.autocast is None else tensor.to(self.autocast)
-
-    def loss(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-        for change in self.changes:
-            logits_TV = change(logits_TV)
-        return functional.cross_entropy(
-            logits_TV, labels_T, ignore_index=self.ignored, reduction="sum", label_smoothing=self.smoothing
-        )
-
-
-class _SumOfLosses(torch.autograd.Function):
-    """Sum of token losses []; forward and backward walk over the same chunks and hold one chunk of logits at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor, head: Head
-    ) -> Tensor:
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T)
-        ctx.head = head
-        with _no_autocast(hidden_TD):
-            weight_VD, bias_V = head.cast(weight_VD), head.cast(bias_V)
-            chunks = zip(hidden_TD.split(head.chunk), labels_T.split(head.chunk), strict=True)
-            losses = [head.loss(functional.linear(head.cast(h), weight_VD, bias_V), labels) for h, labels in chunks]
-            return torch.stack(losses).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, bias_V, labels_T = ctx.saved_tensors
-        head, (wants_hidden, wants_weight, wants_bias, *_) = ctx.head, ctx.needs_input_grad
-        d_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
-        d_weight_VD = _zeros(weight_VD) if wants_weight else None
-        d_bias_V = _zeros(bias_V) if wants_bias else None
-        weight, bias = head.cast(weight_VD), head.cast(bias_V)
-        for start in range(0, len(hidden_TD), head.chunk):
-            chunk = slice(start, start + head.chunk)
-            h_TD = head.cast(hidden_TD[chunk])
-            with _no_autocast(hidden_TD), torch.enable_grad():
-                logits_TV = functional.linear(h_TD.detach(), weight.detach(), bias).detach().requires_grad_()
-                loss = head.loss(logits_TV, labels_T[chunk])
-            (d_TV,) = torch.autograd.grad(loss, logits_TV, grads[0])
-            if d_hidden_TD is not None:
-                d_hidden_TD[chunk] = d_TV @ weight
-            if d_weight_VD is not None:
-                _add_product(d_weight_VD, d_TV.T, h_TD)
-            if d_bias_V is not None:
-                d_bias_V += d_TV.sum(0, dtype=d_bias_V.dtype)
-        return d_hidden_TD, _back(d_weight_VD, weight_VD), _back(d_bias_V, bias_V), None, None
-
-
-def _no_autocast(tensor: Tensor) -> Any:
-    """Casts are made by hand, once for all chunks."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _zeros(like: Tensor) -> Tensor:
-    return torch.zeros_like(like, dtype=accumulation_dtype(like.dtype))
-
-
-def _back(total: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if total is None or like is None else total.to(like.dtype)
-
-
-def _add_product(total_VD: Tensor, d_VT: Tensor, h_TD: Tensor) -> None:
-    if d_VT.dtype == total_VD.dtype:
-        total_VD.addmm_(d_VT, h_TD)
-    else:
-        total_VD += d_VT @ h_TD

@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 
 import hf_usp
+from hf_usp.chunked_loss import ChunkedLoss
 from hf_usp.zero import check_settings
 
 from .cpu_accelerator import cpu_deepspeed
 from .ranks import Ranks
-from .tiny import largest_difference, rows, tiny_model
+from .test_chunked_loss import step
+from .tiny import batch_of, largest_difference, rows, tiny_model
 
 AUTO = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
 
@@ -49,6 +51,8 @@ def train(folder: str, stage: int | None, mesh: dict[str, Any] | None, batch: in
         attention = "eager" if mesh is None else "usp"
         # Made after the arguments: from_pretrained then partitions for ZeRO-3.
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
+        losses_of: set[str] = set()  # seen before the hooks of the loss in chunks
+        model.register_forward_hook(lambda m, args, output: losses_of.add(type(output.get("logits")).__name__))
         trainer = Trainer(model=model, args=args, train_dataset=rows(40, 40), eval_dataset=rows(4, 40, False))
         trainer.train(resume_from_checkpoint=resume)
         logs = trainer.state.log_history
@@ -56,6 +60,7 @@ def train(folder: str, stage: int | None, mesh: dict[str, Any] | None, batch: in
             "losses": [entry["loss"] for entry in logs if "loss" in entry],
             "norms": [entry["grad_norm"] for entry in logs if "grad_norm" in entry],
             "evaluation": trainer.evaluate()["eval_loss"],
+            "losses_of": losses_of,
         }
         trainer.save_model(f"{folder}/saved")  # whole weights, of ZeRO-3 too
         return result
@@ -106,13 +111,44 @@ def test_a_run_that_was_cut_off_continues(four_ranks: Ranks, tmp_path: Path, sta
     assert largest_difference(weights(folder), expected) < 1e-7
 
 
-def test_the_loss_in_chunks(four_ranks: Ranks, tmp_path: Path) -> None:
-    one, many = saved_model(tmp_path / "one"), saved_model(tmp_path / "many")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_loss_in_chunks(four_ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    """Also where the weights of the head are partitioned, and tied to the embeddings, evaluation included."""
+    one, many = (saved_model(tmp_path / n, tie_word_embeddings=stage == 3) for n in ("one", "many"))
     reference = train(one, None, None, 4)
     mesh = {"cp_size": 4, "ulysses_degree": 2, "loss_chunk": 7}
-    for mine in four_ranks.run(train, many, 2, mesh, 4):
+    for mine in four_ranks.run(train, many, stage, mesh, 4):
         assert mine["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+        assert mine["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+        assert mine["evaluation"] == pytest.approx(reference["evaluation"], abs=1e-5)
+        assert mine["losses_of"] - {"Tensor"} == {"ChunkedLogits"}  # the self-check computes logits
     assert largest_difference(weights(many), weights(one)) < 1e-6
+
+
+def with_replaced_linear() -> str:
+    """ZeRO-3 was in this process; the present model is not partitioned. Then a head that is no linear one."""
+    model = tiny_model("phi", "eager")
+    torch.nn.init.normal_(model.lm_head.bias)
+    whole = step(model, **batch_of("plain"))
+    with cpu_deepspeed():
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+        torch.nn.functional.linear = zero3_linear_wrap
+        ChunkedLoss(model, 7)
+        loss, gradients, output = step(model, **batch_of("plain"))
+        assert output.logits is None
+        assert loss == pytest.approx(whole[0], rel=1e-6)
+        assert largest_difference(gradients, whole[1]) < 1e-6
+        model.lm_head = torch.nn.Sequential(model.lm_head)
+        with pytest.raises(hf_usp.UspModelError) as error:
+            model(**batch_of("plain"))
+        assert "forward" not in vars(model.lm_head[0])
+        return str(error.value)
+
+
+def test_a_process_in_which_linear_was_replaced(four_ranks: Ranks) -> None:
+    for message in four_ranks.run(with_replaced_linear):
+        assert "a vocabulary head of class Sequential where DeepSpeed's ZeRO-3 has replaced" in message
 
 
 def own_loop(mesh: dict[str, Any] | None, precision: str = "no") -> dict[str, Any]:

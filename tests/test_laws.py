@@ -49,6 +49,7 @@ FLOORS = {
         "core",
         "operator",
         "tickets",
+        "token_losses",
     ),
     4: ("recompute", "attention", "scan", "states"),
     5: (
