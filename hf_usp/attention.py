@@ -15,6 +15,7 @@ from .core import AttentionCall, Inputs, backward, begin, forward, needed_inputs
 from .errors import UspModelError
 from .kernels import Softmax
 from .layout import UNLIMITED
+from .once import differentiated_once
 from .operator import attend_by_operator, wants_operator
 from .tickets import make_ticket
 
@@ -91,6 +92,7 @@ class _Attention(torch.autograd.Function):
         return out_BLHE
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         return *backward(grads[0], saved[:4], saved[4:], ctx.call), None

@@ -23,6 +23,7 @@ from .errors import UspBatchError
 from .kernels import accumulation_dtype
 from .layout import UNLIMITED, Documents, IntArray, Mask, over_batch
 from .mesh import UspMesh
+from .once import differentiated_once
 from .passing import passed_on
 from .plan import RingPlan, make_plan
 from .work import Work, prepare
@@ -289,6 +290,7 @@ class _Unshard(torch.autograd.Function):
         return shares.index_select(dim, _where_from(layout).to(tensor.device))
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout, dim = ctx.layout, ctx.dim
         mesh = layout.mesh

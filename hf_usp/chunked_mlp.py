@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from .errors import UspModelError
 from .kernels import accumulation_dtype
+from .once import differentiated_once
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 TRIED = 8  # tokens of the trial
@@ -168,7 +168,7 @@ class _InChunks(torch.autograd.Function):
         return out_TD
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD = ctx.saved_tensors[0]
         mlp, run, wants = ctx.mlp, ctx.run, ctx.needs_input_grad[0]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .comm import Group, all_reduce_sum
+from .once import differentiated_once
 
 
 def whole_loss(share: Tensor, group: Group, ranks: int, items_given: bool) -> Tensor:
@@ -37,5 +38,6 @@ class _WholeLoss(torch.autograd.Function):
         return all_reduce_sum(share, group) * weight
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0] * ctx.factor, None, None, None

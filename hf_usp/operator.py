@@ -23,6 +23,7 @@ from .core import Inputs, Sizes, backward, begin, forward, make_call
 from .degrees import split_heads
 from .kernels import Softmax, accumulation_dtype
 from .mesh import UspMesh
+from .once import differentiated_once
 from .tickets import layout_of
 
 
@@ -98,6 +99,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
+@differentiated_once
 def _attend_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     kind, scale, softcap, _ = ctx.rest
     saved = ctx.saved_tensors  # looked at once: checkpointing recomputes the layer for it

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .batch import Layout
 from .comm import Group, all_to_all, all_to_all_by_operator
+from .once import differentiated_once
 from .operator import wants_operator
 from .scan_work import halo_work, scan_work
 
@@ -161,6 +162,7 @@ class _Exchange(torch.autograd.Function):
         )
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         send_sizes, receive_sizes = ctx.sizes
         returned = tuple(

@@ -18,6 +18,7 @@ from .batch import CAUSAL, Layout, MaskKind, cut, find_documents, make_layout
 from .comm import agree, group_device
 from .errors import UspBatchError
 from .mesh import UspMesh
+from .passing import TokenCount
 from .rope import GlobalPositions
 from .tickets import make_ticket
 
@@ -97,9 +98,8 @@ def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kerne
 
     Returns:
         Local `input_ids` [B, L], `position_ids` [B, L], `attention_mask` [B, L], labels already shifted (`labels` and
-        `shift_labels` [B, L]), `num_items_in_batch` (label tokens of the whole batch / ranks of the mesh), and `usp`,
-        the layout. Under `fully_shard` with a MixedPrecisionPolicy pass the count as a number (`.item()`): FSDP2 would
-        cast it with the other inputs.
+        `shift_labels` [B, L]), `num_items_in_batch` (label tokens of the whole batch / ranks of the mesh, a tensor that
+        mixed precision of wrappers does not cast), and `usp`, the layout.
 
     Raises:
         UspBatchError on every rank of the mesh, also where only one of them has bad input or another batch.
@@ -108,6 +108,9 @@ def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kerne
     layout.by_hand = True
     if "shift_labels" in share:
         share.setdefault("num_items_in_batch", share.pop("num_labels") / mesh.size)
+    count = share.get("num_items_in_batch")
+    if isinstance(count, Tensor) and count.is_floating_point():
+        share["num_items_in_batch"] = count.as_subclass(TokenCount)
     return share
 
 
@@ -140,6 +143,7 @@ def agree_on_layout(
     try:
         if check is not None:
             check(batch)
+        _check_count(batch.get("num_items_in_batch"))
         layout = _layout({n: x for n, x in batch.items() if names is None or n in names}, mesh, options)
         fingerprint = _fingerprint(batch)
     except Exception as problem:  # every rank must hear of it, whatever it is
@@ -187,6 +191,17 @@ def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> L
     layout.kernel, layout.positions = options.kernel, options.positions
     layout.largest_position = options.largest_position
     return layout
+
+
+def _check_count(count: Any) -> None:
+    """Refuse a count of tokens that has been cast, by a wrapper for example: bf16 knows no whole number above 256."""
+    if isinstance(count, Tensor) and count.dtype in (torch.bfloat16, torch.float16):
+        raise UspBatchError(
+            f"num_items_in_batch in {count.dtype}",
+            rule="a count of tokens is a whole number or at least fp32; FSDP2 with mixed precision casts every "
+            "floating-point tensor that a model gets",
+            remedy="pass it as an integer tensor or as a Python number",
+        )
 
 
 def _check_tensor(name: str, value: Tensor, rows: int, length: int) -> None:

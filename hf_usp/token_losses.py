@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .kernels import accumulation_dtype
+from .once import differentiated_once
 
 Change = Callable[[Tensor], Tensor]
 
@@ -65,6 +66,7 @@ class SumOfLosses(torch.autograd.Function):
             return torch.stack(losses).sum()
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, bias_V, labels_T = ctx.saved_tensors
         head, (wants_hidden, wants_weight, wants_bias, *_) = ctx.head, ctx.needs_input_grad

@@ -121,6 +121,39 @@ def test_bf16(four_ranks: Ranks, chunk: int | None) -> None:
         assert mine["norms"] == pytest.approx(reference["norms"], rel=2e-2)
 
 
+def counted_in_bf16() -> dict[str, Any]:
+    """Losses of a hand-written loop with the count as `shard` gives it, as a number, and as FSDP2 would cast it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, mesh = tiny_model("qwen2", "usp"), init_device_mesh("cpu", (4,))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    ids = torch.arange(603)[None] % 61 + 3
+    share = hf_usp.shard({"input_ids": ids, "labels": ids}, hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=2))
+    count = share.pop("num_items_in_batch")
+    plain = count.as_subclass(torch.Tensor)
+    given = {"shard": count, "moved": count.to("cpu"), "half": count.half(), "number": count.item(), "cast": plain}
+    with torch.no_grad():
+        losses = {name: model(**share, num_items_in_batch=n).loss for name, n in given.items()}
+    assert type(losses["shard"]) is torch.Tensor
+    with cpu_as_accelerator():
+        model = tiny_model("qwen2", "usp")
+        prepared, _ = fsdp2(model, {"cp_size": 4}, "bf16").prepare(model, torch.optim.SGD(model.parameters()))
+        with pytest.raises(hf_usp.UspError) as error:
+            prepared(input_ids=ids, labels=ids, num_items_in_batch=count.as_subclass(torch.Tensor))
+    return {name: loss.item() for name, loss in losses.items()} | {"count": count.item(), "message": str(error.value)}
+
+
+def test_counts_are_not_rounded(four_ranks: Ranks) -> None:
+    """150.5 tokens a rank, which bf16 does not know: kept in a hand-written loop, refused where it has been cast."""
+    for mine in four_ranks.run(counted_in_bf16):
+        assert mine["count"] == 150.5
+        assert mine["shard"] == mine["number"] == mine["moved"] == mine["half"]
+        assert abs(mine["cast"] / mine["number"] - 1) > 2e-3
+        assert "num_items_in_batch in torch.bfloat16" in mine["message"]
+
+
 def save(folder: str, sizes: dict[str, Any], kind: str) -> None:
     """Two steps, then everything of Accelerate's state and the whole weights."""
     with cpu_as_accelerator():

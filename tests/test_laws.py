@@ -20,7 +20,7 @@ ROOT = Path(hf_usp.__file__).parent
 # Imports point downwards, or sideways without a cycle. A new module takes its place here.
 ROOFLINE = ("sizes", "machines", "footprint", "roofline")
 FLOORS = {
-    0: ("errors", "versions", "checkpoint", "ranges", "passing"),
+    0: ("errors", "versions", "checkpoint", "ranges", "passing", "once"),
     1: (
         "packing",
         "options",
