@@ -96,10 +96,22 @@ class Machine:
         return slowest
 
     def ring_collective(self, size: float, degree: int, stride: int = 1) -> float:
-        """Seconds of an all-gather or reduce-scatter of `size` bytes over `degree` ranks (an all-reduce is two)."""
+        """Seconds of an all-gather or reduce-scatter of `size` bytes over `degree` ranks (an all-reduce is two).
+
+        Libraries lay as many rings as a part has ranks of the group, so what leaves it uses all their links together;
+        groups that lie between them (`stride` in all) share these.
+        """
         if degree == 1:
             return 0.0
-        return self.hop(size * (degree - 1) / degree, stride, degree * stride)
+        slowest, part = 0.0, 1
+        for link in self._spanned(degree * stride):
+            members = max(1, part // stride)
+            rate = link.bandwidth * members
+            if link.shared is not None:
+                rate = min(rate, link.shared / min(stride, part))
+            slowest = max(slowest, link.latency + size * (degree - 1) / degree / rate)
+            part = link.ranks
+        return slowest
 
     def _spanned(self, span: int) -> tuple[Link, ...]:
         """The levels that a group of `span` neighbouring ranks reaches over."""
@@ -156,3 +168,25 @@ MACHINES: dict[str, Machine] = {
         ),
     )
 }  # fmt: skip
+
+
+def recognised(device_name: str) -> str | None:
+    """The preset that a GPU belongs to, by the name that its driver has for it; None: unknown, or other links.
+
+    An H100 PCIe has no preset: its links are not those of the H100s with NVLink.
+    """
+    words = device_name.upper().replace("-", " ").split()
+    for name in MACHINES:
+        chip, _, links = name.partition("-")
+        if name != "cpu" and chip.upper() in words and ("PCIE" not in words or links == "pcie"):
+            return name
+    return None
+
+
+def check_machine(name: str) -> None:
+    """Refuse a name that no preset has."""
+    if name not in MACHINES:
+        raise UspConfigError(
+            f"machine {name!r}", rule=f"a machine is one of {', '.join(MACHINES)}",
+            remedy="or measure yours: hf-usp check --output check.json, then name check.json as the machine",
+        )  # fmt: skip

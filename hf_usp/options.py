@@ -5,6 +5,7 @@ from __future__ import annotations
 from .dealing import ALL_ORDERS
 from .degrees import check_degrees
 from .errors import UspConfigError
+from .machines import check_machine
 
 
 def check_options(cp_size: int, ulysses_degree: int | None, sequence_order: str) -> None:
@@ -32,3 +33,12 @@ def check_chunks(loss_chunk: int | None, mlp_chunk: int | None, gather_outputs: 
             rule="a loss in chunks leaves no logits to be gathered",
             remedy="choose one: loss_chunk for training, gather_outputs for predict and compute_metrics",
         )
+
+
+def check_choice(ranks_per_node: int | None, machine: str | None, sequence_length: int | None) -> None:
+    """Raise `UspConfigError` for what no ulysses degree can be chosen from. Files are looked at when they are read."""
+    for name, value in (("ranks_per_node", ranks_per_node), ("sequence_length", sequence_length)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UspConfigError(f"{name}={value!r}", rule="it is a whole number of at least 1, or None")
+    if machine is not None and not machine.endswith(".json"):
+        check_machine(machine)

@@ -17,16 +17,16 @@ from accelerate.utils import DynamoBackend, gather_object, is_compiled_module, r
 from transformers import PreTrainedModel
 
 from .bodies import find_body
+from .choice import chosen_degree
 from .chunked_loss import ChunkedLoss, chunked_loss
 from .chunked_mlp import chunk_mlps
 from .comm import world_size
-from .degrees import choose_ulysses_degree
 from .errors import UspConfigError, UspModelError
 from .faults import after, telling
 from .feed import same_rows
 from .mesh import DeviceMesh, UspMesh
 from .offload import offload_checkpoints
-from .options import check_chunks, check_options
+from .options import check_choice, check_chunks, check_options
 from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .recompute import use_plain_function
 from .recurrent import has_recurrent_layers
@@ -47,7 +47,8 @@ class UspParallelismConfig(ParallelismConfig):
     Args:
         cp_size: ranks that share a sequence (default: the environment's PARALLELISM_CONFIG_CP_SIZE, or 1).
         ulysses_degree: of these, how many exchange heads. The rest is the ring:
-            `ring_degree = cp_size // ulysses_degree`. None: chosen at `prepare` for the model's heads, by bytes moved.
+            `ring_degree = cp_size // ulysses_degree`. None: chosen at `prepare`, as `hf-usp plan` ranks
+            degrees for this model on this machine, ulysses inside a node; on an unknown GPU by bytes moved.
         dp_replicate_size, dp_shard_size, tp_size: as in `ParallelismConfig`. If neither data-parallel size is given
             (nor set in the environment), the ranks left over are data parallel: dp_shard under FSDP, else dp_replicate.
         sequence_order: "auto" (what suits the masks of the batch), "contiguous", "zigzag", or "balanced" (chunks dealt
@@ -59,7 +60,9 @@ class UspParallelismConfig(ParallelismConfig):
         offload_checkpoints: keep the inputs of checkpointed layers (gradient checkpointing) in CPU memory.
         kernel: name of the attention kernel to use; None: the best installed.
         self_check: whether a prepared model first shows on a short random batch that sharding changes nothing.
-        ranks_per_node: for choosing the ulysses degree; None: LOCAL_WORLD_SIZE.
+        ranks_per_node, machine, sequence_length: for choosing the ulysses degree. None: LOCAL_WORLD_SIZE; the preset
+            of `hf-usp plan` that the GPU's name belongs to (also the path of a file that `hf-usp check` wrote); 8,192
+            tokens a row for each rank that shares it.
 
     Raises:
         UspConfigError: sizes or options that fit neither each other nor the number of processes.
@@ -81,6 +84,8 @@ class UspParallelismConfig(ParallelismConfig):
         kernel: str | None = None,
         self_check: bool = True,
         ranks_per_node: int | None = None,
+        machine: str | None = None,
+        sequence_length: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.ulysses_degree = ulysses_degree
@@ -90,7 +95,7 @@ class UspParallelismConfig(ParallelismConfig):
         self.offload_checkpoints = offload_checkpoints
         self.kernel = kernel
         self.self_check = self_check
-        self.ranks_per_node = ranks_per_node
+        self.ranks_per_node, self.machine, self.sequence_length = ranks_per_node, machine, sequence_length
         in_environment = any(f"PARALLELISM_CONFIG_{axis}_SIZE" in os.environ for axis in ("DP_REPLICATE", "DP_SHARD"))
         self.fill_data_parallel = dp_replicate_size is None and dp_shard_size is None and not in_environment
         if cp_size is None:
@@ -102,6 +107,7 @@ class UspParallelismConfig(ParallelismConfig):
     def __post_init__(self) -> None:
         cp_size: int = self.cp_size  # type: ignore[has-type]
         check_options(cp_size, self.ulysses_degree, self.sequence_order)
+        check_choice(self.ranks_per_node, self.machine, self.sequence_length)
         check_chunks(self.loss_chunk, self.mlp_chunk, self.gather_outputs)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
@@ -244,7 +250,8 @@ class _Seam:
         config, model = self.config, find_model(module)
         self._check_compilation(module, model)
         if config.ulysses_degree is None:
-            config.ulysses_degree = _chosen_degree(config, model)
+            device, ranks = self.accelerator.device, self.accelerator.num_processes
+            config.ulysses_degree = chosen_degree(config, model, device, ranks)
         degree = config.ulysses_degree
         if degree not in self.meshes:
             axis = self.accelerator.torch_device_mesh
@@ -303,18 +310,3 @@ class _Seam:
                     "prediction_loss_only=True for the loss alone",
                 )
         return self.stock["pad_across_processes"](tensor, *args, **kwargs)
-
-
-def _chosen_degree(config: UspParallelismConfig, model: Any) -> int:
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    if not isinstance(heads, int) or not isinstance(kv_heads, int):
-        raise UspConfigError(
-            f"{type(model).__name__} with num_attention_heads={heads}, num_key_value_heads={kv_heads}",
-            rule="ulysses_degree=None chooses by the model's head counts",
-            remedy="pass ulysses_degree=... yourself",
-        )
-    node = config.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
-    heads, kv_heads = (max(1, count // config.tp_size) for count in (heads, kv_heads))
-    return choose_ulysses_degree(config.cp_size, heads, kv_heads, node)[0]

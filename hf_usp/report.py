@@ -23,7 +23,7 @@ from .bodies import layout_of
 from .counting import Seen, StepCounts, count, work_per_token
 from .errors import UspConfigError
 from .exposed import exposed_share
-from .machines import MACHINES
+from .machines import MACHINES, recognised
 from .prepare import find_model
 
 if TYPE_CHECKING:
@@ -204,8 +204,8 @@ class UspReport(TrainerCallback):
 
 def known_peak(device_name: str) -> float | None:
     """16-bit operations a second of a GPU that is among the presets, by the name its driver has for it."""
-    words = device_name.upper().replace("-", " ").split()
-    return next((m.flops for m in MACHINES.values() if m.name.split("-")[0].upper() in words and m.name != "cpu"), None)
+    name = recognised(device_name)
+    return None if name is None else MACHINES[name].flops
 
 
 def _peak_memory(device: torch.device) -> float:

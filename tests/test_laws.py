@@ -64,8 +64,9 @@ FLOORS = {
         "counting",
         "chunked_mlp",
         "offload",
+        "planning",
     ),
-    6: ("prepare", "feed", "parallelism", "zero"),
+    6: ("choice", "prepare", "feed", "parallelism", "zero"),
     7: (
         "explain",
         "picture",
@@ -74,7 +75,6 @@ FLOORS = {
         "report",
         "exposed",
         "check",
-        "planning",
         "cli",
         "__main__",
         "data",

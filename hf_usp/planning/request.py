@@ -11,8 +11,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..errors import UspConfigError
-from ..machines import MACHINES, Link, Machine
-from ..sizes import ModelShape
+from ..machines import MACHINES, Link, Machine, check_machine
+from ..sizes import Job, ModelShape
 
 # Of a GPU's memory: the rest goes to the CUDA context, NCCL and fragmentation.
 USABLE = 0.92
@@ -23,7 +23,8 @@ MOST_TOKENS, MOST_GPUS = 1 << 31, 1 << 17
 class PlanRequest:
     """What to plan for. budget: bytes of a rank that a run may use. documents: lengths that rows are packed from.
 
-    allow_offload: also consider checkpoints in host memory. name: of the model, for the launch line.
+    allow_offload: also consider checkpoints in host memory. name: of the model, for the launch line. like: a job whose
+    ring (relay, gradients, overlap, element) is planned for; the default is this library's.
     """
 
     name: str
@@ -37,6 +38,7 @@ class PlanRequest:
     most_tp: int | None = None
     allow_offload: bool = False
     optimizer: int = 12
+    like: Job = Job(1)
 
     @property
     def node(self) -> int:
@@ -83,16 +85,17 @@ def request(
 
 def find_machine(name: str, gpus_per_node: int | None = None) -> Machine:
     """A preset by its name, or what `hf-usp check --output` measured by the path of its file."""
-    if name in MACHINES:
-        found = MACHINES[name]
-    elif name.endswith(".json"):
+    if name.endswith(".json"):
         found = _measured(name)
     else:
-        raise UspConfigError(
-            f"machine {name!r}", rule=f"a machine is one of {', '.join(MACHINES)}",
-            remedy="or measure yours: hf-usp check --output check.json, then --machine check.json",
-        )  # fmt: skip
-    if gpus_per_node is None or gpus_per_node == found.ranks_per_node:
+        check_machine(name)
+        found = MACHINES[name]
+    return found if gpus_per_node is None else with_nodes_of(found, gpus_per_node)
+
+
+def with_nodes_of(found: Machine, gpus_per_node: int) -> Machine:
+    """The same machine with larger or smaller nodes."""
+    if gpus_per_node == found.ranks_per_node:
         return found
     inside = [link for link in found.links[:-1] if link.ranks < gpus_per_node] or []
     widest = found.links[max(0, len(found.links) - 2)]
@@ -141,11 +144,12 @@ def read_model(name: str) -> ModelShape:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """Sizes of a config. Layers with a state along the sequence count as layers with full attention."""
-    text = config.get_text_config()
+    """Sizes of a config. Layers with a state along the sequence count as layers with full attention; sizes that differ
+    between layers count with their mean."""
+    text = text_config(config)
 
     def get(*names: str) -> Any:
-        return next((value for name in names if (value := getattr(text, name, None)) is not None), None)
+        return next((value for name in names if (value := size_of(text, name)) is not None), None)
 
     layers, hidden, heads = get("num_hidden_layers"), get("hidden_size"), get("num_attention_heads")
     if not all(isinstance(x, int) and x > 0 for x in (layers, hidden, heads, get("vocab_size"))):
@@ -155,7 +159,7 @@ def shape_of(config: Any) -> ModelShape:
         )
     experts = get("num_experts", "num_local_experts", "n_routed_experts") or 1
     width = get("moe_intermediate_size") if experts > 1 else None
-    types = get("layer_types") or []
+    types = getattr(text, "layer_types", None) or []
     window = get("sliding_window")
     sliding = (
         types.count("sliding_attention")
@@ -164,8 +168,29 @@ def shape_of(config: Any) -> ModelShape:
     )
     return ModelShape(
         layers=layers, hidden=hidden, intermediate=width or get("intermediate_size") or 4 * hidden, heads=heads,
-        kv_heads=get("num_key_value_heads") or heads, head_dim=get("head_dim") or hidden // heads,
+        kv_heads=get("num_key_value_heads") or heads, head_dim=get("head_dim") or max(1, hidden // heads),
         vocab=text.vocab_size, tied=bool(getattr(text, "tie_word_embeddings", False)), experts=experts,
         active=(get("num_experts_per_tok") or 1) if experts > 1 else 1, window=window if sliding else None,
-        sliding_layers=sliding,
+        sliding_layers=sliding if window else 0,
     )  # fmt: skip
+
+
+def text_config(config: Any) -> Any:
+    """The decoder's part of a config. Raises `UspConfigError` where there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError as problem:
+        raise UspConfigError(
+            f"a config of type {config.model_type!r} with several language models",
+            rule="one decoder is planned for", remedy="pass the config of that decoder",
+        ) from problem  # fmt: skip
+
+
+def size_of(text: Any, name: str) -> Any:
+    """An attribute of a config; of numbers that differ between layers the mean, rounded."""
+    try:
+        value = getattr(text, name, None)
+    except RuntimeError:  # Transformers does not read from the whole config what differs between layers
+        value = [getattr(layer, name, None) for layer in text.per_layer_config]
+    numbers = [x for x in value if isinstance(x, int)] if isinstance(value, list | tuple) else []
+    return round(sum(numbers) / len(numbers)) if numbers else value

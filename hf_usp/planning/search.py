@@ -57,10 +57,19 @@ class Candidate:
 def ranked(what: PlanRequest) -> list[Candidate]:
     """All splits: those that fit by tokens a second, the fastest first, then the others by memory."""
     found = [best_way(what, degrees) for degrees in splits(what)]
-    return sorted(
-        found,
-        key=lambda c: (not c.fits, -c.prediction.tokens_per_second if c.fits else c.prediction.memory.total),
-    )
+    return sorted(found, key=worth)
+
+
+def worth(candidate: Candidate) -> tuple[bool, float]:
+    """What candidates are sorted by, the best first; of equals the first, which has the smallest ulysses degree."""
+    it = candidate.prediction
+    return not candidate.fits, -it.tokens_per_second if candidate.fits else it.memory.total
+
+
+def best_inside(what: PlanRequest, tp: int, cp: int) -> Candidate:
+    """The best split with these sizes whose ulysses groups lie inside a node: what `ulysses_degree=None` means."""
+    inside = (d for d in arrangements(what, tp, cp) if d.ulysses == 1 or what.node % (d.ulysses * tp) == 0)
+    return min((best_way(what, degrees) for degrees in inside), key=worth)
 
 
 def splits(what: PlanRequest) -> Iterator[Degrees]:
@@ -72,8 +81,13 @@ def splits(what: PlanRequest) -> Iterator[Degrees]:
         for cp in _divisors(what.gpus // tp):
             if cp > what.tokens:
                 continue
-            for ulysses in even_degrees(cp, model.heads // tp):
-                yield Degrees(ulysses, cp // ulysses, tp, dp_shard=what.gpus // (tp * cp))
+            yield from arrangements(what, tp, cp)
+
+
+def arrangements(what: PlanRequest, tp: int, cp: int) -> Iterator[Degrees]:
+    """Every ulysses x ring of `cp` ranks; heads at most 5 % uneven."""
+    for ulysses in even_degrees(cp, max(1, what.model.heads // tp)):
+        yield Degrees(ulysses, cp // ulysses, tp, dp_shard=what.gpus // (tp * cp))
 
 
 def best_way(what: PlanRequest, degrees: Degrees) -> Candidate:
@@ -86,7 +100,7 @@ def best_way(what: PlanRequest, degrees: Degrees) -> Candidate:
 
 
 def _jobs(what: PlanRequest) -> Iterator[Job]:
-    plain = Job(what.tokens, what.rows, optimizer=what.optimizer, shard_params=what.gpus > 1)
+    plain = replace(what.like, tokens=what.tokens, rows=what.rows, optimizer=what.optimizer, shard_params=what.gpus > 1)
     for chunk in (None, LOSS_CHUNK):
         for checkpointing, offload in ((False, False), (True, False), (True, True)):
             if not offload or what.allow_offload:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from hf_usp.sizes import Degrees, Job, ModelShape
 
 LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
 # Those who measured relay whole blocks and send fp32 gradients.
-THEIRS = Job(0x10000, relay=True, gradients=4, checkpointing=True)
+THEIRS = Job(0x10000, relay=True, gradients=4)
 
 # USP paper (arXiv 2405.07719 v5): (machine, ranks, tokens, what is timed, {ulysses degree: throughput}).
 TABLES = [
@@ -45,6 +47,19 @@ def test_order_of_the_degrees_is_the_published_one(
     pairs = [(a, b) for a in table for b in table if table[a] > table[b] * (1 + SAME)]
     wrong = [(a, b) for a, b in pairs if mine[a] >= mine[b]]
     assert len(pairs) >= 4 and not wrong, (wrong, mine)
+
+
+def test_the_page_shows_what_is_predicted() -> None:
+    """docs/roofline.md: published / predicted, both over the best of their row."""
+    page = (Path(__file__).parents[2] / "docs" / "roofline.md").read_text()
+    rows = re.findall(r"^\| .*?((?:\| [\d.]+ / [\d.]+ ){4})\|$", page, re.M)
+    assert len(rows) == len(TABLES)
+    for row, (name, ranks, tokens, what, table) in zip(rows, TABLES, strict=True):
+        mine = {u: seconds(MACHINES[name], ranks, tokens, what, u) for u in table}
+        for cell, u in zip(row.strip("| ").split("|"), table, strict=True):
+            published, predicted = map(float, cell.split("/"))
+            assert published == pytest.approx(table[u] / max(table.values()), abs=6e-4)
+            assert predicted == pytest.approx(min(mine.values()) / mine[u], abs=6e-4)
 
 
 @pytest.mark.parametrize(("name", "ranks", "tokens", "what", "table"), TABLES[:5])
@@ -105,6 +120,17 @@ def test_a_shared_link_is_shared() -> None:
     # 3/4 of the payload goes to other pairs, at half a link each; inside the pair half of it at a whole one.
     assert machine.all_to_all(100, 8) == 1.5 * 1.0 and machine.all_to_all(100, 2) == 0.5
     assert machine.all_to_all(100, 4, stride=2) == 1.5, "tensor-parallel neighbours in between: every peer is outside"
+
+
+def test_a_collective_uses_all_links_of_a_node() -> None:
+    """FSDP over two nodes of four: what crosses the edge goes through four cards, or the one that they share."""
+    own = replace(ideal(1.0), links=(Link(4, 1000.0, latency=0.0), Link(8, 100.0, latency=0.0)))
+    assert own.ring_collective(800, 8) == 800 * 7 / 8 / 400
+    assert own.ring_collective(800, 4) == 800 * 3 / 4 / 1000
+    assert own.ring_collective(800, 2, stride=4) == 400 / 100, "a rank of each node, with its own card"
+    one = replace(own, links=(own.links[0], Link(8, 100.0, shared=100.0, latency=0.0)))
+    assert one.ring_collective(800, 8) == 800 * 7 / 8 / 100
+    assert one.ring_collective(800, 2, stride=4) == 400 / 25, "four such groups at a time"
 
 
 def test_flops_are_those_of_the_model() -> None:
