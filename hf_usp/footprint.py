@@ -1,4 +1,15 @@
-"""Bytes that one rank holds at the peak of a training step, by kind. No torch."""
+"""Bytes that one rank holds in a training step, by kind, and at its peak. No torch.
+
+Kinds do not all have their largest size at once: without accumulation gradients appear while activations go. So a step
+is looked at in some moments, and its peak is that of the largest:
+
+    loss          all kept activations and the logits; gradients of earlier steps, where they are accumulated
+    top layer     its backward: all kept activations, what one layer's backward makes, the head's gradient
+    bottom layer  its backward: almost all gradients, one layer's activations
+    gradients     all of them, and the one that is about to be added
+
+A layer's backward has two moments, as what its MLP makes is gone when its attention runs.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +17,42 @@ from dataclasses import dataclass
 
 from .sizes import Degrees, Job, ModelShape
 
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at the peak of a step, by kind."""
+    """Bytes of one rank in a step. moments: name -> bytes of each kind in it. The attributes: each kind's largest.
 
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    logits: float
-    buffers: float
+    logits: of the tokens at hand, and what a loss in chunks holds for the gradient of the head.
+    """
+
+    moments: dict[str, dict[str, float]]
+
+    @property
+    def kinds(self) -> dict[str, float]:
+        """Each kind at its largest; together more than there ever is."""
+        return {kind: max(it[kind] for it in self.moments.values()) for kind in KINDS}
+
+    @property
+    def peak(self) -> str:
+        """The moment with the most bytes."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def at_peak(self) -> dict[str, float]:
+        """Bytes of each kind in that moment."""
+        return self.moments[self.peak]
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        """Bytes at the peak."""
+        return sum(self.at_peak.values())
+
+    def __getattr__(self, kind: str) -> float:
+        if kind not in KINDS:
+            raise AttributeError(kind)
+        return self.kinds[kind]
 
 
 def param_shards(degrees: Degrees, job: Job) -> int:
@@ -29,32 +61,49 @@ def param_shards(degrees: Degrees, job: Job) -> int:
 
 
 def memory(model: ModelShape, degrees: Degrees, job: Job) -> Memory:
-    """Bytes of one rank at the peak of a step: what lives through it, and the largest that comes on top.
+    """Bytes of one rank in the moments of a step.
 
     A layer keeps, per token: two norms (their input in fp32, normalised and scaled), q, k, v, the output and its
-    log-sum-exp, and four tensors of the MLP. Logits: fp32 copy, log-softmax and gradient of the tokens at hand.
+    log-sum-exp, and four tensors of the MLP; its backward makes three of the MLP's width and two of the hidden one.
+    Logits: fp32 copy, log-softmax and gradient of the tokens at hand. In chunks: the gradient of the head, summed in
+    fp32, and what a chunk adds to it.
     """
     local = job.rows * job.tokens / degrees.cp
-    params, shards = model.params / degrees.tp, param_shards(degrees, job)
-    element = job.element
+    shards, element = param_shards(degrees, job), job.element
+    spread = element / (degrees.tp * shards)
+    mlp = model.intermediate * model.active / degrees.tp
     width = model.head_dim * (2 * model.heads + 2 * max(model.kv_heads, degrees.ulysses * degrees.tp)) / degrees.tp
-    mlp = 4 * model.intermediate * model.active / degrees.tp
-    layer = local * (2 * model.hidden * (4 + 2 * element) + (width + mlp) * element + 4 * model.heads / degrees.tp)
-    kept = local * model.hidden * element
-    if job.checkpointing:
-        activations = layer + kept * (1 if job.offload else model.layers)
-    else:
-        activations = layer * model.layers
+    layer = local * (2 * model.hidden * (4 + 2 * element) + (width + 4 * mlp) * element + 4 * model.heads / degrees.tp)
+    backward = local * (3 * mlp + 2 * model.hidden) * element
+    kept = local * model.hidden * element if job.checkpointing else layer
+    again = layer if job.checkpointing else 0.0
+    all_kept = kept if job.offload and job.checkpointing else kept * model.layers
+    head = model.hidden * model.vocab
     at_once = local if job.loss_chunk is None else min(local, job.loss_chunk)
-    largest = max(model.layer_params, model.hidden * model.vocab) / degrees.tp
-    gathered = 2 * largest * element if shards > 1 else 0.0
+    logits = at_once * model.vocab * 12 / degrees.tp
+    if job.loss_chunk is not None:
+        logits += head * (4 + element) / degrees.tp
+    gathered = 2 * max(model.layer_params, head) / degrees.tp * element if shards > 1 else 0.0
+    attention = _attention_buffers(model, degrees, job, local)
+    every, top = model.params * spread, head * spread
+    above = top + (model.layers - 1) * model.layer_params * spread
+
+    def moment(gradients: float, activations: float, logits: float, buffers: float) -> dict[str, float]:
+        lasting = {"weights": model.params * spread, "optimizer": model.params * job.optimizer / (degrees.tp * shards)}
+        made = {"activations": activations, "logits": logits, "buffers": buffers}
+        return {kind: {**lasting, "gradients": gradients, **made}[kind] for kind in KINDS}
+
+    earlier = every if job.accumulate else 0.0
+    added = head * spread if job.accumulate else 0.0
     return Memory(
-        weights=params * element / shards,
-        gradients=params * element / shards,
-        optimizer=params * job.optimizer / shards,
-        activations=activations,
-        logits=at_once * model.vocab * 12 / degrees.tp,
-        buffers=gathered + _attention_buffers(model, degrees, job, local),
+        {
+            "loss": moment(earlier, all_kept, logits, gathered),
+            "top layer, MLP": moment(max(earlier, top), all_kept + again + backward, 0.0, gathered),
+            "top layer, attention": moment(max(earlier, top), all_kept + again, 0.0, gathered + attention),
+            "bottom layer, MLP": moment(max(earlier, above), kept + again + backward, 0.0, gathered),
+            "bottom layer, attention": moment(max(earlier, above), kept + again, 0.0, gathered + attention),
+            "gradients": moment(every + added, 0.0, 0.0, gathered),
+        }
     )
 
 

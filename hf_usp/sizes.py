@@ -76,7 +76,7 @@ class Job:
     their input alone and are computed twice; offload: that input goes to host memory. loss_chunk: tokens whose logits
     exist at once. gradients: bytes an element of dK and dV on their way home. relay: a ring that passes whole blocks
     on and merges in separate operators, as older ones do, instead of this library's direct exchange. overlap: a ring
-    step's transfer runs while tiles are computed.
+    step's transfer runs while tiles are computed. accumulate: gradients of earlier rows are there from the start.
     """
 
     tokens: int
@@ -90,6 +90,7 @@ class Job:
     gradients: int = 2
     relay: bool = False
     overlap: bool = True
+    accumulate: bool = False
 
 
 def check(model: ModelShape, degrees: Degrees, job: Job) -> None:

@@ -26,7 +26,7 @@ def draw_memory(what: PlanRequest, best: Candidate, path: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     found = [best_way(replace(what, tokens=n, documents=()), best.degrees) for n in lengths]
-    kinds = {kind: [vars(c.prediction.memory)[kind] / 1e9 for c in found] for kind in COLOURS}
+    kinds = {kind: [c.prediction.memory.at_peak[kind] / 1e9 for c in found] for kind in COLOURS}
     axes.stackplot(lengths, *kinds.values(), labels=list(kinds), colors=list(COLOURS.values()), alpha=0.9)
     budget = what.budget / 1e9
     axes.axhline(budget, color="black", linestyle="--", linewidth=1)

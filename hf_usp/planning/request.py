@@ -24,7 +24,7 @@ class PlanRequest:
     """What to plan for. budget: bytes of a rank that a run may use. documents: lengths that rows are packed from.
 
     allow_offload: also consider checkpoints in host memory. name: of the model, for the launch line. like: a job whose
-    ring (relay, gradients, overlap, element) is planned for; the default is this library's.
+    ring and accumulation (relay, gradients, overlap, accumulate) are planned for; the default is this library's.
     """
 
     name: str
@@ -58,6 +58,7 @@ def request(
     documents: tuple[int, ...] = (),
     most_tp: int | None = None,
     allow_offload: bool = False,
+    accumulate: bool = False,
 ) -> PlanRequest:
     """Check every number, find model and machine. Raises `UspConfigError`, naming what is wrong."""
     sizes = {"tokens": tokens, "gpus": gpus, "gpus_per_node": gpus_per_node, "rows": rows, "tp": most_tp}
@@ -79,8 +80,9 @@ def request(
         )  # fmt: skip
     shape = read_model(model)
     return PlanRequest(
-        model, shape, found, tokens, gpus, found.memory * USABLE, rows, documents, most_tp, allow_offload
-    )
+        model, shape, found, tokens, gpus, found.memory * USABLE, rows, documents, most_tp, allow_offload,
+        like=Job(1, accumulate=accumulate),
+    )  # fmt: skip
 
 
 def find_machine(name: str, gpus_per_node: int | None = None) -> Machine:

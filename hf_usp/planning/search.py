@@ -42,7 +42,7 @@ class Candidate:
         """What a faster or smaller run would have to change first."""
         it = self.prediction
         if not self.fits:
-            kinds = vars(it.memory)
+            kinds = it.memory.at_peak
             largest = max(kinds, key=lambda kind: kinds[kind])
             return f"memory: {largest} {kinds[largest] / 1e9:.0f} GB"
         parts = {
@@ -179,7 +179,7 @@ def check_possible(what: PlanRequest, found: list[Candidate]) -> None:
 
 
 def _by_kind(memory: Memory) -> str:
-    return ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in vars(memory).items())
+    return ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in memory.at_peak.items())
 
 
 def _divisors(number: int) -> list[int]:

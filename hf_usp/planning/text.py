@@ -35,8 +35,8 @@ def table(what: PlanRequest, found: list[Candidate]) -> str:
     best = found[0]
     lines += [
         "",
-        "memory of the best, GB a rank:  "
-        + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in vars(best.prediction.memory).items()),
+        f"memory of the best, GB a rank, each kind at its largest (peak: {best.prediction.memory.peak}):  "
+        + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in best.prediction.memory.kinds.items()),
     ]
     lines.append(f"the longest row of this split: {longest(what, best.degrees):,} tokens")
     return "\n".join(lines)
@@ -97,7 +97,8 @@ def as_json(what: PlanRequest, found: list[Candidate]) -> dict[str, Any]:
                 **asdict(candidate.degrees), "fits": candidate.fits, "checkpointing": candidate.job.checkpointing,
                 "offload": candidate.job.offload, "loss_chunk": candidate.job.loss_chunk, "seconds": it.seconds,
                 "exposed_seconds": it.exposed, "tokens_per_second": it.tokens_per_second, "mfu": it.mfu,
-                "memory": vars(it.memory), "limit": candidate.limit,
+                "memory": it.memory.kinds, "memory_at_peak": it.memory.at_peak, "peak": it.memory.peak,
+                "memory_total": it.memory.total, "limit": candidate.limit,
             }
         )  # fmt: skip
     best = found[0]

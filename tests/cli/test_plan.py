@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
-import hf_usp
 from hf_usp.cli import main
 from hf_usp.footprint import memory
 from hf_usp.machines import MACHINES
 from hf_usp.planning import find_machine, longest, ranked, request
 from hf_usp.planning.request import shape_of
-from hf_usp.sizes import Degrees, Job
+from hf_usp.sizes import Job
 
 QWEN3_8B = {
     "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
     "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "tie_word_embeddings": False,
 }  # fmt: skip
+
+
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 18, "sliding_window": 4096}
 
 
 @pytest.fixture
@@ -79,48 +80,12 @@ def test_the_longest_row_is_an_edge(model: str) -> None:
     assert at <= what.budget < beyond
 
 
-CASES = [(512, 4, 512, False), (8192, 2, 512, False), (512, 8, 512, True)]
-
-
-@pytest.mark.parametrize(("vocabulary", "layers", "tokens", "checkpointing"), CASES)
-def test_memory_is_that_of_a_measured_run(
-    vocabulary: int, layers: int, tokens: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Peak bytes of a step with accumulated gradients, counted operator by operator on CPU, within 15 %."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts" / "benchmarks"))
-    from counting import Peak
-
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=688, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=32,
-    )  # fmt: skip
-    llama = LlamaForCausalLM._from_config(config, attn_implementation="usp").train()
-    if checkpointing:
-        enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    mesh = hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1)
-
-    def step() -> None:
-        llama(**hf_usp.shard({"input_ids": ids, "labels": ids}, mesh), use_cache=False).loss.backward()
-
-    step()  # of an accumulation: gradients live through the next one
-    gradients = sum(p.grad.untyped_storage().nbytes() for p in llama.parameters() if p.grad is not None)
-    with Peak() as measured:
-        # Views of weights and gradients are nothing that the step makes.
-        for p in llama.parameters():
-            measured.alive.update({x.untyped_storage().data_ptr(): 0 for x in (p, p.grad) if x is not None})
-        step()
-    job = Job(tokens, element=4, optimizer=0, checkpointing=checkpointing, shard_params=False)
-    it = memory(shape_of(config), Degrees(), job)
-    assert it.total - it.weights == pytest.approx(measured.peak + gradients, rel=0.15)
-
-
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, (36, 0, 1)),
-        ({"layer_types": ["sliding_attention", "full_attention"] * 18, "sliding_window": 4096}, (36, 18, 1)),
+        (SLIDING, (36, 0, 1)),  # Qwen's windows are off unless they are asked for
+        ({**SLIDING, "use_sliding_window": True}, (36, 18, 1)),
     ],
 )
 def test_shapes_of_configs(changes: dict[str, Any], expected: tuple[int, int, int]) -> None:
@@ -171,7 +136,7 @@ def test_an_impossible_budget_says_what_is_missing_and_what_fits(
     assert plan(model, "--tokens", "2000000", "--gpus", "8") == 2
     error = capsys.readouterr().err
     assert "GB too much (weights" in error and "16 GPUs" not in error.split("Remedy")[0]
-    assert "rows of 808,960 tokens fit; " in error and "GPUs hold 2,000,000 tokens" in error
+    assert "rows of 794,624 tokens fit; " in error and "GPUs hold 2,000,000 tokens" in error
     assert plan(model, "--tokens", "1024", "--gpus", "1", "--memory", "1") == 2
     assert "the smallest split needs" in capsys.readouterr().err
 

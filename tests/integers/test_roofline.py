@@ -167,12 +167,16 @@ def test_memory() -> None:
     assert one.weights == LLAMA3_8B.params * 2 / 8 == 2 * many.weights
     assert one.activations == many.activations and one.logits == many.logits, "grows with tokens per rank alone"
     ring = [memory(LLAMA3_8B, Degrees(1, r), Job(8192 * r, shard_params=False)).buffers for r in (2, 8)]
-    assert ring[0] == ring[1], "two blocks of others' keys and values, never R"
-    assert memory(LLAMA3_8B, Degrees(8, 1), replace(job, loss_chunk=1024)).logits == one.logits / 16
-    assert memory(LLAMA3_8B, Degrees(8, 1), replace(job, checkpointing=False)).activations > 8 * one.activations
+    assert ring[0] == ring[1] > 0, "two blocks of others' keys and values, never R"
+    chunks = [memory(LLAMA3_8B, Degrees(8, 1), replace(job, loss_chunk=n)).logits for n in (1024, 2048)]
+    assert chunks[1] - chunks[0] == one.logits / 16, "12 bytes a logit, 16,384 tokens a rank"
+    assert 2 * chunks[0] - chunks[1] == 6 * 4096 * 128256, "the head's gradient in fp32, and what a chunk adds"
+    assert memory(LLAMA3_8B, Degrees(8, 1), replace(job, checkpointing=False)).activations > 6 * one.activations
     assert memory(LLAMA3_8B, Degrees(8, 1), replace(job, offload=True)).activations < one.activations
     assert memory(LLAMA3_8B, Degrees(8, 1, tp=2), job).weights == one.weights / 2
-    assert one.total == sum(vars(one).values())
+    assert one.total == sum(one.at_peak.values()) < sum(one.kinds.values())
+    added = memory(LLAMA3_8B, Degrees(8, 1), replace(job, accumulate=True))
+    assert one.peak == added.peak == "loss" and added.total == one.total + one.gradients - one.at_peak["gradients"]
 
 
 def test_data_parallel_shards_weights_and_adds_tokens() -> None:

@@ -1,0 +1,95 @@
+"""Memory that the planner predicts, against the bytes that are alive in a step, counted operator by operator."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..ranks import Ranks
+
+BENCHMARKS = str(Path(__file__).parents[2] / "scripts" / "benchmarks")
+# (vocabulary, layers, tokens of a rank, checkpointing, loss chunk, accumulated)
+CASES = [
+    (256, 4, 256, False, None, True),
+    (256, 4, 256, False, None, False),
+    (256, 4, 256, True, None, False),
+    (256, 4, 256, True, 64, True),
+    (4096, 2, 256, False, None, False),
+    (4096, 2, 256, False, 64, False),
+    (4096, 2, 256, True, None, True),
+    (4096, 2, 256, True, 64, False),
+    (2048, 3, 64, False, None, False),
+]
+ON_MESHES = [CASES[1], CASES[2], CASES[7]]
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
+
+
+def measure(ulysses: int, ring: int, cases: list[tuple[Any, ...]]) -> list[tuple[float, str, float]]:
+    """On one rank: (predicted bytes, the moment of their peak, counted bytes) of each case, weights left out."""
+    sys.path.insert(0, BENCHMARKS)
+    import torch
+    from counting import Peak
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import hf_usp
+    from hf_usp.chunked_loss import ChunkedLoss
+    from hf_usp.footprint import memory
+    from hf_usp.planning.request import shape_of
+    from hf_usp.sizes import Degrees, Job
+
+    mesh, found = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses), []
+    for vocabulary, layers, local, checkpointing, chunk, accumulate in cases:
+        config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=layers, **SIZES)
+        llama = LlamaForCausalLM._from_config(config, attn_implementation="usp").train()
+        if checkpointing:
+            llama.gradient_checkpointing_enable({"use_reentrant": False})
+        if chunk is not None:
+            ChunkedLoss(llama, chunk)
+        ids = torch.zeros(1, local * ulysses * ring, dtype=torch.long)
+
+        def step(llama: Any = llama, ids: Any = ids) -> None:
+            llama(**hf_usp.shard({"input_ids": ids, "labels": ids}, mesh), use_cache=False).loss.backward()
+
+        if accumulate:
+            step()
+        there = sum(p.grad.untyped_storage().nbytes() for p in llama.parameters() if p.grad is not None)
+        with Peak() as counted:
+            # Views of weights and gradients are nothing that the step makes.
+            for p in llama.parameters():
+                counted.alive.update({x.untyped_storage().data_ptr(): 0 for x in (p, p.grad) if x is not None})
+            step()
+        job = Job(
+            local * ulysses * ring, element=4, optimizer=0, checkpointing=checkpointing, shard_params=False,
+            loss_chunk=chunk, gradients=4, accumulate=accumulate,
+        )  # fmt: skip
+        it = memory(shape_of(config), Degrees(ulysses, ring), job)
+        found.append((it.total - it.weights, it.peak, counted.peak + there))
+    return found
+
+
+def compare(results: list[tuple[float, str, float]]) -> None:
+    ratios = [predicted / counted for predicted, _, counted in results]
+    assert all(0.87 < ratio < 1.15 for ratio in ratios), [round(ratio, 3) for ratio in ratios]
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing")
+def test_memory_is_that_of_a_measured_step() -> None:
+    """Within 15 %, with gradients of earlier steps and without, checkpointed or not, logits whole or in chunks."""
+    results = measure(1, 1, CASES)
+    compare(results)
+    assert {moment.split(",")[0] for _, moment, _ in results} == {"loss", "top layer", "bottom layer", "gradients"}
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), [(4, 1), (2, 2), (1, 4)])
+def test_memory_of_a_rank_is_that_of_a_measured_step(four_ranks: Ranks, ulysses: int, ring: int) -> None:
+    for results in four_ranks.run(measure, ulysses, ring, ON_MESHES):
+        compare(results)
