@@ -18,6 +18,7 @@ from .layout import UNLIMITED
 from .once import differentiated_once
 from .operator import attend_by_operator, wants_operator
 from .tickets import make_ticket
+from .ulysses import Heads, tokens_to_heads, tokens_to_heads_backward
 
 
 def usp_attention(
@@ -79,20 +80,40 @@ def attend(inputs: Inputs, layout: Layout, kind: MaskKind, softmax: Softmax, tic
 def _attend_outside_of_graphs(inputs: Inputs, layout: Layout, kind: MaskKind, softmax: Softmax) -> Tensor:
     if wants_operator():
         return attend_by_operator(inputs, make_ticket(layout), layout.mesh, kind, softmax)
-    return _Attention.apply(*inputs, begin(inputs, layout, kind, softmax))
+    call = begin(inputs, layout, kind, softmax)
+    out_ThE = _Attention.apply(*inputs, call)
+    if layout.mesh.ulysses_group is None:
+        return tokens_to_heads(out_ThE, call.heads)
+    return _TokensToHeads.apply(out_ThE, call.heads)
 
 
 class _Attention(torch.autograd.Function):
+    """q_BLHD, k_BLGD, v_BLGE, sinks_H -> out_ThE."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall) -> Tensor:
         inputs = (q, k, v, sinks)
-        out_BLHE, kept = forward(inputs, call)
+        kept = forward(inputs, call)
         ctx.save_for_backward(*needed_inputs(inputs, kept), *kept)
         ctx.call = call
-        return out_BLHE
+        return kept[1]
 
     @staticmethod
     @differentiated_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        return *backward(grads[0], saved[:4], saved[4:], ctx.call), None
+        saved = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # Unless the graph is retained, the list is now all that holds them.
+        return *backward(grads[0], saved, ctx.call), None
+
+
+class _TokensToHeads(torch.autograd.Function):
+    """out_ThE -> out_BLHE, apart from attention so that the gradient that comes in is free while tiles are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, out_ThE: Tensor, heads: Heads) -> Tensor:
+        ctx.heads = heads
+        return tokens_to_heads(out_ThE, heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return tokens_to_heads_backward(grads[0], ctx.heads), None

@@ -1,8 +1,8 @@
 """One attention call over the mesh as two functions, forward and backward, that know nothing of autograd.
 
-Forward: heads -> tokens (one all-to-all along ulysses), the ring, tokens -> heads (one all-to-all). Backward: the
-mirror image. With one rank there is no communication and no copy. `attention` makes an autograd function of the two,
-`operator` a registered operator.
+Forward: heads -> tokens (one all-to-all along ulysses), then the ring. What is left, tokens -> heads (one all-to-all),
+is a function of its own (`ulysses.tokens_to_heads`). Backward: the mirror image. With one rank there is no
+communication and no copy. `attention` makes autograd functions of them, `operator` a registered operator.
 
 Shape suffixes: B rows, L local tokens of a row, T = B * U * L tokens of a ring shard, H query heads, G kv heads, D key
 width, E value width, X all columns of a message; lower case h, g: the heads that this rank keeps.
@@ -20,7 +20,7 @@ from .degrees import split_heads
 from .errors import UspModelError
 from .kernels import Softmax, choose_kernel
 from .ring import RingCall, ring_backward, ring_forward
-from .ulysses import Heads, heads_to_tokens, heads_to_tokens_backward, tokens_to_heads, tokens_to_heads_backward
+from .ulysses import Heads, heads_to_tokens, heads_to_tokens_backward
 from .work import head_runs
 
 # Queries, keys and values [B, L, heads, width], and one sink per query head or None.
@@ -75,22 +75,28 @@ def make_call(sizes: Sizes, like: Tensor, layout: Layout, kind: MaskKind, softma
     return AttentionCall(ring, Heads(shares, mesh, layout.batch, *sizes))
 
 
-def forward(inputs: Inputs, call: AttentionCall) -> tuple[Tensor, Kept]:
-    """out_BLHE and what to keep for the backward."""
+def forward(inputs: Inputs, call: AttentionCall) -> Kept:
+    """What to keep for the backward; the result is the output in it, out_ThE."""
     q_BLHD, k_BLGD, v_BLGE, _ = inputs
     arrived_TX = heads_to_tokens(q_BLHD, k_BLGD, v_BLGE, call.heads)
     out_ThE, lse_hT = ring_forward(*_at_hand(inputs, arrived_TX, call.heads), call.ring)
-    return tokens_to_heads(out_ThE, call.heads), (arrived_TX, out_ThE, lse_hT)
+    return arrived_TX, out_ThE, lse_hT
 
 
-def backward(dout_BLHE: Tensor, inputs: KeptInputs, kept: Kept, call: AttentionCall) -> Inputs:
-    """The gradients of the inputs, of which only the sinks are needed where heads have travelled."""
-    arrived_TX, out_ThE, lse_hT = kept
-    dout_ThE = tokens_to_heads_backward(dout_BLHE, call.heads)
-    q_ThD, k_TgD, v_TgE, sinks_h = _at_hand(inputs, arrived_TX, call.heads)
+def backward(dout_ThE: Tensor, saved: list[Tensor | None], call: AttentionCall) -> Inputs:
+    """The gradients of the inputs, from the four of `needed_inputs` and the three that were kept.
+
+    `saved` is emptied: where heads have travelled their memory is free for the message of gradients, if nobody else
+    holds them.
+    """
+    *inputs, arrived_TX, out_ThE, lse_hT = saved
+    assert out_ThE is not None and lse_hT is not None
+    q_ThD, k_TgD, v_TgE, sinks_h = _at_hand((inputs[0], inputs[1], inputs[2], inputs[3]), arrived_TX, call.heads)
     *grads, dsinks_h = ring_backward(dout_ThE, q_ThD, k_TgD, v_TgE, sinks_h, out_ThE, lse_hT, call.ring)
-    del dout_ThE, q_ThD, k_TgD, v_TgE  # the message needs their memory
-    dq, dk, dv = heads_to_tokens_backward(grads, call.heads, dout_BLHE.dtype)
+    saved.clear()
+    inputs.clear()
+    del arrived_TX, out_ThE, lse_hT, q_ThD, k_TgD, v_TgE
+    dq, dk, dv = heads_to_tokens_backward(grads, call.heads, dout_ThE.dtype)
     if dsinks_h is None:
         return dq, dk, dv, None
     dsinks_H = dsinks_h.new_zeros(call.heads.query_heads)

@@ -25,6 +25,7 @@ from .kernels import Softmax, accumulation_dtype
 from .mesh import UspMesh
 from .once import differentiated_once
 from .tickets import layout_of
+from .ulysses import tokens_to_heads, tokens_to_heads_backward
 
 
 def wants_operator() -> bool:
@@ -63,7 +64,8 @@ def _attend(
     """
     inputs = (q, k, v, sinks)
     call = begin(inputs, layout_of(ticket), _mask_kind(kind), Softmax(scale, softcap))
-    out, (arrived, out_ThE, lse) = forward(inputs, call)
+    arrived, out_ThE, lse = forward(inputs, call)
+    out = tokens_to_heads(out_ThE, call.heads)
     # The outputs of an operator share no memory, and have the strides that its fake says.
     if arrived is None:
         arrived, out_ThE = q.new_empty(0), q.new_empty(0)
@@ -129,7 +131,8 @@ def _backward(
     """dq_BLHD, dk_BLGD, dv_BLGE, dsinks_H (empty without sinks) of `attend`, from what its forward has kept."""
     call = make_call(Sizes(*sizes), dout, layout_of(ticket), _mask_kind(kind), Softmax(scale, softcap))
     out_ThE = out if arrived is not None else out.flatten(0, 1)
-    *grads, dsinks = backward(dout, (q, k, v, sinks), (arrived, out_ThE, lse), call)
+    dout_ThE = tokens_to_heads_backward(dout, call.heads)
+    *grads, dsinks = backward(dout_ThE, [q, k, v, sinks, arrived, out_ThE, lse], call)
     dq, dk, dv = (grad.contiguous() for grad in grads)
     return dq, dk, dv, dout.new_empty(0) if dsinks is None else dsinks
 

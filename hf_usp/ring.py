@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ class RingCall:
     heads: list[tuple[slice, slice]]
 
 
+class Block(NamedTuple):
+    """Keys and values at hand, k_KGD and v_KGE. message: what they arrived in, of which they are views, or None."""
+
+    k: Tensor
+    v: Tensor
+    message: Tensor | None = None
+
+
 def ring_forward(
     q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall
 ) -> tuple[Tensor, Tensor]:
@@ -46,8 +54,8 @@ def ring_forward(
         with named(TILES):
             return call.kernel.forward(q_THD, k_TGD, v_TGE, call.work.stages[0].calls[0].segments, call.softmax)
     merged = Merged(q_THD, v_TGE.shape[2], call.work, exact=sinks_H is not None)
-    for stage, keys in _arrivals(k_TGD, v_TGE, call):
-        _tiles_forward(stage, q_THD, keys(), merged, call)
+    for stage, block in _arrivals(k_TGD, v_TGE, call):
+        _tiles_forward(stage, q_THD, block(), merged, call)
     out_THE, lse_HT = merged.result()
     if sinks_H is not None:
         # A sink is one more key with score `sinks` and value zero: it only joins the normaliser, once, at the end.
@@ -76,13 +84,14 @@ def ring_backward(
     work = call.work
     dq, dk, dv = Sum(q_THD, work.rows), Sum(k_TGD, work.keys), Sum(v_TGE, work.keys)
     coming_home: Callable[[], None] | None = None
-    for stage, keys in _arrivals(k_TGD, v_TGE, call):
+    for stage, block in _arrivals(k_TGD, v_TGE, call):
         if stage.source == call.mesh.ring_rank:
-            _tiles_backward(stage, rows, keys(), (dq, dk, dv), call)
+            _tiles_backward(stage, rows, block(), (dq, dk, dv), call)
             continue
-        packed = _partial_gradients(stage, rows, keys(), dq, call)
+        packed = _partial_gradients(stage, rows, block(), dq, call)
         if coming_home is not None:
             coming_home()
+            coming_home = None  # and with it the memory of what came
         coming_home = _send_home(stage, packed, dk, dv, call.mesh)
         del packed
     if coming_home is not None:
@@ -95,28 +104,28 @@ def _needs_no_merge(sinks_H: Tensor | None, call: RingCall) -> bool:
     return call.work.direct and len(call.heads) == 1 and sinks_H is None
 
 
-def _tiles_forward(stage: Stage, q_THD: Tensor, keys: tuple[Tensor, Tensor], merged: Merged, call: RingCall) -> None:
+def _tiles_forward(stage: Stage, q_THD: Tensor, block: Block, merged: Merged, call: RingCall) -> None:
     """Compute a stage's tiles and merge them."""
-    k_KGD, v_KGE = keys
     for part in stage.calls:
-        q_rows, k_rows, v_rows = q_THD[part.rows], k_KGD[part.keys], v_KGE[part.keys]
+        q_rows, k_rows, v_rows = q_THD[part.rows], block.k[part.keys], block.v[part.keys]
         for h, g in call.heads:
             with named(TILES):
                 out, lse = call.kernel.forward(q_rows[:, h], k_rows[:, g], v_rows[:, g], part.segments, call.softmax)
             with named(MERGE):
                 merged.add(out, lse, part, h)
+            del out, lse  # before the next ones are made
+        del q_rows, k_rows, v_rows
 
 
 def _tiles_backward(
-    stage: Stage, rows: tuple[Tensor, ...], keys: tuple[Tensor, Tensor], sums: tuple[Sum, Sum, Sum], call: RingCall
+    stage: Stage, rows: tuple[Tensor, ...], block: Block, sums: tuple[Sum, Sum, Sum], call: RingCall
 ) -> None:
     """Add the gradients of a stage's tiles to `sums` (of dq, dk, dv); `rows` = dout, q, out, lse."""
     dout_THE, q_THD, out_THE, lse_HT = rows
-    k_KGD, v_KGE = keys
     for part in stage.calls:
         at = part.rows
         dout_rows, q_rows, out_rows, lse_rows = dout_THE[at], q_THD[at], out_THE[at], lse_HT[:, at]
-        k_rows, v_rows = k_KGD[part.keys], v_KGE[part.keys]
+        k_rows, v_rows = block.k[part.keys], block.v[part.keys]
         for h, g in call.heads:
             with named(TILES):
                 dq, dk, dv = call.kernel.backward(
@@ -127,16 +136,20 @@ def _tiles_backward(
                 sums[0].add(dq, at, h, fresh=part.rows_fresh)
                 sums[1].add(dk, part.keys, g, fresh=part.keys_fresh, distinct=part.keys_distinct)
                 sums[2].add(dv, part.keys, g, fresh=part.keys_fresh, distinct=part.keys_distinct)
+            del dq, dk, dv
+        del dout_rows, q_rows, out_rows, lse_rows, k_rows, v_rows
 
 
-def _partial_gradients(
-    stage: Stage, rows: tuple[Tensor, ...], keys: tuple[Tensor, Tensor], dq: Sum, call: RingCall
-) -> Tensor:
-    """dK, dV of the keys that arrived, summed in the message that takes them home; dq is added to."""
-    k_KGD, v_KGE = keys
-    packed = k_KGD.new_empty(len(k_KGD), k_KGD.shape[1:].numel() + v_KGE.shape[1:].numel())
-    dk, dv = (Sum(x, stage.keys, into=x) for x in _unpack(packed, k_KGD, v_KGE))
-    _tiles_backward(stage, rows, keys, (dq, dk, dv), call)
+def _partial_gradients(stage: Stage, rows: tuple[Tensor, ...], block: Block, dq: Sum, call: RingCall) -> Tensor:
+    """dK, dV of the keys that arrived, summed in the message that takes them home; dq is added to.
+
+    Where one kernel call has read all of the keys, their gradients take their place in the message that they came in.
+    """
+    assert block.message is not None
+    once = len(stage.calls) == len(call.heads) == 1
+    packed = block.message if once else torch.empty_like(block.message)
+    dk, dv = (Sum(x, stage.keys, into=x) for x in _unpack(packed, block.k, block.v))
+    _tiles_backward(stage, rows, block, (dq, dk, dv), call)
     dk.result(), dv.result()
     return packed
 
@@ -144,7 +157,7 @@ def _partial_gradients(
 def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Any:
     """Yield each stage with a function that returns its keys and values, the next stage's transfer already started."""
     stages = call.work.stages
-    ready: Callable[[], tuple[Tensor, Tensor]] = lambda: (k_TGD, v_TGE)  # noqa: E731
+    ready: Callable[[], Block] = lambda: Block(k_TGD, v_TGE)  # noqa: E731
     for i, stage in enumerate(stages):
         now = ready
         if i + 1 < len(stages):
@@ -152,7 +165,7 @@ def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Any:
         yield stage, now
 
 
-def _start(stage: Stage, k_TGD: Tensor, v_TGE: Tensor, mesh: UspMesh) -> Callable[[], tuple[Tensor, Tensor]]:
+def _start(stage: Stage, k_TGD: Tensor, v_TGE: Tensor, mesh: UspMesh) -> Callable[[], Block]:
     """Send the key and value rows that the reader needs, packed side by side; receive those that this rank needs."""
     packed = _pack(k_TGD[stage.send], v_TGE[stage.send])
     arriving = packed.new_empty(stage.num_received, packed.shape[1])
@@ -160,11 +173,12 @@ def _start(stage: Stage, k_TGD: Tensor, v_TGE: Tensor, mesh: UspMesh) -> Callabl
     held = [arriving]  # emptied when taken, so that the block lives no longer than its tiles
     del packed, arriving
 
-    def keys() -> tuple[Tensor, Tensor]:
+    def block() -> Block:
         pending.wait()
-        return _unpack(held.pop(), k_TGD, v_TGE)
+        message = held.pop()
+        return Block(*_unpack(message, k_TGD, v_TGE), message)
 
-    return keys
+    return block
 
 
 def _send_home(stage: Stage, packed: Tensor, dk: Sum, dv: Sum, mesh: UspMesh) -> Callable[[], None]:

@@ -71,23 +71,23 @@ def heads_to_tokens_backward(grads: list[Tensor], heads: Heads, dtype: torch.dty
     """dq_BLHD, dk_BLGD, dv_BLGE in `dtype` from dq_ThD, dk_TgD, dv_TgE in the dtype that they were summed in.
 
     Gradients of this rank's own tokens never enter the message, and casting is part of the one copy into it. `grads`
-    is emptied, so that their memory is free while the message travels.
+    is emptied one by one, so that their memory is free for what is made of them.
     """
     mesh, batch, me = heads.mesh, heads.batch, heads.mesh.ulysses_rank
     if mesh.ulysses_group is None:
         dq, dk, dv = (x.to(dtype).unflatten(0, (batch, -1)) for x in grads)
         return dq, dk, dv
-    parts_BULhD = [x.unflatten(0, (batch, mesh.ulysses_degree, -1)) for x in grads]
-    length = parts_BULhD[0].shape[2]
     columns = [sum(heads.columns(share)) for share in heads.shares]
+    length = len(grads[0]) // (batch * mesh.ulysses_degree)
     message_UBLX = grads[0].new_empty(mesh.ulysses_degree - 1, batch, length, columns[me], dtype=dtype)
-    for piece_UBLhD, part in zip(heads.split(message_UBLX, heads.mine), parts_BULhD, strict=True):
-        by_peer = part.transpose(0, 1)
+    totals = []
+    for which, piece_UBLhD in enumerate(heads.split(message_UBLX, heads.mine)):
+        part_BULhD = grads.pop(0).unflatten(0, (batch, mesh.ulysses_degree, -1))
+        by_peer = part_BULhD.transpose(0, 1)
         piece_UBLhD[:me].copy_(by_peer[:me])
         piece_UBLhD[me:].copy_(by_peer[me + 1 :])
-    totals = [_Whole(part[:, me], heads, which, dtype) for which, part in enumerate(parts_BULhD)]
-    grads.clear()
-    del parts_BULhD, part, by_peer
+        totals.append(_Whole(part_BULhD[:, me], heads, which, dtype))
+        del part_BULhD, by_peer  # the last of this gradient
     sent = [0 if u == me else message_UBLX[0].numel() for u in range(mesh.ulysses_degree)]
     sizes = [0 if u == me else batch * length * columns[u] for u in range(mesh.ulysses_degree)]
     received = all_to_all(message_UBLX.view(-1), sent, sizes, mesh.ulysses_group).split(sizes)

@@ -153,6 +153,27 @@ def test_pure_ulysses_is_bitwise_one_process(four_ranks: Ranks) -> None:
     assert all(four_ranks.run(bitwise_ulysses))
 
 
+def backward_twice(degrees: tuple[int, int]) -> bool:
+    """Whether a retained graph gives the same gradients again, and one that is not retained refuses."""
+    import hf_usp
+
+    mesh = hf_usp.UspMesh.build(ring_degree=degrees[0], ulysses_degree=degrees[1])
+    layout = hf_usp.shard({"input_ids": torch.zeros(2, 32, dtype=torch.long)}, mesh)["usp"]
+    inputs = [torch.randn(2, layout.local_length, h, 16, requires_grad=True) for h in (8, 4, 4)]
+    out = hf_usp.usp_attention(*inputs, layout)
+    first = torch.autograd.grad(out.square().sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(out.square().sum(), inputs)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.square().sum(), inputs)
+    return all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("degrees", [(4, 1), (2, 2), (1, 4)], ids=str)
+def test_a_retained_graph_is_kept(four_ranks: Ranks, degrees: tuple[int, int]) -> None:
+    """What attention keeps is freed in its backward, but not under retain_graph."""
+    assert all(four_ranks.run(backward_twice, degrees))
+
+
 def unshard_gradient() -> Any:
     """Gradients of a sum over ranks of losses on the unsharded tensor, and the share they should be."""
     import hf_usp

@@ -15,9 +15,9 @@ import torch
 import hf_usp
 from hf_usp.batch import MaskKind, cut, make_layout
 from hf_usp.layout import Documents
+from hf_usp.ring import ring_backward
 
 from .ranks import Ranks
-from .tiny import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "benchmarks"))
 
@@ -87,22 +87,46 @@ def test_aligned_documents_move_no_keys(four_ranks: Ranks) -> None:
         assert measured["messages"] == 0
 
 
-def peak(ring: int, tokens: int) -> int:
-    """Peak bytes of one training step of a small Llama on this rank: everything made in forward and backward."""
+def peaks() -> list[dict[str, int]]:
+    """Of this rank on meshes of one, two and four ranks, 256 tokens on each rank."""
+    import memory
+
+    return [row for world in (1, 2, 4) for row in memory.peaks(world, 256)]
+
+
+def test_peak_memory(four_ranks: Ranks) -> None:
+    """Over the same tokens in one process; what stands in the way of 1.10 for one call alone is in docs/limits.md."""
+    everyone = four_ranks.run(peaks)
+    worst = {
+        (row["ring"], row["ulysses"]): [max(rows[i][what] for rows in everyone) for what in ("core", "step")]
+        for i, row in enumerate(everyone[0])
+    }
+    core, step = ({mesh: found[i] / worst[1, 1][i] for mesh, found in worst.items()} for i in (0, 1))
+    assert step[2, 1] <= 1.01 and step[4, 1] <= 1.01, step
+    # Every layer keeps its output twice: by tokens for the next product, by heads for attention's backward.
+    assert step[1, 2] <= 1.04 and step[1, 4] <= 1.04, step
+    assert core[2, 1] <= 1.22 and core[4, 1] <= 1.65, core
+    assert core[1, 2] <= 1.44 and core[1, 4] <= 1.44, core
+
+
+def test_peak_memory_is_flat_in_the_ring() -> None:
+    """Of every rank of rings of 6 and 12 ranks, 16 tokens on each: what is alive does not depend on the ranks."""
     from counting import Peak
+    from virtual_ring import VirtualRing
 
-    mesh = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=1)
-    model = tiny_model("llama", hidden_size=128, intermediate_size=256, num_attention_heads=8, num_hidden_layers=3)
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    share = hf_usp.shard({"input_ids": ids, "labels": ids}, mesh)
-    model(**share, use_cache=False).loss.backward()
-    model.zero_grad()
-    with Peak() as memory:
-        model(**share, use_cache=False).loss.backward()
-    return memory.peak
-
-
-def test_peak_memory_does_not_grow_with_the_ring(four_ranks: Ranks) -> None:
-    """As many tokens per rank on two ranks as on four."""
-    two, four = (max(four_ranks.run(peak, ring, 1024 * ring)) for ring in (2, 4))
-    assert four <= 1.1 * two
+    torch.manual_seed(0)
+    worst = []
+    for degree in (6, 12):
+        tokens = 16 * degree
+        tensors = [torch.randn(tokens, heads, 16) for heads in (8, 4, 4, 8)]
+        ring = VirtualRing([0, tokens], degree, tensors, "cpu_flash")
+        peaks, ring.mailbox.keep = [], False  # what arrives are zeros: only its size matters
+        with ring.mailbox.replacing():
+            ring.forward()
+            for rank, (q, k, v, dout) in enumerate(ring.parts):
+                ring.mailbox.begin("backward", rank)
+                with Peak() as memory:
+                    ring_backward(dout, q, k, v, None, *ring.kept[rank], ring.calls[rank])
+                peaks.append(memory.peak)
+        worst.append(max(peaks))
+    assert worst[1] <= 1.01 * worst[0], worst

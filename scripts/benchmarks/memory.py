@@ -13,8 +13,8 @@ import hf_usp
 PER_RANK = 1024
 
 
-def peaks(world: int) -> list[dict[str, Any]]:
-    """Peak bytes of this rank for `PER_RANK` tokens on each of `world` ranks, as pure ring and as pure ulysses.
+def peaks(world: int, per_rank: int = PER_RANK) -> list[dict[str, Any]]:
+    """Peak bytes of this rank for `per_rank` tokens on each of `world` ranks, as pure ring and as pure ulysses.
 
     core: one attention call, forward and backward. step: one training step of a small Llama. Counted are the tensors
     alive at once of those that the call makes.
@@ -22,19 +22,19 @@ def peaks(world: int) -> list[dict[str, Any]]:
     rows = []
     for ring, ulysses in dict.fromkeys([(world, 1), (1, world)]):
         mesh = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses)
-        tokens = PER_RANK * world
+        tokens = per_rank * world
         ids = torch.zeros(1, tokens, dtype=torch.long)
         share = hf_usp.shard({"input_ids": ids, "labels": ids}, mesh)
         rows.append(
             {"ring": ring, "ulysses": ulysses, "tokens": tokens}
-            | {"core": _peak_of_core(share), "step": _peak_of_step(share)}
+            | {"core": _peak_of_core(share, per_rank), "step": _peak_of_step(share)}
         )
     return rows
 
 
-def _peak_of_core(share: dict[str, Any]) -> int:
+def _peak_of_core(share: dict[str, Any], tokens: int) -> int:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, PER_RANK, heads, 64, requires_grad=True) for heads in (8, 4, 4))
+    q, k, v = (torch.randn(1, tokens, heads, 64, requires_grad=True) for heads in (8, 4, 4))
     gradient = torch.randn_like(q)
 
     def step() -> None:
