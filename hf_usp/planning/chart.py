@@ -1,17 +1,19 @@
-"""The picture of a plan: memory by kind against the length of a row, and the edge where it stops fitting."""
+"""The picture of a plan: memory against the length of a row, for every way to save it, and where each stops fitting."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import replace
 
 from ..errors import UspConfigError
+from ..footprint import KINDS, memory
+from ..sizes import Job
 from .request import PlanRequest
-from .search import Candidate, best_way, longest
+from .search import Candidate, jobs, longest, savings
 
-COLOURS = {
-    "weights": "#4c78a8", "gradients": "#72b7b2", "optimizer": "#54a24b", "activations": "#f58518", "logits": "#e45756",
-    "buffers": "#b279a2",
-}  # fmt: skip
+COLOURS = dict(zip(KINDS, ("#4c78a8", "#72b7b2", "#54a24b", "#f2a65a", "#e58a8b", "#b9a0c9"), strict=True))
+LINES = ("#222222", "#7b3294", "#b15928", "#1b6ca8", "#808000", "#008080")
+POINTS = 64
 
 
 def draw_memory(what: PlanRequest, best: Candidate, path: str) -> None:
@@ -19,32 +21,52 @@ def draw_memory(what: PlanRequest, best: Candidate, path: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    edge = longest(what, best.degrees)
-    last = max(what.tokens, edge, 8192) * 1.3
-    lengths = sorted({max(1024, int(last * i / 60)) for i in range(1, 61)} | ({edge} if edge else set()))
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    edge, d = longest(what, best.degrees), best.degrees
+    first, last = max(1024, min(what.tokens, edge or what.tokens) / 16), max(what.tokens, edge, 8192) * 2
+    lengths = [round(first * (last / first) ** (i / (POINTS - 1))) for i in range(POINTS)]
+
+    def at(job: Job, tokens: int) -> dict[str, float]:
+        return memory(what.model, d, replace(job, tokens=tokens)).at_peak
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    found = [best_way(replace(what, tokens=n, documents=()), best.degrees) for n in lengths]
-    kinds = {kind: [c.prediction.memory.at_peak[kind] / 1e9 for c in found] for kind in COLOURS}
-    axes.stackplot(lengths, *kinds.values(), labels=list(kinds), colors=list(COLOURS.values()), alpha=0.9)
-    budget = what.budget / 1e9
-    axes.axhline(budget, color="black", linestyle="--", linewidth=1)
-    axes.text(lengths[0], budget, f" {budget:.0f} GB usable", va="bottom", fontsize=9)
-    if edge:
-        axes.axvline(edge, color="#b00020", linewidth=1.5)
-        axes.text(edge, 0, f" fits up to {edge:,}", color="#b00020", rotation=90, va="bottom", ha="right", fontsize=9)
-    axes.axvline(what.tokens, color="black", linewidth=1, linestyle=":")
-    d = best.degrees
-    axes.set(
-        title=f"{what.name} on {what.gpus} x {what.machine.name}: "
-        f"tp {d.tp}, ulysses {d.ulysses}, ring {d.ring}, data {d.dp_shard}",
-        xlabel="tokens of a row (dotted: asked for); every length with its fastest way that fits", ylabel="GB a rank",
-        ylim=(0, max(1.25 * budget, 1e-3)), xlim=(lengths[0], lengths[-1]),
-    )  # fmt: skip
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:,.0f}K")
-    axes.legend(loc="upper left", ncols=3, fontsize=9)
+    axes, budget = figure.subplots(), what.budget / 1e9
+    chosen = [at(best.job, n) for n in lengths]
+    layers = [[it[kind] / 1e9 for it in chosen] for kind in KINDS]
+    areas = axes.stackplot(lengths, *layers, labels=KINDS, colors=list(COLOURS.values()))
+    lines = []
+    for job, colour in zip(jobs(what), LINES, strict=False):
+        totals = [sum(at(job, n).values()) / 1e9 for n in lengths]
+        fits = bisect_right(range(1, round(last)), budget, key=lambda n: sum(at(job, n).values()) / 1e9)
+        mine = job == best.job
+        label = f"{savings(job)}{' (filled, by kind)' if mine else ''}: up to {fits:,}"
+        lines += axes.plot(lengths, totals, color=colour, linewidth=2.4 if mine else 1.4, label=label)
+    axes.axhline(budget, color="black", linestyle="--", linewidth=1.2)
+    axes.annotate(f"{budget:.0f} GB usable", (0.01, budget), xycoords=("axes fraction", "data"), va="bottom")
+    for place, colour, text in ((what.tokens, "black", "asked for"), (edge, "#b00020", f"fits up to {edge:,}")):
+        if place:
+            axes.axvline(place, color=colour, linewidth=1.5, linestyle=":" if colour == "black" else "-")
+            axes.annotate(
+                text, (place, 0.98), xycoords=("data", "axes fraction"), color=colour, rotation=90, va="top", ha="right"
+            )
+    degrees = f"tp {d.tp}, ulysses {d.ulysses}, ring {d.ring}, data {d.dp_shard}"
+    axes.set_title(f"{what.name.rstrip('/').rsplit('/', 1)[-1]} on {what.gpus} x {what.machine.name}: {degrees}")
+    axes.set(xlabel="tokens of a row", ylabel="GB a rank at the peak of a step", xscale="log", xlim=(first, last))
+    axes.set_ylim(0, max(1.3 * budget, 1e-3))
+    ticks = [1 << power for power in range(10, 32) if first <= 1 << power <= last]
+    axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.add_artist(axes.legend(handles=areas[::-1], loc="center left", fontsize=9))
+    figure.legend(
+        handles=lines, loc="outside lower center", ncols=1 if len(lines) < 4 else 2, fontsize=9, frameon=False
+    )
     try:
         figure.savefig(path, dpi=130)
     except OSError as error:
         raise UspConfigError(f"a picture to be saved as {path!r}: {error}", rule="the file can be written") from error
+
+
+def _short(tokens: int) -> str:
+    """1,048,576 as 1M, 1,536 as 1.5K."""
+    unit, letter = (1 << 20, "M") if tokens >= 1 << 20 else (1 << 10, "K")
+    return f"{tokens / unit:.3g}{letter}"

@@ -32,10 +32,7 @@ class Candidate:
     @property
     def savings(self) -> str:
         """How memory is saved, in words."""
-        job = self.job
-        parts = ["checkpoints offloaded" if job.offload else "checkpointing"] if job.checkpointing else []
-        parts += [f"loss in chunks of {job.loss_chunk}"] if job.loss_chunk else []
-        return ", ".join(parts) or "none"
+        return savings(self.job)
 
     @property
     def limit(self) -> str:
@@ -52,6 +49,13 @@ class Candidate:
         }  # fmt: skip
         largest = max(parts, key=lambda part: parts[part])
         return f"{largest} {parts[largest] / it.seconds:.0%}"
+
+
+def savings(job: Job) -> str:
+    """How a job saves memory, in words."""
+    parts = ["checkpoints offloaded" if job.offload else "checkpointing"] if job.checkpointing else []
+    parts += [f"loss in chunks of {job.loss_chunk}"] if job.loss_chunk else []
+    return ", ".join(parts) or "none"
 
 
 def ranked(what: PlanRequest) -> list[Candidate]:
@@ -92,14 +96,15 @@ def arrangements(what: PlanRequest, tp: int, cp: int) -> Iterator[Degrees]:
 
 def best_way(what: PlanRequest, degrees: Degrees) -> Candidate:
     """The fastest of the ways to save memory that fits, else the one that needs least."""
-    ways = [_candidate(what, degrees, job) for job in _jobs(what)]
+    ways = [_candidate(what, degrees, job) for job in jobs(what)]
     fitting = [way for way in ways if way.fits]
     if fitting:
         return min(fitting, key=lambda way: way.prediction.seconds)
     return min(ways, key=lambda way: way.prediction.memory.total)
 
 
-def _jobs(what: PlanRequest) -> Iterator[Job]:
+def jobs(what: PlanRequest) -> Iterator[Job]:
+    """The ways to save memory."""
     plain = replace(what.like, tokens=what.tokens, rows=what.rows, optimizer=what.optimizer, shard_params=what.gpus > 1)
     for chunk in (None, LOSS_CHUNK):
         for checkpointing, offload in ((False, False), (True, False), (True, True)):
