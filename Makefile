@@ -59,10 +59,10 @@ format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-# The documentation as a site, in build/site.
+# The documentation as a site with the reference from docstrings, in build/site; warnings are errors.
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt ".[docs]"
-	$(BIN)/python -m mkdocs build
+	$(BIN)/python -m mkdocs build --strict
 
 # Without an environment of ours, the machine's own Python: a GPU machine usually has its torch already.
 gpu:

@@ -60,9 +60,9 @@ class UspParallelismConfig(ParallelismConfig):
         offload_checkpoints: keep the inputs of checkpointed layers (gradient checkpointing) in CPU memory.
         kernel: name of the attention kernel to use; None: the best installed.
         self_check: whether a prepared model first shows on a short random batch that sharding changes nothing.
-        ranks_per_node, machine, sequence_length: for choosing the ulysses degree. None: LOCAL_WORLD_SIZE; the preset
-            of `hf-usp plan` that the GPU's name belongs to (also the path of a file that `hf-usp check` wrote); 8,192
-            tokens a row for each rank that shares it.
+        ranks_per_node: the ulysses degree is chosen so that its groups lie inside a node; None: LOCAL_WORLD_SIZE.
+        machine: it is chosen for this preset of `hf-usp plan`, or file of `hf-usp check`; None: by the GPU's name.
+        sequence_length: and for rows of so many tokens; None: 8,192 for each rank that shares them.
 
     Raises:
         UspConfigError: sizes or options that fit neither each other nor the number of processes.

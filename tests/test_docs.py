@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+import hf_usp
+from hf_usp import errors
+
+from . import recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -45,3 +51,37 @@ def test_enough_blocks_run() -> None:
 def test_every_page_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text()
     assert all(page.name in menu for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """And every name there exists: mkdocstrings reads the docstrings."""
+    named = re.findall(r"^::: hf_usp\.(\S+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    assert set(hf_usp.__all__) <= set(named)
+    for name in named:
+        module, _, attribute = f"hf_usp.{name}".rpartition(".")
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
+
+
+def test_troubleshooting_lists_every_class_of_errors() -> None:
+    classes = {x.__name__ for x in vars(errors).values() if isinstance(x, type) and issubclass(x, errors.UspError)}
+    table = re.findall(r"^\| `(Usp\w+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    assert set(table) == classes - {"UspError"} and len(table) == len(set(table))
+
+
+def test_troubleshooting_starts_from_texts_that_are_raised() -> None:
+    """Every text of the first table is in the sources, between its dots."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    sources = "".join(p.read_text() for p in (ROOT / "hf_usp").rglob("*.py"))
+    plain = re.sub(r'"\s*\n\s*f?"', "", sources).replace("{NAME!r}", "'usp'")
+    texts = re.findall(r"^\| `(.+?)` \| ", page[: page.index("By the class")], re.M)
+    assert len(texts) >= 10
+    for text in texts:
+        parts = [part.strip(" (.,)") for part in re.split(r"\.\.\.?|\(s\)|\(es\)", text)]
+        missing = [part for part in parts if len(part) > 3 and part not in plain]
+        assert not missing, (text, missing)
+
+
+def test_memory_recipes_are_the_planner_s() -> None:
+    page = recipes.PAGE.read_text(encoding="utf-8")
+    assert page.count("<!-- end -->") == len(recipes.TABLES)
+    assert recipes.written(page) == page, "python -m tests.recipes writes the page anew"
