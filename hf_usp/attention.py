@@ -115,5 +115,6 @@ class _TokensToHeads(torch.autograd.Function):
         return tokens_to_heads(out_ThE, heads)
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return tokens_to_heads_backward(grads[0], ctx.heads), None

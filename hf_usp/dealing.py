@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import UspConfigError
-from .layout import ORDERS, WORTH, IntArray, Mask, choose_order, deal
+from .layout import ORDERS, IntArray, Mask, deal, find_runs, over_batch, rows_before
 
 BALANCED = "balanced"
 ALL_ORDERS = (*ORDERS, BALANCED)
@@ -24,6 +24,8 @@ PIECES = (2, 4, 8, 16, 32, 64)
 SHORTEST = 128
 # A rank may have this share more than the mean before tokens are dealt otherwise.
 UNEVEN = 0.05
+# Share of the busiest rank's work that is worth waiting or moving more for.
+WORTH = 0.01
 # Fetching the key and value of a token takes as long as computing this many (query, key) pairs: 4 query heads a kv
 # head, 4 operations a pair and number, bf16, and 1000 operations in the time that a byte travels (H100, NVLink).
 PAIRS_PER_ROW = 250
@@ -54,114 +56,160 @@ def deal_row(batch: int, num_tokens: int, ring: int, order: str, masks: Sequence
     if order in ORDERS or ring == 1:
         order = order if order in ORDERS else "contiguous"
         return Dealt(order, deal(num_tokens, ring, order))
-    load = _cumulated(masks, batch, num_tokens)
-    mean = load[-1] / ring
+    load = _Load(masks, batch, num_tokens)
+    mean = load.total / ring
     if order == BALANCED:
-        tried = _balanced(load, ring, 1, masks, batch)
-        even = [dealt for dealt in tried if _busiest(dealt.shards, load) <= (1 + UNEVEN) * mean]
-        if even:
-            return min(even, key=lambda dealt: _cost(dealt.shards, load, masks, batch))
-        return min(tried, key=lambda dealt: _busiest(dealt.shards, load))
-    flat = {name: _busiest(deal(num_tokens, ring, name), load) for name in ORDERS}
+        tried = _balanced(load, ring, 1)
+        near = [chunks for chunks in tried if load.busiest(chunks) <= (1 + UNEVEN) * mean]
+        best = min(near, key=load.cost) if near else min(tried, key=load.busiest)
+        return Dealt(BALANCED, _shards(best))
+    flat = {name: load.busiest(_fixed(num_tokens, ring, name)) for name in ORDERS}
     if abs(flat["contiguous"] - flat["zigzag"]) > WORTH * max(flat.values()):
-        best = min(flat, key=lambda name: flat[name])
+        given = min(flat, key=lambda name: flat[name])
+    elif min(flat.values()) <= (1 + UNEVEN) * mean:
+        given = choose_order(batch, num_tokens, ring, masks)
     else:
-        best = choose_order(batch, num_tokens, ring, masks)
-    given = Dealt(best, deal(num_tokens, ring, best))
-    if flat[best] <= (1 + UNEVEN) * mean:
-        return given
-    found = [given, *_balanced(load, ring, SHORTEST, masks, batch)]
-    costs = [_cost(dealt.shards, load, masks, batch) for dealt in found]
-    even = [_busiest(dealt.shards, load) <= (1 + UNEVEN) * mean for dealt in found]
-    worth = [cost < (1 - WORTH) * costs[0] for cost in costs]
-    # Even deals first: a cost is an estimate of one machine's speeds, the work of the busiest rank is not.
-    chosen = min(range(len(found)), key=lambda i: (not (even[i] and worth[i]), costs[i]))
-    return found[chosen] if worth[chosen] else given
+        given = min(ORDERS, key=lambda name: load.cost(_fixed(num_tokens, ring, name)))
+    if flat[given] > (1 + UNEVEN) * mean:
+        found = [_fixed(num_tokens, ring, given), *_balanced(load, ring, SHORTEST)]
+        costs = [load.cost(chunks) for chunks in found]
+        even = [load.busiest(chunks) <= (1 + UNEVEN) * mean for chunks in found]
+        worth = [cost < (1 - WORTH) * costs[0] for cost in costs]
+        # Even deals first: a cost is an estimate of one machine's speeds, the work of the busiest rank is not.
+        chosen = min(range(len(found)), key=lambda i: (not (even[i] and worth[i]), costs[i]))
+        if worth[chosen]:
+            return Dealt(BALANCED, _shards(found[chosen]))
+    return Dealt(given, deal(num_tokens, ring, given))
 
 
-def _cumulated(masks: Sequence[Mask], batch: int, num_tokens: int) -> IntArray:
-    """Mask area of the first n columns of all rows, over all layers [num_tokens + 1]."""
-    area = np.zeros(batch * num_tokens, dtype=np.int64)
-    for mask, layers in Counter(masks).items():
-        lo, hi = mask.interval(np.arange(batch * num_tokens))
-        area += layers * np.maximum(hi - lo, 0)
-    return np.concatenate(([0], np.cumsum(area.reshape(batch, num_tokens).sum(0))))
+class _Chunks(NamedTuple):
+    """A row cut at `edges` [C + 1], and the ring rank that gets each chunk [C]. No chunk is empty."""
+
+    edges: IntArray
+    owner: IntArray
+    ring: int
 
 
-def _balanced(load: IntArray, ring: int, shortest: int, masks: Sequence[Mask], batch: int) -> list[Dealt]:
-    """Even deals with 2, 4, ... chunks for each rank, up to the first whose busiest rank is near the mean."""
-    num_tokens = len(load) - 1
-    dealt: list[Dealt] = []
-    for pieces in PIECES:
-        size = num_tokens // (ring * pieces)
-        if size < max(1, shortest) and dealt:
-            break
-        edges, owner = _deal_chunks(load, ring, max(1, size))
-        first = _shards(edges, owner, ring)
-        dealt.append(Dealt(BALANCED, first))
-        tries = min(EXCHANGES, LOOKS * ring // (batch * len(owner) ** 3))
-        if tries:
-            dealt.append(Dealt(BALANCED, _shards(edges, _exchange(edges, owner, load, masks, batch, tries), ring)))
-        if min(_busiest(deal.shards, load) for deal in dealt[-2:]) <= (1 + UNEVEN) * load[-1] / ring:
-            break
-    return dealt
+def _fixed(num_tokens: int, ring: int, order: str) -> _Chunks:
+    """The chunks of a fixed order."""
+    owner = np.arange(ring) if order == "contiguous" else np.concatenate((np.arange(ring), np.arange(ring)[::-1]))
+    sizes = [len(part) for part in np.array_split(np.empty(num_tokens, dtype=np.int8), len(owner))]
+    return _filled(np.concatenate(([0], np.cumsum(sizes))), owner, ring)
 
 
-def _shards(edges: IntArray, owner: IntArray, ring: int) -> list[IntArray]:
+def _filled(edges: IntArray, owner: IntArray, ring: int) -> _Chunks:
+    filled = np.diff(edges) > 0
+    return _Chunks(np.append(edges[:-1][filled], edges[-1]), owner[filled], ring)
+
+
+def _shards(chunks: _Chunks) -> list[IntArray]:
     """Positions that each rank holds, ascending."""
+    edges, owner, ring = chunks
     runs = [(edges[:-1][owner == rank], edges[1:][owner == rank]) for rank in range(ring)]
     return [np.concatenate([np.arange(a, b) for a, b in zip(*run, strict=True)]) for run in runs]
 
 
-def _deal_chunks(load: IntArray, ring: int, size: int) -> tuple[IntArray, IntArray]:
-    """Chunks of `size` tokens, heaviest first, `ring` at a time: the heaviest of them to the rank with the least.
+class _Load:
+    """What chunks of a row cost, over all rows and layers."""
 
-    Returns the edges of the chunks and the rank that gets each.
-    """
-    num_tokens = len(load) - 1
-    rounds = num_tokens // (ring * size)
-    rest = (num_tokens - rounds * ring * size) // ring  # the last tokens, one short chunk for each rank
+    def __init__(self, masks: Sequence[Mask], batch: int, num_tokens: int) -> None:
+        self.masks, self.batch, self.num_tokens = Counter(masks), batch, num_tokens
+        self.total = int(self.areas(np.array([0, num_tokens]))[0])
+
+    def areas(self, edges: IntArray) -> IntArray:
+        """Mask area of each chunk."""
+        positions = (np.arange(self.batch)[:, None] * self.num_tokens + edges).ravel()
+        before = sum(layers * mask.area_before(positions) for mask, layers in self.masks.items())
+        return np.diff(np.asarray(before).reshape(self.batch, -1), axis=1).sum(0)
+
+    def busiest(self, chunks: _Chunks) -> int:
+        """Mask area of the rank that has most."""
+        held = np.zeros(chunks.ring, dtype=np.int64)
+        np.add.at(held, chunks.owner, self.areas(chunks.edges))
+        return int(held.max())
+
+    def cost(self, chunks: _Chunks) -> float:
+        """Area of the busiest rank, and what the rank that fetches most could have computed meanwhile."""
+        fetched = np.zeros(chunks.ring)
+        for mask, layers in self.masks.items():
+            lo, hi = self.seen(chunks.edges, mask)
+            for rank in range(chunks.ring):
+                mine = chunks.owner == rank
+                first, last = lo[:, mine].ravel(), hi[:, mine].ravel()
+                reached = np.concatenate(([0], np.maximum.accumulate(last)[:-1]))
+                needed = np.maximum(last - np.maximum(first, reached), 0).sum()
+                fetched[rank] += layers * max(0, needed - self.batch * self.num_tokens // chunks.ring)
+        return self.busiest(chunks) + PAIRS_PER_ROW * float(fetched.max())
+
+    def seen(self, edges: IntArray, mask: Mask) -> tuple[IntArray, IntArray]:
+        """First and past-the-last position that the chunks of each row see [batch, C]."""
+        rows = np.arange(self.batch)[:, None] * self.num_tokens
+        lo, hi = mask.interval((rows + edges[:-1]).ravel())[0], mask.interval((rows + edges[1:] - 1).ravel())[1]
+        return lo.reshape(self.batch, -1), hi.reshape(self.batch, -1)
+
+
+def _balanced(load: _Load, ring: int, shortest: int) -> list[_Chunks]:
+    """Even deals with 2, 4, ... chunks for each rank, up to the first whose busiest rank is near the mean."""
+    dealt: list[_Chunks] = []
+    for pieces in PIECES:
+        size = load.num_tokens // (ring * pieces)
+        if size < max(1, shortest) and dealt:
+            break
+        dealt.append(_deal_chunks(load, ring, max(1, size)))
+        tries = min(EXCHANGES, LOOKS * ring // (load.batch * len(dealt[-1].owner) ** 3))
+        if tries:
+            dealt.append(_exchange(dealt[-1], load, tries))
+        if min(load.busiest(chunks) for chunks in dealt[-2:]) <= (1 + UNEVEN) * load.total / ring:
+            break
+    return dealt
+
+
+def _deal_chunks(load: _Load, ring: int, size: int) -> _Chunks:
+    """Chunks of `size` tokens, heaviest first, `ring` at a time: the heaviest of them to the rank with the least."""
+    rounds = load.num_tokens // (ring * size)
+    rest = (load.num_tokens - rounds * ring * size) // ring  # the last tokens, one short chunk for each rank
     edges = np.concatenate((np.arange(rounds * ring) * size, rounds * ring * size + np.arange(ring + 1) * rest))
-    weight = np.diff(load[edges])
+    weight = load.areas(edges)
     owner, held = np.empty(len(weight), dtype=np.int64), np.zeros(ring, dtype=np.int64)
     by_weight = np.argsort(-weight[: rounds * ring], kind="stable").reshape(rounds, ring)
     for together in (*by_weight, np.argsort(-weight[rounds * ring :], kind="stable") + rounds * ring):
         lightest = np.argsort(held, kind="stable")
         owner[together] = lightest
         held[lightest] += weight[together]
-    return edges, owner
+    return _filled(edges, owner, ring)
 
 
-def _exchange(
-    edges: IntArray, owner: IntArray, load: IntArray, masks: Sequence[Mask], batch: int, tries: int
-) -> IntArray:
-    """Owners after exchanges of two chunks each, which take keys that have to be fetched off the rank that is last.
+def _exchange(chunks: _Chunks, load: _Load, tries: int) -> _Chunks:
+    """The same chunks after exchanges of two each, which take keys that have to be fetched off the rank that is last.
 
     A rank's excess is what it fetches and the area above its allowance; an exchange lowers the sum of their squares.
     """
-    owner, need, length = owner.copy(), _needs(edges, masks, batch), np.diff(edges)
-    area, ring = np.diff(load[edges]).astype(np.float64), int(owner.max()) + 1
+    edges, owner, ring = chunks.edges, chunks.owner.copy(), chunks.ring
+    need, length, area = _needs(edges, load), np.diff(edges), load.areas(edges).astype(np.float64)
     allowance = (1 + 0.8 * UNEVEN) * area.sum() / ring
-    columns = np.tile(np.arange(len(owner)), need.shape[1] // len(owner))
+    columns = np.tile(np.arange(len(owner)), load.batch)
     held = np.bincount(owner, weights=area, minlength=ring)
     # Of each chunk: what the other chunks of its rank need of every chunk, and which chunks those do not hold.
-    rest, foreign = np.empty_like(need), np.empty(need.shape, dtype=bool)
+    rest, foreign = np.empty_like(need), np.empty(need.shape)
     excess = np.empty(ring)
 
     def update(rank: int) -> None:
         mine = np.flatnonzero(owner == rank)
         largest = np.sort(np.concatenate((need[mine], np.zeros((2, need.shape[1])))), axis=0)[-2:]
         rest[mine] = np.where(need[mine] == largest[1], largest[0], largest[1])
-        outside = ~np.isin(columns, mine)
+        outside = owner[columns] != rank
         foreign[mine] = outside | (columns == mine[:, None])
         excess[rank] = max(held[rank] - allowance, 0.0) + largest[1][outside].sum()
 
     def after(give: IntArray, take: IntArray) -> IntArray:
         """Excess of the ranks of `give` [G, T] when they get chunks `take` for them."""
-        fetched = np.maximum(rest[give][:, None], need[take][None])
-        fetched *= foreign[give][:, None] & (columns != take[:, None])[None]
+        largest = np.maximum(rest[give][:, None], need[take][None])
+        fetched = (largest @ foreign[give][:, :, None])[..., 0]
+        # What they take they hold; all of them miss it now.
+        taken = take[:, None] + len(owner) * np.arange(load.batch)
+        fetched -= largest[:, np.arange(len(take))[:, None], taken].sum(2)
         there = held[owner[give]][:, None] + area[take] - area[give][:, None]
-        return np.maximum(there - allowance, 0.0) + fetched.sum(-1)
+        return np.maximum(there - allowance, 0.0) + fetched
 
     for rank in range(ring):
         update(rank)
@@ -184,45 +232,60 @@ def _exchange(
         held[other] += area[give] - area[take]
         update(int(rank))
         update(other)
-    return owner
+    return _Chunks(edges, owner, ring)
 
 
-def _needs(edges: IntArray, masks: Sequence[Mask], batch: int) -> IntArray:
-    """What fetching would cost of each chunk (of each row) that the queries of a chunk see [chunks, batch * chunks]."""
-    num_tokens, chunks = int(edges[-1]), len(edges) - 1
-    need = np.zeros((chunks, batch, chunks))
+def _needs(edges: IntArray, load: _Load) -> IntArray:
+    """What fetching would cost of each chunk (of each row) that the queries of a chunk see [C, batch * C]."""
     start, stop = edges[:-1], edges[1:]
-    filled = stop > start
-    for mask, layers in Counter(masks).items():
-        for row in range(batch):
-            lo, hi = np.zeros(chunks, dtype=np.int64), np.zeros(chunks, dtype=np.int64)
-            lo[filled] = mask.interval(row * num_tokens + start[filled])[0] - row * num_tokens
-            hi[filled] = mask.interval(row * num_tokens + stop[filled] - 1)[1] - row * num_tokens
-            seen = np.minimum(hi[:, None], stop) - np.maximum(lo[:, None], start)
-            need[:, row] += PAIRS_PER_ROW * layers * np.maximum(seen, 0)
-    return need.reshape(chunks, batch * chunks)
+    need = np.zeros((len(start), load.batch, len(start)))
+    rows = np.arange(load.batch)[:, None] * load.num_tokens
+    for mask, layers in load.masks.items():
+        lo, hi = (x - rows for x in load.seen(edges, mask))
+        overlap = np.minimum(hi[..., None], stop) - np.maximum(lo[..., None], start)
+        need += PAIRS_PER_ROW * layers * np.maximum(overlap, 0).transpose(1, 0, 2)
+    return need.reshape(len(start), -1)
 
 
-def _runs(shard: IntArray) -> tuple[IntArray, IntArray]:
-    """First and last position of each run of consecutive positions."""
-    breaks = np.flatnonzero(np.diff(shard) != 1)
-    return shard[np.append(0, breaks + 1)], shard[np.append(breaks, len(shard) - 1)]
+def own_and_rest(shards: Sequence[IntArray], mask: Mask) -> tuple[IntArray, IntArray]:
+    """Mask area per rank [R] over the keys that it holds, and over those that have to come from other ranks."""
+    pairs = np.empty((2, len(shards)), dtype=np.int64)
+    for rank, shard in enumerate(shards):
+        runs, seen = find_runs(shard), mask.interval(shard)
+        for i, (lo, hi) in enumerate((seen, [rows_before(runs, edge) for edge in seen])):
+            pairs[i, rank] = np.maximum(hi - lo, 0).sum()
+    return pairs[1], pairs[0] - pairs[1]
 
 
-def _busiest(shards: Sequence[IntArray], load: IntArray) -> int:
-    """Mask area of the rank that has most."""
-    runs = [_runs(shard) for shard in shards]
-    return max(int((load[last + 1] - load[first]).sum()) for first, last in runs)
+def balance(shards: Sequence[IntArray], mask: Mask) -> float:
+    """Mean mask area per rank over the path of ranks that wait for each other: 1.0 is perfect, 1/ranks the worst.
+
+    Every rank computes its own keys first and meets the others where their keys are needed, so the path is the
+    largest share of own keys plus the largest share of the rest; work that is equal only in sum still waits.
+    """
+    own, rest = own_and_rest(shards, mask)
+    path = own.max() + rest.max()
+    return float((own + rest).mean() / path) if path else 1.0
 
 
-def _cost(shards: Sequence[IntArray], load: IntArray, masks: Sequence[Mask], batch: int) -> float:
-    """Area of the busiest rank, and what the rank that fetches most could have computed meanwhile."""
-    num_tokens, fetched = len(load) - 1, np.zeros(len(shards))
-    for mask, layers in Counter(masks).items():
-        for rank, shard in enumerate(shards):
-            first, last = (np.add.outer(np.arange(batch) * num_tokens, ends).ravel() for ends in _runs(shard))
-            lo, hi = mask.interval(first)[0], mask.interval(last)[1]
-            reached = np.concatenate(([0], np.maximum.accumulate(hi)[:-1]))
-            needed = np.maximum(hi - np.maximum(lo, reached), 0).sum()
-            fetched[rank] += layers * max(0, needed - batch * len(shard))
-    return _busiest(shards, load) + PAIRS_PER_ROW * float(fetched.max())
+def choose_order(batch: int, num_tokens: int, ring: int, masks: Sequence[Mask]) -> str:
+    """The order whose busiest rank has the least work, summed over `masks` (one entry per layer).
+
+    Where that differs by less than `WORTH`: the order in which ranks wait less (`balance`; a sliding window is better
+    off contiguous), then the one that needs fewer foreign keys (documents aligned with shards need none), then zigzag.
+    """
+    if ring == 1:
+        return "contiguous"
+
+    def cost(order: str) -> tuple[int, ...]:
+        shards = over_batch(deal(num_tokens, ring, order), batch, num_tokens)
+        total = np.zeros(3, dtype=np.int64)
+        for mask, layers in Counter(masks).items():  # layers that share a mask are worked out once
+            own, rest = own_and_rest(shards, mask)
+            total += layers * np.array([(own + rest).max(), own.max() + rest.max(), rest.sum()])
+        return tuple(total.tolist())
+
+    flat, folded = cost("contiguous"), cost("zigzag")
+    if abs(flat[0] - folded[0]) > WORTH * max(flat[0], folded[0]):
+        return "contiguous" if flat[0] < folded[0] else "zigzag"
+    return "contiguous" if flat[1:] < folded[1:] else "zigzag"

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from .batch import Layout, MaskKind, make_layout
-from .dealing import ALL_ORDERS, deal_row
+from .dealing import ALL_ORDERS, balance, deal_row
 from .degrees import HeadShare, check_degrees, choose_ulysses_degree, split_heads, ulysses_bytes
 from .errors import UspConfigError
 from .kernels import Softmax, kernel_report
-from .layout import UNLIMITED, Documents, IntArray, Mask, balance, over_batch
+from .layout import UNLIMITED, Documents, IntArray, Mask, over_batch
 from .mesh import UspMesh
 from .plan import RingPlan, make_plan
 

@@ -12,7 +12,6 @@ diagonal that ends in the bottom right corner of the tile; -1 means no limit.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,8 +22,6 @@ from .errors import UspBatchError, UspConfigError, UspMaskError
 
 UNLIMITED = -1
 ORDERS = ("contiguous", "zigzag")
-# Share of the busiest rank's work that is worth waiting or moving more for.
-WORTH = 0.01
 IntArray = np.ndarray
 
 
@@ -102,21 +99,86 @@ class Mask:
     def interval(self, positions: IntArray) -> tuple[IntArray, IntArray]:
         """First and past-the-last visible global position of each query; equal or crossed where it sees nothing.
 
-        `positions` ascend, so documents are looked up among positions and not the other way around.
+        `positions` ascend, so where they are many, documents are looked up among them and not the other way around.
         """
         docs = self.documents
-        counts = np.diff(np.searchsorted(positions, docs.bounds))
-        lo, hi = np.repeat(docs.first, counts), np.repeat(docs.last, counts)
+        if len(positions) > len(docs.first):
+            counts = np.diff(np.searchsorted(positions, docs.bounds))
+            lo, hi = np.repeat(docs.first, counts), np.repeat(docs.last, counts)
+        else:
+            document = np.searchsorted(docs.bounds, positions, side="right") - 1
+            lo, hi = docs.first[document], docs.last[document]
         if self.left != UNLIMITED:
             lo = np.maximum(lo, positions - self.left)
         if self.right != UNLIMITED:
             hi = np.minimum(hi, positions + self.right + 1)
         return lo, hi
 
+    def reach(self, queries: Runs) -> IntArray:
+        """Global positions that at least one of these queries sees, as sorted disjoint intervals [M, 2].
+
+        Worked out for runs inside a document: there intervals of neighbours overlap or touch.
+        """
+        docs = self.documents
+        begin = np.searchsorted(docs.bounds, queries.start, side="right") - 1
+        counts = np.searchsorted(docs.bounds, queries.stop, side="left") - begin
+        document = np.arange(counts.sum()) + np.repeat(begin - np.cumsum(counts) + counts, counts)
+        start = np.maximum(docs.bounds[document], np.repeat(queries.start, counts))
+        stop = np.minimum(docs.bounds[document + 1], np.repeat(queries.stop, counts))
+        lo, hi = docs.first[document], docs.last[document]
+        if self.left != UNLIMITED:
+            lo = np.maximum(lo, start - self.left)
+        if self.right != UNLIMITED:
+            hi = np.minimum(hi, stop + self.right)
+        return needed_rows(lo, np.where(start < stop, hi, lo))
+
     def area(self, positions: IntArray) -> int:
         """Number of (query, key) pairs that these queries see."""
-        lo, hi = self.interval(positions)
-        return _overlap(lo, hi)
+        runs = find_runs(positions)
+        return int((self.area_before(runs.stop) - self.area_before(runs.start)).sum())
+
+    def area_before(self, positions: IntArray) -> IntArray:
+        """Number of (query, key) pairs of all queries before each of the ascending `positions`."""
+        docs = self.documents
+        lengths = np.diff(docs.bounds)
+        before = np.concatenate(([0], np.cumsum(self._pairs(lengths, docs.bounds[:-1], docs.first, docs.last))))
+        document = np.minimum(np.searchsorted(docs.bounds, positions, side="right"), len(lengths)) - 1
+        start = docs.bounds[document]
+        return before[document] + self._pairs(positions - start, start, docs.first[document], docs.last[document])
+
+    def _pairs(self, count: IntArray, start: IntArray, first: IntArray, last: IntArray) -> IntArray:
+        """What the first `count` queries from `start` on see of the keys from `first` to `last`."""
+        keys = last - first
+
+        def up_to(diagonal: int) -> IntArray:
+            """Pairs whose key is at most `diagonal` after the query."""
+            ends = start + diagonal + 1 - first  # keys of the first query, were there enough
+            return _triangle(ends + count, keys) - _triangle(ends, keys)
+
+        right = count * keys if self.right == UNLIMITED else up_to(self.right)
+        return right if self.left == UNLIMITED else right - up_to(-self.left - 1)
+
+
+def _triangle(rows: IntArray, most: IntArray) -> IntArray:
+    """Sum of 0, 1, 2, ... over `rows` rows, no term larger than `most`."""
+    rows = np.maximum(rows, 0)
+    beyond = np.maximum(rows - most, 0)
+    return (rows * (rows - 1) - beyond * (beyond - 1)) // 2
+
+
+class Runs(NamedTuple):
+    """Runs of consecutive positions in a shard: the first, the one past the last, and the row of the first."""
+
+    start: IntArray
+    stop: IntArray
+    row: IntArray
+
+
+def find_runs(shard: IntArray) -> Runs:
+    """The runs of ascending positions."""
+    row = np.flatnonzero(np.concatenate(([True], shard[1:] - shard[:-1] != 1))[: len(shard)])
+    start = shard[row]
+    return Runs(start, start + np.diff(np.append(row, len(shard))), row)
 
 
 class Tiles(NamedTuple):
@@ -170,84 +232,42 @@ def over_batch(shards: Sequence[IntArray], batch: int, num_tokens: int) -> list[
     return [(rows + shard).ravel() for shard in shards]
 
 
-def own_and_rest(shards: Sequence[IntArray], mask: Mask) -> tuple[IntArray, IntArray]:
-    """Mask area per rank [R] over the keys that it holds, and over those that have to come from other ranks."""
-    own = [_overlap(*visible(shard, shard, mask)) for shard in shards]
-    return np.array(own), np.array([mask.area(shard) for shard in shards]) - own
-
-
-def balance(shards: Sequence[IntArray], mask: Mask) -> float:
-    """Mean mask area per rank over the path of ranks that wait for each other: 1.0 is perfect, 1/ranks the worst.
-
-    Every rank computes its own keys first and meets the others where their keys are needed, so the path is the
-    largest share of own keys plus the largest share of the rest; work that is equal only in sum still waits.
-    """
-    own, rest = own_and_rest(shards, mask)
-    path = own.max() + rest.max()
-    return float((own + rest).mean() / path) if path else 1.0
-
-
-def choose_order(batch: int, num_tokens: int, ring: int, masks: Sequence[Mask]) -> str:
-    """The order whose busiest rank has the least work, summed over `masks` (one entry per layer).
-
-    Where that differs by less than `WORTH`: the order in which ranks wait less (`balance`; a sliding window is better
-    off contiguous), then the one that needs fewer foreign keys (documents aligned with shards need none), then zigzag.
-    """
-    if ring == 1:
-        return "contiguous"
-
-    def cost(order: str) -> tuple[int, ...]:
-        shards = over_batch(deal(num_tokens, ring, order), batch, num_tokens)
-        total = np.zeros(3, dtype=np.int64)
-        for mask, layers in Counter(masks).items():  # layers that share a mask are worked out once
-            own, rest = own_and_rest(shards, mask)
-            total += layers * np.array([(own + rest).max(), own.max() + rest.max(), rest.sum()])
-        return tuple(total.tolist())
-
-    flat, folded = cost("contiguous"), cost("zigzag")
-    if abs(flat[0] - folded[0]) > WORTH * max(flat[0], folded[0]):
-        return "contiguous" if flat[0] < folded[0] else "zigzag"
-    return "contiguous" if flat[1:] < folded[1:] else "zigzag"
-
-
-def _overlap(lo: IntArray, hi: IntArray) -> int:
-    return int(np.maximum(hi - lo, 0).sum())
-
-
 def visible(q_pos: IntArray, k_pos: IntArray, mask: Mask) -> tuple[IntArray, IntArray]:
     """Interval of local key rows that each local query row sees on a shard holding `k_pos` (hi <= lo: nothing)."""
     lo, hi = mask.interval(q_pos)
-    return _rows_before(k_pos, lo), _rows_before(k_pos, hi)
+    runs = find_runs(k_pos)
+    return rows_before(runs, lo), rows_before(runs, hi)
 
 
-def _rows_before(k_pos: IntArray, positions: IntArray) -> IntArray:
-    """How many of the ascending `k_pos` come before each position: a lookup among their few runs."""
-    if len(k_pos) == 0:
-        return np.zeros_like(positions)
-    row = np.concatenate(([0], np.flatnonzero(np.diff(k_pos) != 1) + 1))  # where a run of consecutive keys begins
-    length = np.diff(np.append(row, len(k_pos)))
-    run = np.searchsorted(k_pos[row], positions, side="right") - 1
-    inside = np.minimum(positions - k_pos[row][run], length[run])
-    return np.where(run < 0, 0, row[run] + inside)
+def rows_before(runs: Runs, positions: IntArray) -> IntArray:
+    """How many rows of a shard come before each of the ascending `positions`.
+
+    The count stands still before, between and after the runs, and climbs by one a position inside them.
+    """
+    pieces = np.searchsorted(positions, np.stack(runs[:2], axis=1).ravel())
+    counts = np.diff(np.concatenate(([0], pieces, [len(positions)])))
+    offset, climbs = np.zeros(len(counts), dtype=np.int64), np.zeros(len(counts), dtype=np.int64)
+    offset[1::2], climbs[1::2] = runs.row - runs.start, 1
+    offset[2::2] = runs.row + runs.stop - runs.start
+    rows = np.repeat(climbs, counts)
+    rows *= positions
+    rows += np.repeat(offset, counts)
+    return rows
 
 
-def needed_rows(lo: IntArray, hi: IntArray, num_keys: int) -> IntArray:
-    """Key rows that at least one query sees, as sorted disjoint intervals [M, 2]."""
+def needed_rows(lo: IntArray, hi: IntArray) -> IntArray:
+    """Rows inside at least one of the ascending intervals, as sorted disjoint intervals [M, 2]."""
     alive = hi > lo
-    depth = np.bincount(lo[alive], minlength=num_keys + 1) - np.bincount(hi[alive], minlength=num_keys + 1)
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], np.cumsum(depth[:-1]) > 0, [0])).astype(np.int8)))
-    return edges.reshape(-1, 2)
+    lo, hi = lo[alive], hi[alive]
+    apart = lo[1:] > hi[:-1]
+    return np.stack((lo[np.append(True, apart)[: len(lo)]], hi[np.append(apart, True)[: len(hi)]]), axis=1)
 
 
 def compact(lo: IntArray, hi: IntArray, rows: IntArray) -> tuple[IntArray, IntArray]:
     """The same intervals counted in a buffer that holds only `rows` (as `needed_rows` gives them)."""
-    alive = hi > lo
     lengths = rows[:, 1] - rows[:, 0]
-    offsets = np.cumsum(lengths) - lengths
-    span = np.searchsorted(rows[:, 0], lo[alive], side="right") - 1
-    new_lo = np.zeros_like(lo)
-    new_lo[alive] = lo[alive] - rows[span, 0] + offsets[span]
-    return new_lo, np.where(alive, new_lo + hi - lo, new_lo)
+    new_lo = rows_before(Runs(rows[:, 0], rows[:, 1], np.cumsum(lengths) - lengths), lo)
+    return new_lo, new_lo + np.maximum(hi - lo, 0)
 
 
 def cut_tiles(lo: IntArray, hi: IntArray) -> Tiles:

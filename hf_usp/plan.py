@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import UspConfigError
-from .layout import IntArray, Mask, Tiles, compact, cut_tiles, needed_rows, visible
+from .layout import IntArray, Mask, Runs, Tiles, compact, cut_tiles, find_runs, needed_rows, rows_before
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,16 +71,25 @@ def make_plan(shards: Sequence[IntArray], mask: Mask, rank: int) -> RingPlan:
     if not 0 <= rank < len(shards):
         raise UspConfigError(f"ring rank {rank} of {len(shards)}", rule="ring ranks count from 0")
     ring, mine = len(shards), shards[rank]
+    runs = [find_runs(shard) for shard in shards]
+    seen, reach = mask.interval(mine), mask.reach(runs[rank])
     nothing = np.zeros((0, 2), dtype=np.int64)
-    steps = [Step(rank, rank, nothing, 0, cut_tiles(*visible(mine, mine, mask)))]
+    own = cut_tiles(rows_before(runs[rank], seen[0]), rows_before(runs[rank], seen[1]))
+    steps = [Step(rank, rank, nothing, 0, own)]
     for distance in range(1, ring):
         source, reader = (rank - distance) % ring, (rank + distance) % ring
-        lo, hi = visible(mine, shards[source], mask)
-        rows = needed_rows(lo, hi, len(shards[source]))
-        send = needed_rows(*visible(shards[reader], mine, mask), len(mine))
-        received = int((rows[:, 1] - rows[:, 0]).sum())
-        steps.append(Step(source, reader, send, received, cut_tiles(*compact(lo, hi, rows))))
+        send, rows = _rows(runs[rank], mask.reach(runs[reader])), _rows(runs[source], reach)
+        tiles = cut_tiles(nothing[:, 0], nothing[:, 1])
+        if len(rows):
+            lo, hi = (rows_before(runs[source], edge) for edge in seen)
+            tiles = cut_tiles(*compact(lo, hi, rows))
+        steps.append(Step(source, reader, send, int((rows[:, 1] - rows[:, 0]).sum()), tiles))
     return RingPlan(rank, len(mine), tuple(steps))
+
+
+def _rows(held: Runs, wanted: IntArray) -> IntArray:
+    """Rows of a shard that lie in sorted intervals of positions, as sorted disjoint intervals [M, 2]."""
+    return needed_rows(rows_before(held, wanted[:, 0]), rows_before(held, wanted[:, 1]))
 
 
 def group_by_window(tiles: Tiles) -> list[Tiles]:

@@ -7,22 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_usp.dealing import WORTH, balance, choose_order, own_and_rest
 from hf_usp.errors import UspConfigError, UspError, UspMaskError
-from hf_usp.layout import (
-    ORDERS,
-    WORTH,
-    Documents,
-    Mask,
-    balance,
-    choose_order,
-    compact,
-    cut_tiles,
-    deal,
-    needed_rows,
-    over_batch,
-    own_and_rest,
-    visible,
-)
+from hf_usp.layout import ORDERS, Documents, Mask, compact, cut_tiles, deal, needed_rows, over_batch, visible
 
 from .dense import Scene, count_pairs, scenes
 
@@ -34,6 +21,8 @@ def test_interval_is_the_dense_mask(scene: Scene) -> None:
     lo, hi = scene.mask.interval(positions)
     assert np.array_equal((positions >= lo[:, None]) & (positions < hi[:, None]), dense)
     assert scene.mask.area(positions) == dense.sum()
+    assert [scene.mask.area(shard) for shard in scene.shards] == [dense[shard].sum() for shard in scene.shards]
+    assert scene.mask.area_before(np.arange(len(dense) + 1)).tolist() == [0, *dense.sum(1).cumsum()]
 
 
 @given(scenes())
@@ -53,7 +42,7 @@ def test_needed_rows_are_the_rows_that_somebody_sees(scene: Scene) -> None:
     for q_pos in scene.shards:
         for k_pos in scene.shards:
             lo, hi = visible(q_pos, k_pos, mask)
-            rows = needed_rows(lo, hi, len(k_pos))
+            rows = needed_rows(lo, hi)
             kept = [row for a, b in rows.tolist() for row in range(a, b)]
             assert kept == np.flatnonzero(dense[np.ix_(q_pos, k_pos)].any(axis=0)).tolist()
             assert (rows[:, 0] < rows[:, 1]).all() and (rows[1:, 0] > rows[:-1, 1]).all(), "disjoint, merged, ascending"
@@ -65,7 +54,7 @@ def test_compact_names_the_same_keys_in_the_packed_buffer(scene: Scene) -> None:
     for q_pos in scene.shards:
         for k_pos in scene.shards:
             lo, hi = visible(q_pos, k_pos, mask)
-            rows = needed_rows(lo, hi, len(k_pos))
+            rows = needed_rows(lo, hi)
             packed = np.concatenate([k_pos[:0], *(k_pos[a:b] for a, b in rows)])
             new_lo, new_hi = compact(lo, hi, rows)
             for a, b, c, d in zip(lo, hi, new_lo, new_hi, strict=True):
