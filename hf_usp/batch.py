@@ -110,7 +110,7 @@ class Layout:
 
         def make() -> RingPlan:
             shards = over_batch(self.shards, self.batch, self.padded)
-            return make_plan(shards, self.mask(kind), self.mesh.ring_rank)
+            return make_plan(shards, self.mask(kind), self.mesh.ring_rank, self.mesh.ring_per_node)
 
         return self.once(("plan", kind), make)
 

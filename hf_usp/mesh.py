@@ -6,6 +6,7 @@ r % ulysses_degree. Consecutive groups of the world are separate meshes (data pa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .comm import all_gather_ints, group_device
 from .degrees import check_degrees
 from .errors import UspConfigError
 
@@ -21,7 +23,8 @@ from .errors import UspConfigError
 class UspMesh:
     """This rank's place in its mesh, and the groups it talks to (None where an axis has one rank).
 
-    Build it with `UspMesh.build` or `UspMesh.from_device_mesh`, on every rank of the mesh.
+    Build it with `UspMesh.build` or `UspMesh.from_device_mesh`, on every rank of the mesh. ring_per_node: consecutive
+    ring ranks that share a node, 1 where that is not known or not the same on all nodes.
     """
 
     ring_degree: int
@@ -32,6 +35,7 @@ class UspMesh:
     ring_group: dist.ProcessGroup | None
     ulysses_group: dist.ProcessGroup | None
     group: dist.ProcessGroup | None
+    ring_per_node: int = 1
 
     @classmethod
     def build(cls, *, ring_degree: int, ulysses_degree: int) -> UspMesh:
@@ -87,6 +91,7 @@ class UspMesh:
         ring_degree = check_degrees(len(ranks), ulysses_degree)
         me = ranks.index(dist.get_rank())
         ring_rank, ulysses_rank = divmod(me, ulysses_degree)
+        group = _new_group(ranks)
         return cls(
             ring_degree=ring_degree,
             ulysses_degree=ulysses_degree,
@@ -95,7 +100,8 @@ class UspMesh:
             ranks=ranks,
             ring_group=_new_group(ranks[ulysses_rank::ulysses_degree]),
             ulysses_group=_new_group(ranks[ring_rank * ulysses_degree : (ring_rank + 1) * ulysses_degree]),
-            group=_new_group(ranks),
+            group=group,
+            ring_per_node=_ring_per_node(ranks, ulysses_degree, group),
         )
 
     @property
@@ -116,6 +122,25 @@ class UspMesh:
     def __deepcopy__(self, memo: dict) -> UspMesh:
         """Process groups cannot be copied; a copied model talks to the same ranks."""
         return self
+
+
+def _ring_per_node(ranks: Sequence[int], ulysses_degree: int, group: dist.ProcessGroup | None) -> int:
+    """Consecutive ring ranks that share a node, from LOCAL_WORLD_SIZE of all ranks; they have to agree.
+
+    Global ranks are numbered node by node, as launchers do.
+    """
+    if group is None:
+        return 1
+    said = torch.tensor([int(os.environ.get("LOCAL_WORLD_SIZE", "0"))], device=group_device(group))
+    sizes = set(all_gather_ints(said, group).flatten().tolist())
+    if len(sizes) > 1 or sizes == {0}:
+        return 1
+    size = sizes.pop()
+    nodes = [rank // size for rank in ranks]
+    together = len(ranks) // len(set(nodes))
+    if together % ulysses_degree or nodes != [node for node in dict.fromkeys(nodes) for _ in range(together)]:
+        return 1
+    return together // ulysses_degree
 
 
 def batch_mesh(device_type: str, copies: int) -> DeviceMesh:

@@ -1,8 +1,8 @@
 """What each ring rank computes and sends: the integer plan of one attention call. No torch.
 
 The plan names, for every pair of ring ranks, exactly the key rows that some query of the reader sees. They go straight
-from their owner to the reader; a pair that sees nothing exchanges nothing. Step i pairs rank r with its source r - i
-and its reader r + i, so in each step every link is used once. Step 0 is the rank's own tokens.
+from their owner to the reader; a pair that sees nothing exchanges nothing. Step 0 is the rank's own tokens; each step
+after it pairs every rank with one source and one reader, so every link is used once (`partners`).
 
 Byte floor, causal zigzag, per rank and layer: 0.75 of what relaying whole blocks around the ring moves.
 """
@@ -66,8 +66,28 @@ class RingPlan:
         return sum(step.num_sent > 0 for step in self.steps)
 
 
-def make_plan(shards: Sequence[IntArray], mask: Mask, rank: int) -> RingPlan:
-    """Plan of ring rank `rank` when rank r holds the ascending global positions `shards[r]`."""
+def partners(ring: int, per_node: int, rank: int) -> list[tuple[int, int]]:
+    """Source and reader of a ring rank in each step after its own, where every `per_node` ranks in order share a node.
+
+    Transfers between nodes come first: in such a step all ranks of a node send to another node, each over its own
+    link and to a rank of its own. Those inside the node come last, so that the one transfer of the backward that
+    nothing hides, the last gradients on their way home, is a short one. On one node, or with one rank on each, step i
+    pairs rank r with r - i and r + i.
+    """
+    nodes, (node, place) = ring // per_node, divmod(rank, per_node)
+    shifts = [(far, near) for far in (*range(1, nodes), 0) for near in range(per_node) if far or near]
+
+    def at(far: int, near: int) -> int:
+        return (node + far) % nodes * per_node + (place + near) % per_node
+
+    return [(at(-far, -near), at(far, near)) for far, near in shifts]
+
+
+def make_plan(shards: Sequence[IntArray], mask: Mask, rank: int, per_node: int = 1) -> RingPlan:
+    """Plan of ring rank `rank` when rank r holds the ascending global positions `shards[r]`.
+
+    per_node: consecutive ring ranks that share a node (a divisor of their number).
+    """
     if not 0 <= rank < len(shards):
         raise UspConfigError(f"ring rank {rank} of {len(shards)}", rule="ring ranks count from 0")
     ring, mine = len(shards), shards[rank]
@@ -76,8 +96,7 @@ def make_plan(shards: Sequence[IntArray], mask: Mask, rank: int) -> RingPlan:
     nothing = np.zeros((0, 2), dtype=np.int64)
     own = cut_tiles(rows_before(runs[rank], seen[0]), rows_before(runs[rank], seen[1]))
     steps = [Step(rank, rank, nothing, 0, own)]
-    for distance in range(1, ring):
-        source, reader = (rank - distance) % ring, (rank + distance) % ring
+    for source, reader in partners(ring, per_node, rank):
         send, rows = _rows(runs[rank], mask.reach(runs[reader])), _rows(runs[source], reach)
         tiles = cut_tiles(nothing[:, 0], nothing[:, 1])
         if len(rows):

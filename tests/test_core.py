@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -80,6 +82,37 @@ def core_error(mesh_degrees: tuple[int, int], sabotage: str = "", dtype: torch.d
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_outputs_and_gradients_equal_the_oracle(four_ranks: Ranks, mesh: tuple[int, int]) -> None:
     assert max(four_ranks.run(core_error, mesh)) < 1e-10
+
+
+def error_across_nodes() -> tuple[list[int], float]:
+    """Ring ranks on a node as the mesh finds them, and the largest error of a ring over two nodes of two ranks."""
+    import hf_usp
+
+    found = []
+    for sizes in ("2222", "4444", "2444", "3333"):
+        with patch.dict(os.environ, LOCAL_WORLD_SIZE=sizes[dist.get_rank()]):
+            for ring, ulysses in ((4, 1), (2, 2)):
+                found.append(hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses).ring_per_node)
+    positions = torch.cat([torch.arange(n) for n in (50, 3, 43)])[None]
+    batch = {"input_ids": torch.zeros(1, 96, dtype=torch.long), "position_ids": positions}
+    results, sources = [], []
+    for size in ("4", "2"):
+        with patch.dict(os.environ, LOCAL_WORLD_SIZE=size):
+            layout = hf_usp.shard(batch, hf_usp.UspMesh.build(ring_degree=4, ulysses_degree=1), order="zigzag")["usp"]
+        torch.manual_seed(dist.get_rank())
+        inputs = [torch.randn(1, 24, h, 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+        out = hf_usp.usp_attention(*inputs, layout)
+        out.square().sum().backward()
+        results.append([out, *(x.grad for x in inputs)])
+        sources.append([step.source ^ dist.get_rank() for step in layout.plan().steps])
+    assert sources[1] == [0, 2, 3, 1] != sources[0]
+    return found, max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+
+
+def test_a_ring_over_nodes_sends_across_them_first(four_ranks: Ranks) -> None:
+    """Sizes that ranks do not agree on, and nodes that hold different numbers of them, leave the plain order."""
+    for found, error in four_ranks.run(error_across_nodes):
+        assert found == [2, 1, 4, 2, 1, 1, 1, 1] and error < 1e-12
 
 
 @pytest.mark.parametrize("sabotage", ["documents", "window", "dk"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_usp.errors import UspConfigError
 from hf_usp.layout import ORDERS, Documents, IntArray, Mask, Tiles, cut_tiles, deal, visible
-from hf_usp.plan import RingPlan, group_by_window, make_plan
+from hf_usp.plan import RingPlan, group_by_window, make_plan, partners
 
 from .dense import Scene, count_pairs, scenes
 
@@ -61,6 +61,26 @@ def test_sender_and_reader_meet_in_the_same_step(scene: Scene) -> None:
             assert there.source == rank and there.receive_rows == step.num_sent
     assert sum(p.rows_sent for p in plans) == sum(p.rows_received for p in plans)
     assert [p.messages for p in plans] == [sum(s.num_sent > 0 for s in p.steps) for p in plans]
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_transfers_between_nodes_come_first_and_are_spread(nodes: int, per_node: int) -> None:
+    """Every pair once; in each step all ranks of a node cross, to different ranks, or none does; those steps first."""
+    ring = nodes * per_node
+    everyone = [partners(ring, per_node, rank) for rank in range(ring)]
+    crossing = []
+    for step in zip(*everyone, strict=True):
+        readers = [reader for _, reader in step]
+        assert sorted(readers) == list(range(ring))
+        assert all(step[reader][0] == rank for rank, reader in enumerate(readers)), "the reader expects this source"
+        crosses = {reader // per_node != rank // per_node for rank, reader in enumerate(readers)}
+        assert len(crosses) == 1
+        crossing.append(crosses.pop())
+    assert crossing == [True] * (ring - per_node) + [False] * (per_node - 1)
+    for rank, pairs in enumerate(everyone):
+        assert {source for source, _ in pairs} == {reader for _, reader in pairs} == set(range(ring)) - {rank}
+    if 1 in (nodes, per_node):
+        assert everyone[0] == [(-i % ring, i) for i in range(1, ring)]
 
 
 @settings(max_examples=30)
