@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from .bodies import find_body
 from .errors import UspModelError
-from .token_losses import Change, Head, SumOfLosses, autocast_dtype
+from .precision import autocast_dtype
+from .token_losses import Change, Head, SumOfLosses
 
 
 class ChunkedLoss:

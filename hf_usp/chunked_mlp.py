@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from .errors import UspModelError
 from .kernels import accumulation_dtype
 from .once import differentiated_once
+from .precision import autocast_dtype
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 TRIED = 8  # tokens of the trial
@@ -198,8 +199,5 @@ def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 def _autocast(tensor: Tensor) -> Callable[[], AbstractContextManager[Any]]:
     """The autocast of the forward, for the backward."""
-    kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind):
-        return nullcontext
-    dtype = torch.get_autocast_dtype(kind)
-    return lambda: torch.autocast(kind, dtype)
+    kind, dtype = tensor.device.type, autocast_dtype(tensor)
+    return nullcontext if dtype is None else lambda: torch.autocast(kind, dtype)

@@ -19,6 +19,7 @@ from .batch import CallShape, Layout, MaskKind
 from .degrees import split_heads
 from .errors import UspModelError
 from .kernels import Softmax, choose_kernel
+from .precision import no_autocast
 from .ring import RingCall, ring_backward, ring_forward
 from .ulysses import Heads, heads_to_tokens, heads_to_tokens_backward
 from .work import head_runs
@@ -79,7 +80,8 @@ def forward(inputs: Inputs, call: AttentionCall) -> Kept:
     """What to keep for the backward; the result is the output in it, out_ThE."""
     q_BLHD, k_BLGD, v_BLGE, _ = inputs
     arrived_TX = heads_to_tokens(q_BLHD, k_BLGD, v_BLGE, call.heads)
-    out_ThE, lse_hT = ring_forward(*_at_hand(inputs, arrived_TX, call.heads), call.ring)
+    with no_autocast(q_BLHD.device):
+        out_ThE, lse_hT = ring_forward(*_at_hand(inputs, arrived_TX, call.heads), call.ring)
     return arrived_TX, out_ThE, lse_hT
 
 

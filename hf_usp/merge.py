@@ -37,7 +37,8 @@ class Merged:
         out_THE, lse_HT = self.result()
         out_THE, lse_HT, rows = out_THE[:, heads], lse_HT[heads], call.rows
         if call.rows_fresh:
-            out_THE[rows], lse_HT[:, rows] = out, lse
+            _put(out_THE, rows, out)
+            lse_HT[:, rows] = lse
             return
         old_out, old_lse = out_THE[rows], lse_HT[:, rows]
         # The new keys' share of the total weight. exp(-inf - x) = 0 makes the first tile of a row a plain copy.
@@ -79,7 +80,7 @@ class Sum:
             return
         total = self._started()[:, heads]
         if fresh:
-            total[rows] = part
+            _put(total, rows, part)
         elif isinstance(rows, slice):
             total[rows].add_(part)
         elif distinct:
@@ -106,6 +107,11 @@ class Sum:
 def _is_whole(part: Tensor, rows: Index, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether a part is a result by itself: all rows in order and all heads, in memory of its own."""
     return part.shape == shape and part.dtype == dtype and isinstance(rows, slice) and part.is_contiguous()
+
+
+def _put(target: Tensor, rows: Index, value: Tensor) -> None:
+    """target[rows] = value, in the target's dtype (torch does not convert what it scatters)."""
+    target[rows] = value if isinstance(rows, slice) else value.to(target.dtype)
 
 
 def _fill_(x: Tensor, rows: Index, value: float) -> None:

@@ -30,6 +30,7 @@ from .kernels import Softmax
 from .layout import UNLIMITED
 from .passing import passed_on
 from .positions import is_temperature_tuned, with_global_temperature
+from .precision import as_autocast
 from .shard import LayoutMask
 
 NAME = "usp"
@@ -172,8 +173,8 @@ def usp_attention_forward(
     if is_temperature_tuned(module):
         query = with_global_temperature(query, module, layout)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
-    inputs = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), s_aux)
-    return attend(inputs, layout, kind, softmax, ticket), None
+    q, k, v = as_autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return attend((q, k, v, s_aux), layout, kind, softmax, ticket), None
 
 
 def _kind_without_mask(

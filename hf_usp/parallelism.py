@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, ParallelismConfig
-from accelerate.utils import DynamoBackend, gather_object, is_compiled_module, recursively_apply
+from accelerate.utils import DynamoBackend, is_compiled_module
 from transformers import PreTrainedModel
 
 from .bodies import find_body
@@ -24,6 +24,7 @@ from .comm import world_size
 from .errors import UspConfigError, UspModelError
 from .faults import after, telling
 from .feed import same_rows
+from .gathering import gather_once, refuse_shares
 from .mesh import DeviceMesh, UspMesh
 from .offload import offload_checkpoints
 from .options import check_choice, check_chunks, check_options
@@ -193,8 +194,9 @@ class _Seam:
     """What an `Accelerator` made with our config does differently, set on that one instance.
 
     `prepare` and `prepare_model` attach the sharding hooks to models; `gather_for_metrics` counts ranks that share a
-    batch once; `pad_across_processes` refuses logits of which every rank holds only a share; `prepare_data_loader`
-    gives these ranks the same rows (feed.py); `backward` tells the other ranks what ended it (faults.py).
+    batch once, and refuses logits of which every rank holds a share, as `pad_across_processes` does (gathering.py);
+    `prepare_data_loader` gives these ranks the same rows (feed.py); `backward` tells the other ranks what ended it
+    (faults.py).
     """
 
     def __init__(self, accelerator: Accelerator, config: UspParallelismConfig) -> None:
@@ -202,9 +204,11 @@ class _Seam:
         self.accelerator = accelerator
         self.prepared: list[ShardedForward] = []
         self.meshes: dict[int, UspMesh] = {}
-        stock = ("prepare", "prepare_model", "prepare_data_loader", "pad_across_processes", "backward")
+        stock = (
+            "prepare", "prepare_model", "prepare_data_loader", "pad_across_processes", "gather_for_metrics", "backward"
+        )  # fmt: skip
         self.stock = {name: getattr(accelerator, name) for name in stock}
-        for name in (*self.stock, "gather_for_metrics"):
+        for name in self.stock:
             method = functools.wraps(getattr(Accelerator, name))(functools.partial(getattr(type(self), name), self))
             setattr(accelerator, name, method)
         if config.cp_size > 1 and under_deepspeed(accelerator):
@@ -277,22 +281,11 @@ class _Seam:
                 )
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """As in Accelerate, from the ranks that hold different rows: one of each context-parallel group."""
-        pc, state = self.config, self.accelerator.gradient_state
-        copies = pc.cp_size * pc.tp_size
-        try:
-            recursively_apply(lambda x: x, input_data, error_on_other_type=True)
-        except TypeError:
-            use_gather_object = True
-        cut = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
-        if use_gather_object:
-            rows = gather_object([input_data])[::copies]
-            return [row for rank in rows for row in rank][:cut]
-
-        def distinct(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.unflatten(0, (self.accelerator.num_processes, -1))[::copies].flatten(0, 1)[:cut]
-
-        return recursively_apply(distinct, self.accelerator.gather(input_data))
+        refuse_shares(input_data, self.prepared)
+        copies = self.config.cp_size * self.config.tp_size
+        if copies == 1:
+            return self.stock["gather_for_metrics"](input_data, use_gather_object)
+        return gather_once(self.accelerator, input_data, copies, use_gather_object)
 
     def pad_across_processes(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(tensor, tuple) and not tensor and self.config.loss_chunk is not None:
@@ -301,12 +294,5 @@ class _Seam:
                 rule="with loss_chunk there are no logits",
                 remedy="leave out loss_chunk for predict and compute_metrics, or prediction_loss_only=True",
             )
-        for hooks in self.prepared:
-            if isinstance(tensor, torch.Tensor) and hooks.last_share == (tensor.data_ptr(), tuple(tensor.shape)):
-                raise UspModelError(
-                    f"logits {tuple(tensor.shape)} to be gathered over processes that hold shares of the tokens",
-                    rule="whole logits are only there with gather_outputs=True",
-                    remedy="UspParallelismConfig(gather_outputs=True) for predict and compute_metrics, or "
-                    "prediction_loss_only=True for the loss alone",
-                )
+        refuse_shares(tensor, self.prepared)
         return self.stock["pad_across_processes"](tensor, *args, **kwargs)

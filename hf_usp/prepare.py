@@ -1,7 +1,7 @@
 """What makes a model take full batches: two hooks that cut before its forward and put together after it.
 
 The hooks sit on the outermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. Everything about one forward
-travels in its `Layout`; between calls they keep only what the self-check found and where the last logits lie.
+travels in its `Layout`; between calls they keep only what the self-check found and the shapes of the last outputs.
 """
 
 from __future__ import annotations
@@ -14,11 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .batch import CAUSAL, MaskKind, cut
-from .bodies import CutBody, check_surroundings, find_body, gather_outputs, layout_of, pool_again, share_for
+from .bodies import (
+    PER_TOKEN_OUTPUTS,
+    CutBody,
+    check_surroundings,
+    find_body,
+    gather_outputs,
+    layout_of,
+    pool_again,
+    share_for,
+)
 from .errors import UspModelError
 from .faults import after, tell_failure
 from .layout import UNLIMITED
@@ -32,6 +42,7 @@ from .rope import length_dependent_ropes
 from .router import RouterLoss, wants_router_logits
 from .selfcheck import self_check
 from .shard import ShardOptions
+from .tensor_parallel import check_tensor_parallel
 from .training_check import refuse_scaled_noise, training_check
 
 
@@ -45,7 +56,7 @@ class ShardedForward:
         self.unchecked = self.unchecked_training = check
         self.inexact: frozenset[str] = frozenset()  # what the self-check found besides
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
-        self.last_share: tuple[int, tuple[int, ...]] | None = None  # address and shape of logits left as a share
+        self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
         self.failed: BaseException | None = None  # what ended a forward or backward on this rank
         self.recurrent = RecurrentLayers(model)
         body = find_body(model)
@@ -142,6 +153,7 @@ class ShardedForward:
         layout = layout_of(kwargs)
         if layout is None or layout.mesh is not self.mesh:
             return output
+        self.shares = frozenset()
         if layout.calls == 0:
             raise UspModelError(
                 f"no attention layer of {type(model).__name__} called the attention function {NAME!r}",
@@ -166,8 +178,9 @@ class ShardedForward:
             pool_again(model, output, layout, gathered=False)
         if self.gather_outputs:
             gather_outputs(output, layout)
-        elif isinstance(output.get("logits"), Tensor):
-            self.last_share = (output["logits"].data_ptr(), tuple(output["logits"].shape))
+        else:
+            left = tree_leaves([output.get(name) for name in PER_TOKEN_OUTPUTS])
+            self.shares = frozenset(tuple(x.shape) for x in left if isinstance(x, Tensor))
         return output
 
 
@@ -286,20 +299,6 @@ def check_model(model: PreTrainedModel) -> None:
             rule="each rank passes the positions of its tokens; a model that counts them itself starts at 0 everywhere",
             remedy="use an architecture whose forward takes position_ids",
         )
-
-
-def check_tensor_parallel(model: PreTrainedModel) -> None:
-    """Refuse tensor parallelism that leaves parts of a head on a rank; layers would fail on their shapes."""
-    ranks, config = getattr(model, "tp_size", None) or 1, model.config.get_text_config()
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        count = getattr(config, name, None)
-        if ranks > 1 and isinstance(count, int) and count % ranks:
-            raise UspModelError(
-                f"{type(model).__name__} with {name}={count} under tp_size={ranks}",
-                rule="tensor parallelism gives every rank whole heads; what is left of them may be dealt unevenly to "
-                "ulysses ranks",
-                remedy=f"choose a tp_size that divides {count}, and more ranks for cp_size",
-            )
 
 
 def mask_kinds(model: PreTrainedModel) -> tuple[MaskKind, ...]:

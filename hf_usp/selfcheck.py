@@ -29,6 +29,7 @@ from .errors import UspError, UspModelError
 from .faults import tell_failure
 from .mesh import UspMesh
 from .positions import may_count_visible, temperature_tuned, visible_positions
+from .precision import no_autocast
 from .recurrent import has_recurrent_layers
 from .rope import length_dependent_ropes
 from .shard import IGNORED, ShardOptions
@@ -154,7 +155,7 @@ def _original_length(rope: Any) -> int:
 
 @contextmanager
 def unnoticed(model: PreTrainedModel, device: torch.device, training: bool = False) -> Iterator[None]:
-    """No gradients and no dropout (or flags as they are, and no checkpointing); all as before afterwards."""
+    """No gradients, no autocast and no dropout (or flags as they are, no checkpointing); all as before afterwards."""
     modules = list(model.modules())
     flags = [module.training for module in modules]
     buffers = [
@@ -168,6 +169,7 @@ def unnoticed(model: PreTrainedModel, device: torch.device, training: bool = Fal
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(no_autocast(device))  # of PEFT's wrapper: numbers would be too coarse to compare
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # not a graph for a batch that comes once
         for module in modules:
             module.training = module.training and training

@@ -11,7 +11,6 @@ Shape suffixes: T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,14 +19,9 @@ from torch.nn import functional
 
 from .kernels import accumulation_dtype
 from .once import differentiated_once
+from .precision import no_autocast
 
 Change = Callable[[Tensor], Tensor]
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype of matrix products if autocast is on."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class Head:
@@ -59,7 +53,7 @@ class SumOfLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T)
         ctx.head = head
-        with _no_autocast(hidden_TD):
+        with no_autocast(hidden_TD.device):
             weight_VD, bias_V = head.cast(weight_VD), head.cast(bias_V)
             chunks = zip(hidden_TD.split(head.chunk), labels_T.split(head.chunk), strict=True)
             losses = [head.loss(functional.linear(head.cast(h), weight_VD, bias_V), labels) for h, labels in chunks]
@@ -77,7 +71,7 @@ class SumOfLosses(torch.autograd.Function):
         for start in range(0, len(hidden_TD), head.chunk):
             chunk = slice(start, start + head.chunk)
             h_TD = head.cast(hidden_TD[chunk])
-            with _no_autocast(hidden_TD), torch.enable_grad():
+            with no_autocast(hidden_TD.device), torch.enable_grad():
                 logits_TV = functional.linear(h_TD.detach(), weight.detach(), bias).detach().requires_grad_()
                 loss = head.loss(logits_TV, labels_T[chunk])
             (d_TV,) = torch.autograd.grad(loss, logits_TV, grads[0])
@@ -88,12 +82,6 @@ class SumOfLosses(torch.autograd.Function):
             if d_bias_V is not None:
                 d_bias_V += d_TV.sum(0, dtype=d_bias_V.dtype)
         return d_hidden_TD, _back(d_weight_VD, weight_VD), _back(d_bias_V, bias_V), None, None
-
-
-def _no_autocast(tensor: Tensor) -> Any:
-    """Casts are made by hand, once for all chunks."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _zeros(like: Tensor) -> Tensor:
