@@ -37,6 +37,7 @@ from transformers import (
 from hf_usp import checkpoint, data
 from hf_usp.errors import UspConfigError
 from hf_usp.report import UspReport
+from hf_usp.resume import SameRun
 
 logger = logging.getLogger("finetune")
 
@@ -219,6 +220,7 @@ def main() -> None:
         processing_class=None if isinstance(tokenizer, texts.ByteTokenizer) else tokenizer,
     )
     report.attach(trainer)
+    trainer.add_callback(SameRun())  # refuses a checkpoint of other rows, other batches or another model
     trainer.train(resume_from_checkpoint=checkpoint_to_continue(args))
     if eval_rows is not None:
         trainer.log_metrics("eval", trainer.evaluate())

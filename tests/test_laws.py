@@ -75,6 +75,7 @@ FLOORS = {
         "page",
         "first_batch",
         "report",
+        "resume",
         "exposed",
         "check",
         "cli",
