@@ -42,7 +42,7 @@ from .rope import length_dependent_ropes
 from .router import RouterLoss, wants_router_logits
 from .selfcheck import self_check
 from .shard import ShardOptions
-from .tensor_parallel import check_tensor_parallel
+from .tensor_parallel import PartialGradients, check_tensor_parallel
 from .training_check import refuse_scaled_noise, training_check
 
 
@@ -58,7 +58,7 @@ class ShardedForward:
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
         self.failed: BaseException | None = None  # what ended a forward or backward on this rank
-        self.recurrent = RecurrentLayers(model)
+        self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
         body = find_body(model)
         self.inside, self.whole_head = body.module is not model, body.whole_head
         self._handles = (
@@ -73,6 +73,7 @@ class ShardedForward:
         for handle in self._handles:
             handle.remove()
         self.recurrent.release()
+        self.partial.release()
         self.router.remove()
 
     def __deepcopy__(self, memo: dict) -> ShardedForward:

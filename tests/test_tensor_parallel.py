@@ -13,10 +13,10 @@ from .ranks import Ranks
 from .tiny import largest_difference, rows, tiny_model
 
 
-def saved(folder: Path, **changes: Any) -> str:
-    """A tiny Llama on disk: Transformers shards over TP while it loads."""
+def saved(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> str:
+    """A tiny model on disk: Transformers shards over TP while it loads."""
     path = str(folder / "model")
-    tiny_model("llama", "eager", **changes).save_pretrained(path)
+    tiny_model(family, "eager", dtype, **changes).save_pretrained(path)
     return path
 
 
@@ -40,7 +40,7 @@ def train(path: str, mesh: dict[str, int] | None, sharding: dict[str, int] | Non
     )  # fmt: skip
     sharded = {} if sharding is None else {"distributed_config": DistributedConfig(**sharding)}
     attention = "eager" if mesh is None else "usp"
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype=torch.float32, **sharded)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype="auto", **sharded)
     trainer = Trainer(model=model, args=args, train_dataset=rows(40, 40))
     trainer.train()
     logs = trainer.state.log_history
@@ -65,10 +65,24 @@ def compare(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
 @pytest.mark.parametrize("ulysses", [1, 2])
 @pytest.mark.parametrize("heads", [(4, 2), (6, 6)], ids=str)
 def test_tp_around_the_mesh(four_ranks: Ranks, tmp_path: Path, heads: tuple[int, int], ulysses: int) -> None:
-    """(6, 6): three heads after TP, dealt unevenly to two ulysses ranks."""
+    """(6, 6): three heads after TP, dealt unevenly to two ulysses ranks; norms inside heads; widths that TP cuts
+    unevenly."""
     changes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 8 * heads[0]}
-    path = saved(tmp_path, **changes)
+    uneven = {"head_dim": 8, "intermediate_size": 65, "vocab_size": 65}
+    path = saved(tmp_path, **changes) if heads == (4, 2) else saved(tmp_path, "qwen3", **changes, **uneven)
     mesh, sharding = {"cp_size": 2, "ulysses_degree": ulysses}, {"tp_size": 2, "fsdp_size": 2}
+    compare(four_ranks.run(train, path, mesh, sharding, 2), train(path, None, None, 2))
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "sharding", [{"fsdp_size": 4, "ep_size": 4}, {"fsdp_size": 2, "tp_size": 2, "ep_size": 2}], ids=str
+)
+def test_experts_dealt_to_ranks(four_ranks: Ranks, tmp_path: Path, sharding: dict[str, int]) -> None:
+    """Expert parallelism over the ranks of the mesh, alone and with TP."""
+    path, mesh = saved(tmp_path, "qwen3_moe", **MOE), {"cp_size": sharding["fsdp_size"], "ulysses_degree": 2}
     compare(four_ranks.run(train, path, mesh, sharding, 2), train(path, None, None, 2))
 
 
@@ -83,11 +97,11 @@ def test_four_axes_on_eight_processes(tmp_path: Path) -> None:
     compare(results, train(path, None, None, 2))
 
 
-def refusal(path: str) -> str:
+def refusal(path: str, **experts: int) -> str:
     import hf_usp
 
     try:
-        train(path, {"cp_size": 2}, {"tp_size": 2, "fsdp_size": 2}, 2)
+        train(path, {"cp_size": 2}, {"tp_size": 2, "fsdp_size": 2, **experts}, 2)
     except hf_usp.UspError as error:
         return str(error)
     return ""
@@ -98,3 +112,8 @@ def test_tp_that_cuts_through_a_head_is_refused(four_ranks: Ranks, tmp_path: Pat
     changes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 8 * heads[0]}
     for message in four_ranks.run(refusal, saved(tmp_path, **changes)):
         assert "tp_size=2" in message and "Remedy" in message
+
+
+def test_experts_alone_on_a_rank_in_fp16_are_refused(four_ranks: Ranks, tmp_path: Path) -> None:
+    for message in four_ranks.run(refusal, saved(tmp_path, "qwen3_moe", torch.float16, **MOE), ep_size=4):
+        assert "torch.float16 under ep_size=4" in message and "Remedy" in message
