@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_high
 from typing import Any
 
 PROBLEM, WARNING = "problem", "warning"
@@ -139,9 +139,11 @@ def slow_links(transfers: Sequence[Transfer], slow: float) -> list[Finding]:
 
 
 def _slow_among(alike: list[Transfer], slow: float, where: str) -> list[Finding]:
-    if len(alike) < 3:
+    if len(alike) < 2:
         return []
-    usual = median(t.bandwidth for t in alike)
+    usual = median_high(t.bandwidth for t in alike)
+    if len(alike) == 2:  # neither is the usual one: only a large difference says something
+        slow *= slow
     bad = [t for t in alike if t.bandwidth < slow * usual]
     remedy = "look at this link (nvidia-smi topo -m, ibstat, ethtool) and at what else runs there"
     hits, total = (Counter(rank for t in group for rank in t.ranks) for group in (bad, alike))

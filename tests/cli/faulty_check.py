@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from typing import Any
 
 import hf_usp.check.run  # noqa: F401  the function of that name hides the module
-from hf_usp.check import exact
+from hf_usp.check import exact, links
 from hf_usp.cli import main
 
 run: Any = sys.modules["hf_usp.check.run"]
 
 fault, where = sys.argv[1], int(sys.argv[2])
-core_error, facts, attention = run.core_error, run.facts, exact.usp_attention
+core_error, facts, attention, post = run.core_error, run.facts, exact.usp_attention, links.post
+rank = int(os.environ["RANK"])
 
 
 def hang(*args: Any, **kwargs: Any) -> float:
@@ -35,11 +37,20 @@ def fail(*args: Any, **kwargs: Any) -> float:
     raise RuntimeError("out of memory")
 
 
-if int(os.environ["RANK"]) == where:
+def slow_link(group: Any, sends: Any, receives: Any) -> Any:
+    """Messages from the rank with the fault to the one two further down take long."""
+    time.sleep(0.1 * any(to == where - 2 for _, to in sends))
+    return post(group, sends, receives)
+
+
+if fault == "wrong":
+    # Two nodes, and a hostfile that names them in turn.
+    socket.gethostname = lambda: f"node{rank % 2}"
+if rank == where:
     if fault == "hang":
         run.core_error = hang
     elif fault == "fail":
         run.core_error = fail
     else:
-        run.facts, exact.usp_attention = other_version, slightly_wrong
+        run.facts, exact.usp_attention, links.post = other_version, slightly_wrong, slow_link
 sys.exit(main(sys.argv[3:]))

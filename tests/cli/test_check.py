@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hf_usp.check.findings import (
 from hf_usp.cli import main
 from hf_usp.mesh import UspMesh
 
-from ..scripts.launch import start
+from ..scripts.launch import accelerate, start
 
 SMALL = "--dtype fp32 --heads 4 --kv-heads 2 --head-dim 16 --message 65536".split()
 
@@ -69,12 +70,19 @@ def faulty(fault: str, rank: int, *arguments: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.timeout(180)
-def test_a_rank_with_another_version_that_computes_something_else() -> None:
-    result = faulty("wrong", 1)
-    assert result.returncode != 0
-    assert "PROBLEM: transformers is 5.17.0 on rank 1" in result.stdout
-    assert re.search(r"PROBLEM: wrong: core, ulysses 2 x ring 1 errs \d+", result.stdout)
-    assert "NOT OK: " in result.stdout and "exitcode  : 1" in result.stdout
+def test_a_cluster_with_many_faults_under_accelerate_launch(tmp_path: Path) -> None:
+    """Ranks numbered across nodes in turn, a slow link, and a rank with another version that computes another thing."""
+    path = tmp_path / "check.json"
+    arguments = (*SMALL, "--ulysses", "2", "--output", str(path))
+    result = accelerate(4, "tests/cli/faulty_check.py", "wrong", "3", "check", *arguments)
+    assert result.returncode != 0 and "exitcode  : 1" in result.stdout, result.stdout
+    text = result.stdout
+    assert "4 rank(s) on 2 node(s)" in text and "NOT OK: " in text
+    assert "PROBLEM: transformers is 5.17.0 on rank 3 (node1)" in text
+    assert "PROBLEM: the ulysses group of ranks 0-1 lies on 2 nodes, although it would fit inside one" in text
+    assert "slow link: pair inside a node, ranks 1, 3" in text
+    assert re.search(r"PROBLEM: wrong: core, ulysses 2 x ring 2 errs \d+", text)
+    assert json.loads(path.read_text())["exit_code"] == 1
 
 
 @pytest.mark.timeout(180)
@@ -86,7 +94,7 @@ def test_a_rank_with_another_version_that_computes_something_else() -> None:
     ],
 )
 def test_a_rank_that_hangs_or_fails_is_named(fault: str, rank: int, said: str) -> None:
-    result = faulty(fault, rank, "--timeout", "20")
+    result = faulty(fault, rank, "--timeout", "12")
     assert result.returncode != 0
     assert f"PROBLEM: {said}" in result.stdout, result.stdout
     assert f"exitcode  : {3 if fault == 'hang' else 1}" in result.stdout
@@ -144,6 +152,8 @@ def test_a_slow_link_and_a_slow_rank() -> None:
     assert "slow link: pair inside a node, ranks 2, 5, 3.00 GB/s; others have 10.00 GB/s" in link.text
     (rank,) = slow_links(ways(**{f"r{min(i, 4)}_{max(i, 4)}": 2e9 for i in range(8) if i != 4}), 0.5)
     assert rank.text.startswith("rank 4 is slow")
+    two = [Transfer("pair", (0, 1), True, 1e-5, 10e9), Transfer("pair", (2, 3), True, 1e-5, 3e9)]
+    assert slow_links(two, 0.5) == [] and len(slow_links([two[0], replace(two[1], bandwidth=2e9)], 0.5)) == 1
     across = [Transfer("pair", (i, i + 8), False, 1e-5, 1e9) for i in range(8)]
     assert slow_links(ways() + across, 0.5) == [], "ways across nodes are compared with their like"
 
