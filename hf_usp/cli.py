@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UspError as refusal:
         print(f"hf-usp: {refusal}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as problem:  # a disk that is full, say: that files can be opened was seen before
+        print(f"hf-usp: usp: a result could not be written: {problem}", file=sys.stderr)
+        return BAD_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from .plan import RingPlan, make_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 MOST_RANKS_LISTED = 64
+MOST_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,12 @@ def check_sizes(case: Case) -> None:
         value = getattr(case, name)
         if value is not None and value < 1:
             raise UspConfigError(f"{name} = {value}", rule=f"{name} is a whole number of at least 1")
+    if case.tokens * case.batch > MOST_TOKENS:
+        raise UspConfigError(
+            f"{case.batch} row(s) of {case.tokens:,} tokens",
+            rule=f"every token is looked at, up to {MOST_TOKENS:,} in all",
+            remedy="take shorter rows: shares of work and bytes are about the same; hf-usp plan takes any length",
+        )
     if case.documents and (min(case.documents) < 1 or sum(case.documents) != case.tokens):
         raise UspConfigError(
             f"documents of {', '.join(map(str, case.documents))} tokens, {sum(case.documents)} in all, in rows of "

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..attention import usp_attention
 from ..batch import cut, unshard
 from ..comm import all_reduce_sum
-from ..errors import UspConfigError
 from ..mesh import UspMesh
 from ..modeling import NAME
+from ..planning.request import read_config
 from ..prepare import attach, mask_kinds
 from ..shard import ShardOptions, shard
 
@@ -100,15 +100,7 @@ def small_config(name: str) -> PretrainedConfig:
 
     Raises `UspConfigError` where it cannot be found without the network.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as problem:
-        raise UspConfigError(
-            f"no config of {name!r} on this machine ({str(problem).splitlines()[0]})",
-            rule="a model is a folder, a config.json, or a hub name in the local cache",
-            remedy=f"huggingface-cli download {name} config.json, or pass a path",
-        ) from problem
-    return shrink(config)
+    return shrink(read_config(name))
 
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:

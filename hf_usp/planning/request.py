@@ -67,7 +67,9 @@ def request(
         if value is not None and not 1 <= value <= most[name]:
             raise UspConfigError(f"{name} = {value}", rule=f"{name} is a whole number from 1 to {most[name]:,}")
     if memory_gb is not None and not (math.isfinite(memory_gb) and 0 < memory_gb <= 100_000):
-        raise UspConfigError(f"memory = {memory_gb} GB", rule="gigabytes of one device, more than 0")
+        raise UspConfigError(
+            f"memory = {memory_gb} GB", rule="gigabytes of one device, more than 0 and at most 100,000"
+        )
     if documents and min(documents) < 1:
         raise UspConfigError(f"a document of {min(documents)} tokens", rule="every document has a token")
     found = find_machine(machine, gpus_per_node)
@@ -134,15 +136,20 @@ def _far_enough(links: tuple[Link, ...]) -> tuple[Link, ...]:
 
 def read_model(name: str) -> ModelShape:
     """Sizes of a model: a folder, a config.json, or a hub name in the local cache (the network is never asked)."""
+    return shape_of(read_config(name))
+
+
+def read_config(name: str) -> Any:
+    """The config of such a model. Raises `UspConfigError` where it is not on this machine, or cannot be read."""
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        return AutoConfig.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as problem:
+        local = Path(name).exists()
         raise UspConfigError(
             f"no config of {name!r} on this machine ({str(problem).splitlines()[0]})",
             rule="a model is a folder, a config.json, or a hub name in the local cache",
-            remedy=f"huggingface-cli download {name} config.json, or pass a path",
+            remedy="mend its config.json" if local else f"hf download {name} config.json, or pass a path",
         ) from problem
-    return shape_of(config)
 
 
 def shape_of(config: Any) -> ModelShape:

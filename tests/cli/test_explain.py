@@ -170,6 +170,7 @@ BASE = ["explain", "--tokens", "4096", "--ranks", "4", "--heads", "8", "--kv-hea
         (["--order", "striped"], "sequence_order='striped'"),
         (["--dtype", "fp8"], "fp8"),
         (["--tokens", "0"], "tokens = 0"),
+        (["--tokens", "99999999999"], "up to 67,108,864 in all"),
         (["--ranks", "0"], "ranks = 0"),
         (["--heads", "-8"], "heads = -8"),
         (["--batch", "0"], "batch = 0"),

@@ -155,19 +155,25 @@ BASE = {"--tokens": "65536", "--gpus": "8"}
         ({"--gpus-per-node": "-1"}, "gpus_per_node = -1"),
         ({"--memory": "-80"}, "memory = -80.0 GB"),
         ({"--memory": "nan"}, "memory = nan GB"),
+        ({"--memory": "1e99"}, "at most 100,000"),
         ({"--rows": "0"}, "rows = 0"),
         ({"--documents": "100,0"}, "a document of 0 tokens"),
         ({"--machine": "v100"}, "a machine is one of " + ", ".join(MACHINES)),
         ({"--machine": "none.json"}, "none.json': No such file"),
         ({"--machine": "{model}/config.json"}, "holds no measured machine"),
         ({"--model": "no/such-model"}, "no config of 'no/such-model' on this machine"),
+        ({"--model": "{model}/broken"}, "Remedy: mend its config.json"),
+        ({"--config": "/dev/full"}, "a result could not be written"),
         ({"--config": "no/such/folder/plan.yaml"}, "a result file 'no/such/folder/plan.yaml'"),
         ({"--picture": "plan.jpeg"}, ".png, .svg, .pdf"),
     ],
 )
 def test_bad_input(model: str, changes: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path(model) / "broken").mkdir()
+    (Path(model) / "broken" / "config.json").write_text("{")
     given = {"--model": model, **BASE, **changes}
     words = [word.format(model=model) for pair in given.items() for word in pair]
     assert main(["plan", *words]) == 2
     captured = capsys.readouterr()
-    assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert said in captured.err and captured.err.count("\n") == 1
+    assert captured.out == "" or "/dev/full" in words, "refused before anything is printed"
