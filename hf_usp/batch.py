@@ -166,7 +166,9 @@ def make_layout(
     """
     # Zigzag wants 2 chunks per ring rank, ulysses equal slices of each ring rank's tokens.
     unit = mesh.ring_degree * int(np.lcm(2 if mesh.ring_degree > 1 else 1, mesh.ulysses_degree))
-    padded = -(-length // unit) * unit
+    # To Transformers a share of one token is a step of generation, in which recurrent layers get no mask.
+    least = 2 * mesh.size if mesh.size > 1 else 1
+    padded = -(-max(length, least) // unit) * unit
     layout = Layout(mesh, batch, length, padded, order, _append_padding(documents, batch, length, padded))
     masks = {kind: layout.mask(kind) for kind in kinds}
     layout.order, layout.shards = deal_row(batch, padded, mesh.ring_degree, order, [masks[kind] for kind in kinds])

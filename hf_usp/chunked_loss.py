@@ -34,16 +34,26 @@ from .token_losses import Change, Head, SumOfLosses
 class ChunkedLoss:
     """The hooks of one model whose loss is computed in chunks of `chunk` tokens whenever it gets labels.
 
-    Its outputs then hold no `logits`. Raises `UspModelError` for a model without a vocabulary head or with another loss
-    than Transformers' ForCausalLMLoss.
+    Its outputs then hold no `logits`. Raises `UspModelError` for a model without a vocabulary head, with another loss
+    than Transformers' ForCausalLMLoss, or with tensor parallelism.
     """
 
     def __init__(self, model: PreTrainedModel, chunk: int) -> None:
         if not find_body(model).token_loss or model.get_output_embeddings() is None:
+            name = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
             raise UspModelError(
-                f"loss_chunk with {type(model).__name__}",
-                rule="a loss in chunks is a sum over tokens (ForCausalLMLoss) of a linear vocabulary head",
-                remedy="use the model's ForCausalLM class, or leave out loss_chunk",
+                f"loss_chunk with {type(model).__name__} and the loss {name}",
+                rule="a loss function that needs all logits at once cannot be computed in chunks; ForCausalLMLoss of a "
+                "linear vocabulary head, a sum over tokens, can",
+                remedy="use the model's ForCausalLM class with its own loss, or leave out loss_chunk",
+            )
+        tp_size = getattr(model, "tp_size", None) or 1
+        if tp_size > 1:
+            raise UspModelError(
+                f"loss_chunk with {type(model).__name__} under tp_size={tp_size}",
+                rule="the head's weights are there whole; tensor parallelism puts logits together from parts of the "
+                "vocabulary",
+                remedy="leave out loss_chunk (mlp_chunk works), or use FSDP2 and a larger cp_size instead of tp_size",
             )
         self.chunk = chunk
         self._on_head: RemovableHandle | _OwnForward | None = None
@@ -62,6 +72,13 @@ class ChunkedLoss:
         """Before a forward with labels: the head will get a stand-in."""
         head = model.get_output_embeddings()
         if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+            if kwargs.get("num_items_in_batch") is not None:
+                raise UspModelError(
+                    "loss_chunk with a loss outside the model (compute_loss_func, label smoothing): a token count came "
+                    "without labels",
+                    rule="a loss function that needs all logits at once cannot be computed in chunks",
+                    remedy="let the model compute its loss, or leave out loss_chunk",
+                )
             return
         partitioned = any(hasattr(p, "ds_id") for p in head.parameters())
         if partitioned or functional.linear is not torch._C._nn.linear:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .errors import UspModelError
@@ -87,13 +88,18 @@ def chunk_mlps(model: PreTrainedModel, chunk: int) -> list[nn.Module]:
         if getattr(forward, "__self__", None) is not mlp:
             raise _refuse(mlp, "has a forward that somebody has replaced", "leave out mlp_chunk, or what replaced it")
         ours = ChunkedForward(forward.__func__, chunk)
-        if all(p.is_floating_point() and p.device.type != "meta" for p in mlp.parameters()):
+        if all(_is_whole(p) for p in mlp.parameters()):
             width = model.config.get_text_config().hidden_size
             first = next(mlp.parameters())
             few_TD = torch.linspace(-1, 1, TRIED * width, device=first.device, dtype=first.dtype).view(1, TRIED, width)
             ours.try_out(mlp, few_TD.sin())
         mlp.forward = MethodType(ours, mlp)
     return mlps
+
+
+def _is_whole(weight: nn.Parameter) -> bool:
+    """Whether a weight can be computed with: here, and no part of one that FSDP2 has sharded."""
+    return weight.is_floating_point() and weight.device.type != "meta" and not isinstance(weight, DTensor)
 
 
 def release_mlps(model: nn.Module) -> None:

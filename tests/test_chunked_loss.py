@@ -16,7 +16,7 @@ from hf_usp.parallelism import UspParallelismConfig
 
 from .ranks import Ranks
 from .test_trainer import compare, run_trainer
-from .tiny import batch_of, largest_difference, tiny_model
+from .tiny import batch_of, largest_difference, rows, tiny_model
 
 # Between head and loss: nothing, tied weights, tanh of a softcap, a factor, a divisor, a bias.
 HEADS: dict[str, dict[str, Any]] = {
@@ -143,6 +143,24 @@ def test_other_heads_are_refused_and_left_as_they_were(head: str, named: str) ->
         model(**batch_of("plain"))
     assert not model.get_output_embeddings()._forward_pre_hooks
     assert model(batch_of("plain")["input_ids"]).logits.ndim == 3
+
+
+def mean_of_maxima(outputs: Any, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+    return outputs.logits.amax(-1).mean()
+
+
+def test_losses_that_need_all_logits(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    config = UspParallelismConfig(cp_size=1, loss_chunk=8)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, parallelism_config=config)
+    trainer = Trainer(tiny_model(), args, train_dataset=rows(2, 9), compute_loss_func=mean_of_maxima)
+    with pytest.raises(hf_usp.UspModelError, match="outside the model .compute_loss_func.*needs all logits"):
+        trainer.train()
+    model = tiny_model()
+    model.loss_function = mean_of_maxima
+    with pytest.raises(hf_usp.UspModelError, match="and the loss mean_of_maxima.*needs all logits"):
+        ChunkedLoss(model, 8)
 
 
 def test_options_that_do_not_fit() -> None:

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import hf_usp
+
 from .models.census import LENGTH, batch_of, tiny_model
 from .models.verdict import Step, attach_to
 from .ranks import Ranks
@@ -90,6 +92,30 @@ def step_of(loss: torch.Tensor, logits: torch.Tensor, model: Any) -> Step:
 def test_packed_documents_start_from_nothing(four_ranks: Ranks, subject: str, mesh: tuple[int, int]) -> None:
     for error, layers in four_ranks.run(packed_error, subject, mesh, {}):
         assert error < 1e-4 and layers > 0
+
+
+def short_error(subject: str, length: int) -> tuple[float, int]:
+    """Largest relative error of rows of so few tokens on 2 x 2 ranks; tokens of a rank."""
+    reference, model = tiny_model(subject, "eager").train(), tiny_model(subject, "usp").train()
+    ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(0))
+    expected = reference(ids, labels=ids, use_cache=False)
+    hooks = attach_to(model, (2, 2), True)
+    got = model(ids, labels=ids)
+    for out in (expected, got):
+        out.loss.backward()
+    mine = step_of(got.loss, got.logits, model)
+    mine.average_gradients()
+    share = hf_usp.shard({"input_ids": ids}, hooks.mesh)["input_ids"]
+    return step_of(expected.loss, expected.logits.detach(), reference).largest_error(mine), share.shape[1]
+
+
+@pytest.mark.parametrize("subject", ["mamba2", "qwen3_next"])
+def test_rows_shorter_than_two_tokens_a_rank(four_ranks: Ranks, subject: str) -> None:
+    """A share of one token would pass for a step of generation, in which recurrent layers see no mask."""
+    for length in (2, 4):
+        for error, tokens in four_ranks.run(short_error, subject, length):
+            assert error < 1e-4
+            assert tokens == 2
 
 
 @pytest.mark.parametrize("states", [True, False])
@@ -247,7 +273,6 @@ def test_copies_generation_and_release(four_ranks: Ranks) -> None:
 
 def by_hand() -> tuple[str, float]:
     """What a loop over `shard` is told, and its error once it has followed."""
-    import hf_usp
 
     reference, model = tiny_model("qwen3_next", "eager").train(), tiny_model("qwen3_next", "usp").train()
     share = hf_usp.shard(batch_of("right"), hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=2))
@@ -279,14 +304,10 @@ def test_a_hand_written_loop_prepares_such_layers_once(four_ranks: Ranks) -> Non
 
 @pytest.mark.parametrize("subject", ["minimax", "zaya", "recurrent_gemma"])
 def test_recurrences_in_a_layers_own_code_are_refused_there(subject: str) -> None:
-    import hf_usp
-
     with pytest.raises(hf_usp.UspModelError, match="0 of them"):
         hf_usp.shard_recurrent_layers(tiny_model(subject, "usp"))
 
 
 @pytest.mark.parametrize("subject", ["llama", "bamba", "falcon_h1", "jamba", "mamba2", "nemotron_h", "zamba2", "lfm3"])
 def test_all_recurrent_layers_are_found(subject: str) -> None:
-    import hf_usp
-
     hf_usp.shard_recurrent_layers(tiny_model(subject, "usp"))

@@ -66,11 +66,12 @@ def compare(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
 @pytest.mark.parametrize("heads", [(4, 2), (6, 6)], ids=str)
 def test_tp_around_the_mesh(four_ranks: Ranks, tmp_path: Path, heads: tuple[int, int], ulysses: int) -> None:
     """(6, 6): three heads after TP, dealt unevenly to two ulysses ranks; norms inside heads; widths that TP cuts
-    unevenly."""
+    unevenly. With ulysses, MLPs in chunks."""
     changes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 8 * heads[0]}
     uneven = {"head_dim": 8, "intermediate_size": 65, "vocab_size": 65}
     path = saved(tmp_path, **changes) if heads == (4, 2) else saved(tmp_path, "qwen3", **changes, **uneven)
     mesh, sharding = {"cp_size": 2, "ulysses_degree": ulysses}, {"tp_size": 2, "fsdp_size": 2}
+    mesh |= {"mlp_chunk": 7} if ulysses > 1 else {}
     compare(four_ranks.run(train, path, mesh, sharding, 2), train(path, None, None, 2))
 
 
@@ -97,11 +98,12 @@ def test_four_axes_on_eight_processes(tmp_path: Path) -> None:
     compare(results, train(path, None, None, 2))
 
 
-def refusal(path: str, **experts: int) -> str:
+def refusal(path: str, loss_chunk: int | None = None, **experts: int) -> str:
     import hf_usp
 
+    mesh: dict[str, Any] = {"cp_size": 2, "loss_chunk": loss_chunk}
     try:
-        train(path, {"cp_size": 2}, {"tp_size": 2, "fsdp_size": 2, **experts}, 2)
+        train(path, mesh, {"tp_size": 2, "fsdp_size": 2, **experts}, 2)
     except hf_usp.UspError as error:
         return str(error)
     return ""
@@ -117,3 +119,8 @@ def test_tp_that_cuts_through_a_head_is_refused(four_ranks: Ranks, tmp_path: Pat
 def test_experts_alone_on_a_rank_in_fp16_are_refused(four_ranks: Ranks, tmp_path: Path) -> None:
     for message in four_ranks.run(refusal, saved(tmp_path, "qwen3_moe", torch.float16, **MOE), ep_size=4):
         assert "torch.float16 under ep_size=4" in message and "Remedy" in message
+
+
+def test_tp_with_the_loss_in_chunks_is_refused(four_ranks: Ranks, tmp_path: Path) -> None:
+    for message in four_ranks.run(refusal, saved(tmp_path), loss_chunk=7):
+        assert "LlamaForCausalLM under tp_size=2" in message and "parts of the vocabulary" in message
