@@ -44,8 +44,9 @@ class ChunkedForward:
     def __init__(self, stock: Forward, chunk: int) -> None:
         self.stock, self.chunk, self.tried = stock, chunk, False
 
+    @torch.compiler.disable
     def __call__(self, mlp: nn.Module, hidden: Tensor) -> Tensor:
-        """The MLP's output for hidden states of any leading shape."""
+        """The MLP's output for hidden states of any leading shape. A graph of torch.compile ends here."""
         if not self.tried:
             self.try_out(mlp, hidden.detach().flatten(0, -2)[None, :TRIED])
         tokens = hidden.shape[:-1].numel()

@@ -89,3 +89,39 @@ def test_ring_transfers_run_beside_tiles(four_ranks: Ranks) -> None:
 def test_a_transfer_that_is_waited_for_at_once_is_seen(four_ranks: Ranks) -> None:
     for hops, exposed, _, _ in four_ranks.run(waited, True):
         assert (hops, exposed) == (3, 3)
+
+
+def measured(way: str, ulysses: int, tokens: int) -> dict[str, float]:
+    import length
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    small = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 192, "head_dim": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(length, "SIZES", length.SIZES | small)
+        patch.setattr(length, "CHUNK", 128)
+        return length.measure(way, ulysses, tokens)
+
+
+def test_memory_is_flat_when_length_grows_with_ranks(four_ranks: Ranks, tmp_path: Path) -> None:
+    """The benchmark of memory against length, small: 512 tokens on one rank, 2,048 on 2 x 2, the loss of one."""
+    import length
+
+    lines = [
+        {"way": "usp", "processes": processes, "ulysses": ulysses, "tokens": 512 * processes, **figures}
+        | {"predicted": length.predicted(processes, ulysses, 512 * processes)}
+        for processes, ulysses, found in (
+            (1, 1, [measured("usp", 1, 512)]), (4, 2, four_ranks.run(measured, "usp", 2, 2048)),
+        )
+        for figures in found
+    ]  # fmt: skip
+    lines.append({"way": "plain", "processes": 1, "ulysses": 1, "tokens": 2048} | measured("plain", 1, 2048))
+    one, *mesh, plain = lines
+    assert not length.too_large(lines, 1.10)
+    assert all(line["loss"] == pytest.approx(plain["loss"], abs=1e-5) for line in mesh)
+    assert plain["live"] > 1.5 * one["live"] and all(line["rss"] > 0 for line in lines)
+    assert length.too_large([*lines, mesh[0] | {"live": 1.2 * one["live"]}], 1.10)
+    assert length.as_table(lines).count("\n") == 2 + len(lines) - 1
+    length.draw(lines, tmp_path / "length.png")
+    assert (tmp_path / "length.png").stat().st_size > 0
