@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .errors import UspModelError
@@ -100,7 +99,7 @@ def chunk_mlps(model: PreTrainedModel, chunk: int) -> list[nn.Module]:
 
 def _is_whole(weight: nn.Parameter) -> bool:
     """Whether a weight can be computed with: here, and no part of one that FSDP2 has sharded."""
-    return weight.is_floating_point() and weight.device.type != "meta" and not isinstance(weight, DTensor)
+    return weight.is_floating_point() and weight.device.type != "meta" and not hasattr(weight, "placements")
 
 
 def release_mlps(model: nn.Module) -> None:
