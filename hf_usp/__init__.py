@@ -7,10 +7,10 @@ from .attention import usp_attention
 from .batch import Layout, unshard
 from .errors import UspBatchError, UspConfigError, UspError, UspKernelError, UspMaskError, UspModelError, UspRankError
 from .mesh import UspMesh
-from .modeling import register
+from .models.modeling import register
+from .models.recurrent import shard_recurrent_layers
 from .parallelism import UspParallelismConfig
 from .recompute import keep_attention
-from .recurrent import shard_recurrent_layers
 from .shard import shard
 from .versions import check_versions
 

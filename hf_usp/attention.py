@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .batch import Layout, MaskKind
-from .core import AttentionCall, Inputs, backward, begin, forward, needed_inputs
+from .core.attend import AttentionCall, Inputs, backward, begin, forward, needed_inputs
+from .core.operator import attend_by_operator, wants_operator
+from .core.tickets import make_ticket
+from .core.ulysses import Heads, tokens_to_heads, tokens_to_heads_backward
 from .errors import UspModelError
+from .integers.layout import UNLIMITED
 from .kernels import Softmax
-from .layout import UNLIMITED
 from .once import differentiated_once
-from .operator import attend_by_operator, wants_operator
-from .tickets import make_ticket
-from .ulysses import Heads, tokens_to_heads, tokens_to_heads_backward
 
 
 def usp_attention(

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from .comm import all_to_all
-from .dealing import deal_row
 from .errors import UspBatchError
+from .integers.dealing import deal_row
+from .integers.layout import UNLIMITED, Documents, IntArray, Mask, over_batch
+from .integers.plan import RingPlan, make_plan
 from .kernels import accumulation_dtype
-from .layout import UNLIMITED, Documents, IntArray, Mask, over_batch
 from .mesh import UspMesh
 from .once import differentiated_once
 from .passing import passed_on
-from .plan import RingPlan, make_plan
 from .work import Work, prepare
 
 Made = TypeVar("Made")

@@ -145,7 +145,7 @@ def _plan(options: argparse.Namespace) -> None:
     )  # fmt: skip
     config, picture = given.get("config"), given.get("picture")
     if picture is not None:
-        from .picture import check_output
+        from .explain.picture import check_output
 
         check_output(picture)
     if config is not None:
@@ -189,13 +189,14 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _explain(options: argparse.Namespace) -> None:
     # Imported here: `hf-usp --help` and refusals of the command line need none of it.
-    from .explain import Case, explain, report
-    from .page import write_page
-    from .picture import check_output, draw
+    from .explain.numbers import Case, explain
+    from .explain.page import write_page
+    from .explain.picture import check_output, draw
+    from .explain.text import report
 
     given = vars(options)
     if "dataset" in given:
-        from .first_batch import documents_of
+        from .explain.first_batch import documents_of
 
         given["documents"] = documents_of(given["dataset"], given.get("tokens"))
         given["tokens"] = sum(given["documents"])

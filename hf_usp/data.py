@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import packing
 from .errors import UspBatchError
+from .integers import packing
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .comm import all_gather_ints, group_device
-from .degrees import check_degrees
 from .errors import UspConfigError
+from .integers.degrees import check_degrees
 
 
 @dataclass(frozen=True, eq=False)

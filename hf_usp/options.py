@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .dealing import ALL_ORDERS
-from .degrees import check_degrees
+from .costs.machines import check_machine
 from .errors import UspConfigError
-from .machines import check_machine
+from .integers.dealing import ALL_ORDERS
+from .integers.degrees import check_degrees
 
 
 def check_options(cp_size: int, ulysses_degree: int | None, sequence_order: str) -> None:

@@ -16,25 +16,25 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DynamoBackend, is_compiled_module
 from transformers import PreTrainedModel
 
-from .bodies import find_body
-from .choice import chosen_degree
-from .chunked_loss import ChunkedLoss, chunked_loss
-from .chunked_mlp import chunk_mlps
 from .comm import world_size
 from .errors import UspConfigError, UspModelError
 from .faults import after, telling
-from .feed import same_rows
-from .gathering import gather_once, refuse_shares
 from .mesh import DeviceMesh, UspMesh
-from .offload import offload_checkpoints
+from .models.bodies import find_body
+from .models.chunked_loss import ChunkedLoss, chunked_loss
+from .models.chunked_mlp import chunk_mlps
+from .models.offload import offload_checkpoints
+from .models.prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
+from .models.recurrent import has_recurrent_layers
 from .options import check_choice, check_chunks, check_options
-from .prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .recompute import use_plain_function
-from .recurrent import has_recurrent_layers
 from .rope import length_dependent_ropes
+from .seams.choice import chosen_degree
+from .seams.feed import same_rows
+from .seams.gathering import gather_once, refuse_shares
+from .seams.token_counts import Copies, gather_seen_once
+from .seams.zero import prepare_for_deepspeed, under_deepspeed
 from .shard import ShardOptions
-from .token_counts import Copies, gather_seen_once
-from .zero import prepare_for_deepspeed, under_deepspeed
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 

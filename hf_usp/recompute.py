@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from . import operator  # noqa: F401  registers the operators
+from .core import operator  # noqa: F401  registers the operators
 
 
 def keep_attention() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from .errors import UspConfigError
-from .prepare import find_model
+from .models.prepare import find_model
 
 LOOKED_AT = 16
 # Settings of a model's configuration that may change between two runs of the same model.

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_map
 
 from .batch import CAUSAL, Layout, MaskKind, cut, find_documents, make_layout
 from .comm import agree, group_device
+from .core.tickets import make_ticket
 from .errors import UspBatchError
 from .mesh import UspMesh
 from .passing import TokenCount
 from .rope import GlobalPositions
-from .tickets import make_ticket
 
 IGNORED = -100
 # Per-token inputs; our padding repeats a row's last token. Everything else of a batch must not depend on the sequence.

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .integers.layout import IntArray, Tiles
+from .integers.plan import RingPlan, group_by_window
 from .kernels import Segments
-from .layout import IntArray, Tiles
-from .plan import RingPlan, group_by_window
 
 Index = slice | Tensor
 

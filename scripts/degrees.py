@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from transformers.distributed import DistributedConfig
 
 import hf_usp
-from hf_usp.degrees import check_degrees, split_heads
 from hf_usp.errors import UspConfigError
+from hf_usp.integers.degrees import check_degrees, split_heads
 
 ALGORITHMS = ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo")
 

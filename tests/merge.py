@@ -2,7 +2,7 @@
 
 Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads, D key width, E value width.
 
-Independent of `hf_usp.ring`: only the integer plan and the kernel are the library's. Used on CPU and on a GPU.
+Independent of `hf_usp.core.ring`: only the integer plan and the kernel are the library's. Used on CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_usp.integers.layout import Mask, deal
+from hf_usp.integers.plan import group_by_window, make_plan
 from hf_usp.kernels import Kernel, Segments, Softmax, accumulation_dtype
-from hf_usp.layout import Mask, deal
-from hf_usp.plan import group_by_window, make_plan
 
 from .cases import Data, Result
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_usp.machines import MACHINES
+from hf_usp.costs.machines import MACHINES
+from hf_usp.costs.sizes import ModelShape
 from hf_usp.planning import PlanRequest, longest, ranked
 from hf_usp.planning.request import USABLE
-from hf_usp.sizes import ModelShape
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 MODELS = {

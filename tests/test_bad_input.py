@@ -95,7 +95,7 @@ def holes(batch: dict[str, Any]) -> torch.Tensor:
 def noisy(rank: int) -> None:
     """As NEFTune marks a model."""
     model = prepared().train()
-    hf_usp.prepare.find_model(model).get_input_embeddings().neftune_noise_alpha = 5.0
+    hf_usp.models.prepare.find_model(model).get_input_embeddings().neftune_noise_alpha = 5.0
     model(**batch_of("plain"))
 
 
@@ -123,7 +123,7 @@ CASES: dict[str, Any] = {
     "compiled by Accelerate": lambda rank: prepared(compiled="accelerate", rope_parameters=DYNAMIC),
     "compiled, recurrent layers": lambda rank: prepared("qwen3_5_text", compiled="accelerate", **HYBRID),
     "compiled, another head": lambda rank: prepared(compiled="head"),
-    "not a model": lambda rank: hf_usp.prepare.find_model(torch.nn.Linear(2, 2)),
+    "not a model": lambda rank: hf_usp.models.prepare.find_model(torch.nn.Linear(2, 2)),
     "world": lambda rank: hf_usp.UspMesh.build(ring_degree=3, ulysses_degree=1),
     "unknown kernel": lambda rank: attend(kernel="flash_attn_9"),
     "kernel not installed": lambda rank: attend(kernel="flash_attn"),
@@ -215,7 +215,7 @@ def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_masks_that_are_no_interval_are_refused_by_name() -> None:
     from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
 
-    from hf_usp.modeling import read_mask_function
+    from hf_usp.models.modeling import read_mask_function
 
     with pytest.raises(hf_usp.UspMaskError, match="or_mask"):
         read_mask_function(or_masks(causal_mask_function, blockwise_overlay(torch.zeros(1, 4))))
@@ -229,7 +229,7 @@ def test_masks_that_are_no_interval_are_refused_by_name() -> None:
 
 def test_a_layer_that_computes_with_its_mask_is_told() -> None:
     from hf_usp.batch import CAUSAL
-    from hf_usp.modeling import ShardedMask
+    from hf_usp.models.modeling import ShardedMask
 
     mask = ShardedMask(dataclasses.replace, CAUSAL)  # type: ignore[arg-type]
     with pytest.raises(hf_usp.UspMaskError, match="`shape`"):

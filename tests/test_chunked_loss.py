@@ -11,7 +11,7 @@ from benchmarks.counting import Peak
 from torch import nn
 
 import hf_usp
-from hf_usp.chunked_loss import ChunkedLoss
+from hf_usp.models.chunked_loss import ChunkedLoss
 from hf_usp.parallelism import UspParallelismConfig
 
 from .ranks import Ranks

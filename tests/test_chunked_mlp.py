@@ -12,7 +12,7 @@ from benchmarks.counting import Peak
 from torch import nn
 
 import hf_usp
-from hf_usp.chunked_mlp import chunk_mlps, chunked, release_mlps
+from hf_usp.models.chunked_mlp import chunk_mlps, chunked, release_mlps
 
 from .ranks import Ranks
 from .test_chunked_loss import step

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_usp.dealing import ALL_ORDERS
+from hf_usp.integers.dealing import ALL_ORDERS
 
 from .oracle import dense_attention
 from .ranks import Ranks

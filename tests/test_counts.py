@@ -14,8 +14,8 @@ import torch
 
 import hf_usp
 from hf_usp.batch import MaskKind, cut, make_layout
-from hf_usp.layout import Documents
-from hf_usp.ring import ring_backward
+from hf_usp.core.ring import ring_backward
+from hf_usp.integers.layout import Documents
 
 from .ranks import Ranks
 

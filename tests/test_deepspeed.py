@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 import hf_usp
-from hf_usp.chunked_loss import ChunkedLoss
-from hf_usp.zero import check_settings
+from hf_usp.models.chunked_loss import ChunkedLoss
+from hf_usp.seams.zero import check_settings
 
 from .cpu_accelerator import cpu_deepspeed
 from .ranks import Ranks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hf_usp
-from hf_usp.offload import Garage, Parked, offload_checkpoints
+from hf_usp.models.offload import Garage, Parked, offload_checkpoints
 
 from .test_chunked_loss import step
 from .tiny import batch_of, largest_difference, tiny_model

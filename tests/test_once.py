@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import hf_usp
-from hf_usp.chunked_loss import ChunkedLoss
-from hf_usp.chunked_mlp import chunk_mlps
 from hf_usp.loss import whole_loss
-from hf_usp.scan import exchange
+from hf_usp.models.chunked_loss import ChunkedLoss
+from hf_usp.models.chunked_mlp import chunk_mlps
+from hf_usp.recurrence.scan import exchange
 
 from .ranks import Ranks
 from .test_laws import TREES

@@ -65,7 +65,8 @@ def area(segments: Any) -> float:
 def exposed_hops(blocking: bool) -> tuple[float, float]:
     """Hops of this rank that are waited for, forward and backward, on a causal zigzag ring of four."""
     import hf_usp
-    from hf_usp import core, ring
+    from hf_usp.core import attend as core
+    from hf_usp.core import ring
 
     mesh = hf_usp.UspMesh.build(ring_degree=4, ulysses_degree=1)
     layout = hf_usp.shard({"input_ids": torch.zeros(1, 256, dtype=torch.long)}, mesh)["usp"]

@@ -10,7 +10,7 @@ import torch
 
 import hf_usp
 from hf_usp.batch import MaskKind
-from hf_usp.modeling import ShardedMask
+from hf_usp.models.modeling import ShardedMask
 
 from .ranks import Ranks
 from .test_bad_input import prepared

@@ -47,7 +47,7 @@ def document_steps(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Te
 @contextmanager
 def passing_states(way: bool | None) -> Iterator[None]:
     """Scans pass states, or exchange heads, or what costs less (None)."""
-    from hf_usp import recurrent
+    from hf_usp.models import recurrent
 
     stock = recurrent.states_pay
     if way is not None:
@@ -155,7 +155,8 @@ def test_both_ways_are_the_same(four_ranks: Ranks, form: str) -> None:
 
 def sabotaged(what: str) -> str:
     """The self-check's verdict on a model whose exchange is broken in one way."""
-    from hf_usp import UspError, scan
+    from hf_usp import UspError
+    from hf_usp.recurrence import scan
 
     model = tiny_model("qwen3_next", "usp").eval()
     hooks = attach_to(model, (2, 2), True)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hf_usp.counting import work_per_token
 from hf_usp.errors import UspConfigError
-from hf_usp.exposed import length, merged
-from hf_usp.report import UspReport, known_peak
+from hf_usp.report.callback import UspReport, known_peak
+from hf_usp.report.counting import work_per_token
+from hf_usp.report.exposed import length, merged
 
 from .ranks import Ranks
 from .tiny import rows, tiny_model
@@ -94,7 +94,7 @@ def test_one_process_logs_speed_work_and_padding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mesh", [(4, 2), (2, 1)], ids=str)
 def test_a_mesh_logs_balance_and_bytes(four_ranks: Ranks, tmp_path: Path, mesh: tuple[int, int]) -> None:
-    from hf_usp.explain import Case, explain
+    from hf_usp.explain.numbers import Case, explain
 
     got = four_ranks.run(train, str(tmp_path), mesh, {"rows": rows(16, 39)})
     assert len({json.dumps(r["history"]) for r in got}) == 1, "the same on every rank"

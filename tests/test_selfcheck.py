@@ -129,8 +129,8 @@ class Allocations(TorchDispatchMode):
 
 def cost(family: str, training: bool, changes: dict[str, Any]) -> dict[str, Any]:
     """Tokens of every call of the model in its first two forwards, and the largest tensor of the check itself."""
-    from hf_usp.selfcheck import self_check
-    from hf_usp.training_check import training_check
+    from hf_usp.models.selfcheck import self_check
+    from hf_usp.models.training_check import training_check
 
     from .models.verdict import attach_to
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import hf_usp
-from hf_usp.steady import Steady
+from hf_usp.models.steady import Steady
 
 from .ranks import Ranks
 from .test_bad_input import prepared

@@ -20,9 +20,9 @@ from ..attention import usp_attention
 from ..batch import cut, unshard
 from ..comm import all_reduce_sum
 from ..mesh import UspMesh
-from ..modeling import NAME
+from ..models.modeling import NAME
+from ..models.prepare import attach, mask_kinds
 from ..planning.request import read_config
-from ..prepare import attach, mask_kinds
 from ..shard import ShardOptions, shard
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..degrees import check_degrees, choose_ulysses_degree
 from ..errors import UspConfigError, UspError
+from ..integers.degrees import check_degrees, choose_ulysses_degree
 from ..mesh import UspMesh
 from .exact import core_error, model_error, small_config
 from .facts import facts

@@ -5,9 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import replace
 
+from ..costs.footprint import KINDS, memory
+from ..costs.sizes import Job
 from ..errors import UspConfigError
-from ..footprint import KINDS, memory
-from ..sizes import Job
 from .request import PlanRequest
 from .search import Candidate, jobs, longest, savings
 

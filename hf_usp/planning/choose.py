@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..degrees import choose_ulysses_degree
+from ..costs.machines import Machine
 from ..errors import UspConfigError
-from ..machines import Machine
+from ..integers.degrees import choose_ulysses_degree
 from .request import USABLE, PlanRequest, shape_of, size_of, text_config, with_nodes_of
 from .search import best_inside
 

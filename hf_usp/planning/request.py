@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ..costs.machines import MACHINES, Link, Machine, check_machine
+from ..costs.sizes import Job, ModelShape
 from ..errors import UspConfigError
-from ..machines import MACHINES, Link, Machine, check_machine
-from ..sizes import Job, ModelShape
 
 # Of a GPU's memory: the rest goes to the CUDA context, NCCL and fragmentation.
 USABLE = 0.92

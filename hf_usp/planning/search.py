@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..degrees import even_degrees
+from ..costs.footprint import Memory
+from ..costs.roofline import Prediction, mask_area, predict
+from ..costs.sizes import Degrees, Job
 from ..errors import UspConfigError
-from ..footprint import Memory
-from ..roofline import Prediction, mask_area, predict
-from ..sizes import Degrees, Job
+from ..integers.degrees import even_degrees
 from .request import PlanRequest
 
 LOSS_CHUNK = 2048

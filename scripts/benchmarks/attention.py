@@ -30,8 +30,8 @@ from counting import count  # noqa: E402
 
 import hf_usp  # noqa: E402
 from hf_usp.batch import MaskKind, cut, make_layout  # noqa: E402
-from hf_usp.degrees import split_heads  # noqa: E402
-from hf_usp.layout import Documents  # noqa: E402
+from hf_usp.integers.degrees import split_heads  # noqa: E402
+from hf_usp.integers.layout import Documents  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH = 8, 4, 64
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2)]

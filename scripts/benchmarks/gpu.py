@@ -31,8 +31,8 @@ from virtual_ring import VirtualRing  # noqa: E402
 
 import hf_usp  # noqa: E402
 from hf_usp.batch import MaskKind, make_layout  # noqa: E402
+from hf_usp.integers.layout import Documents  # noqa: E402
 from hf_usp.kernels import KERNELS, Segments, Softmax, choose_kernel  # noqa: E402
-from hf_usp.layout import Documents  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 

@@ -6,8 +6,8 @@ One training step of a small Llama, prepared by Accelerate: loss and MLPs in chu
 plain Transformers in one process at the same lengths. Two figures of the busiest rank: live bytes, the largest sum of
 tensors alive at once of those that the step makes (weights and their gradients are there before), and RSS, the largest
 resident set during the step over what the process had before. Two short steps come first, so that what a process sets
-up once is there. The prediction of live bytes is the planner's (`hf_usp.footprint`). Exits with 1 where live bytes of a
-mesh are over --flat times those of one rank. Writes results/length-<date>.md, .json and .png.
+up once is there. The prediction of live bytes is the planner's (`hf_usp.costs.footprint`). Exits with 1 where live
+bytes of a mesh are over --flat times those of one rank. Writes results/length-<date>.md, .json and .png.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def measure(way: str, ulysses: int, tokens: int) -> dict[str, Any]:
 
 def predicted(processes: int, ulysses: int, tokens: int) -> float:
     """Bytes that the step makes on a rank, as the planner counts them; the MLP holds a chunk."""
-    from hf_usp.footprint import memory
-    from hf_usp.sizes import Degrees, Job, ModelShape
+    from hf_usp.costs.footprint import memory
+    from hf_usp.costs.sizes import Degrees, Job, ModelShape
 
     shape = ModelShape(
         layers=SIZES["num_hidden_layers"], hidden=SIZES["hidden_size"], intermediate=SIZES["intermediate_size"],

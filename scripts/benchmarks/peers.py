@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import hf_usp
 from hf_usp.batch import cut, make_layout
-from hf_usp.layout import Documents
+from hf_usp.integers.layout import Documents
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -22,9 +22,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 
-from hf_usp.dealing import deal_row  # noqa: E402
-from hf_usp.layout import Documents, Mask  # noqa: E402
-from hf_usp.plan import make_plan  # noqa: E402
+from hf_usp.integers.dealing import deal_row  # noqa: E402
+from hf_usp.integers.layout import Documents, Mask  # noqa: E402
+from hf_usp.integers.plan import make_plan  # noqa: E402
 
 
 def packed(num_tokens: int, number: int, sigma: float, seed: int) -> Documents:

@@ -37,11 +37,11 @@ from notes import machine_notes  # noqa: E402
 
 import hf_usp  # noqa: E402
 from hf_usp.batch import cut, make_layout  # noqa: E402
-from hf_usp.degrees import split_heads  # noqa: E402
-from hf_usp.layout import Documents  # noqa: E402
-from hf_usp.machines import Link, Machine  # noqa: E402
-from hf_usp.roofline import attention  # noqa: E402
-from hf_usp.sizes import Degrees, Job, ModelShape  # noqa: E402
+from hf_usp.costs.machines import Link, Machine  # noqa: E402
+from hf_usp.costs.roofline import attention  # noqa: E402
+from hf_usp.costs.sizes import Degrees, Job, ModelShape  # noqa: E402
+from hf_usp.integers.degrees import split_heads  # noqa: E402
+from hf_usp.integers.layout import Documents  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 64
 SHAPE = ModelShape(1, HEADS * WIDTH, HEADS * WIDTH, HEADS, KV_HEADS, WIDTH, 1)
@@ -225,8 +225,8 @@ def predicted_crossing(ulysses: int, ring: int, tokens: int) -> int:
 def mesh_plan(layout: Any, rank: int) -> Any:
     """The ring plan of one rank."""
     from hf_usp.batch import MaskKind
-    from hf_usp.layout import over_batch
-    from hf_usp.plan import make_plan
+    from hf_usp.integers.layout import over_batch
+    from hf_usp.integers.plan import make_plan
 
     return make_plan(over_batch(layout.shards, 1, layout.padded), layout.mask(MaskKind()), rank)
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import hf_usp
-from hf_usp import ring
 from hf_usp.batch import MaskKind, make_layout
+from hf_usp.core import ring
+from hf_usp.integers.layout import Documents
 from hf_usp.kernels import KERNELS, Softmax
-from hf_usp.layout import Documents
 from hf_usp.work import head_runs
 
 

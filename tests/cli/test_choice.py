@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoConfig
 
 import hf_usp
-from hf_usp.degrees import choose_ulysses_degree
-from hf_usp.machines import MACHINES, recognised
+from hf_usp.costs.machines import MACHINES, recognised
+from hf_usp.integers.degrees import choose_ulysses_degree
 from hf_usp.planning import choose_degree, ranked, request
 from hf_usp.planning.request import shape_of
 

@@ -13,9 +13,10 @@ import pytest
 
 from hf_usp.batch import make_layout
 from hf_usp.cli import main
-from hf_usp.degrees import ring_bytes, ulysses_bytes
-from hf_usp.explain import Case, Explanation, explain, messages, report
-from hf_usp.layout import Documents
+from hf_usp.explain.numbers import Case, Explanation, explain, messages
+from hf_usp.explain.text import report
+from hf_usp.integers.degrees import ring_bytes, ulysses_bytes
+from hf_usp.integers.layout import Documents
 from hf_usp.mesh import UspMesh
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -227,7 +228,7 @@ def test_help_imports_neither_matplotlib_nor_the_explanation() -> None:
         "import sys; from hf_usp.cli import main\n"
         "try: main(['explain', '--help'])\n"
         "except SystemExit: pass\n"
-        "loaded = {'matplotlib', 'hf_usp.explain', 'hf_usp.picture'} & set(sys.modules)\n"
+        "loaded = {'matplotlib', 'hf_usp.explain.numbers', 'hf_usp.explain.picture'} & set(sys.modules)\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)"
     )
     result = subprocess.run(

@@ -41,10 +41,10 @@ def measure(ulysses: int, ring: int, cases: list[tuple[Any, ...]]) -> list[tuple
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import hf_usp
-    from hf_usp.chunked_loss import ChunkedLoss
-    from hf_usp.footprint import memory
+    from hf_usp.costs.footprint import memory
+    from hf_usp.costs.sizes import Degrees, Job
+    from hf_usp.models.chunked_loss import ChunkedLoss
     from hf_usp.planning.request import shape_of
-    from hf_usp.sizes import Degrees, Job
 
     mesh, found = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses), []
     for vocabulary, layers, local, checkpointing, chunk, accumulate in cases:

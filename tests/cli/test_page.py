@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from hf_usp.cli import main
-from hf_usp.explain import Case, explain, readable
-from hf_usp.first_batch import documents_of
-from hf_usp.page import page
+from hf_usp.explain.first_batch import documents_of
+from hf_usp.explain.numbers import Case, explain
+from hf_usp.explain.page import page
+from hf_usp.explain.text import readable
 
 
 class Balanced(HTMLParser):

@@ -12,11 +12,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
 from hf_usp.cli import main
-from hf_usp.footprint import memory
-from hf_usp.machines import MACHINES
+from hf_usp.costs.footprint import memory
+from hf_usp.costs.machines import MACHINES
+from hf_usp.costs.sizes import Job
 from hf_usp.planning import find_machine, longest, ranked, request
 from hf_usp.planning.request import shape_of
-from hf_usp.sizes import Job
 
 QWEN3_8B = {
     "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,

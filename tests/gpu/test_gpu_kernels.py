@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from hf_usp.integers.layout import Documents, Mask
 from hf_usp.kernels import KERNELS, Kernel, Softmax, choose_kernel, kernel_report
-from hf_usp.layout import Documents, Mask
 
 from ..cases import (
     HEADS,

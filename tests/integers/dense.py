@@ -1,7 +1,7 @@
 """The oracle and the random layouts of the integer tests.
 
 `dense` writes the mask out pair by pair from its definition in words; it shares nothing with the clipping of intervals
-in `hf_usp.layout`. `scenes` draws a mask and an assignment of its tokens to ring ranks.
+in `hf_usp.integers.layout`. `scenes` draws a mask and an assignment of its tokens to ring ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from hf_usp.layout import ORDERS, UNLIMITED, Documents, Mask, Tiles, deal, over_batch
+from hf_usp.integers.layout import ORDERS, UNLIMITED, Documents, Mask, Tiles, deal, over_batch
 
 Document = tuple[int, int, int]  # tokens, visible keys from, visible keys to (counted inside the document)
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_usp.dealing import ALL_ORDERS, UNEVEN, deal_row
 from hf_usp.errors import UspConfigError
-from hf_usp.layout import ORDERS, Documents, IntArray, Mask, deal
-from hf_usp.plan import make_plan
+from hf_usp.integers.dealing import ALL_ORDERS, UNEVEN, deal_row
+from hf_usp.integers.layout import ORDERS, Documents, IntArray, Mask, deal
+from hf_usp.integers.plan import make_plan
 
 
 def packed(num_tokens: int, mean: int, sigma: float, seed: int) -> Documents:

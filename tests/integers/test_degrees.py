@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_usp.degrees import check_degrees, choose_ulysses_degree, ring_bytes, split_heads, ulysses_bytes
 from hf_usp.errors import UspConfigError
+from hf_usp.integers.degrees import check_degrees, choose_ulysses_degree, ring_bytes, split_heads, ulysses_bytes
 
 # (query heads, kv heads, ulysses degree): Qwen2 0.5B and 1.5B odd splits, MQA on more ranks than heads, SmolLM2.
 ODD = [(14, 2, 4), (7, 1, 4), (4, 1, 4), (9, 3, 2), (9, 3, 4), (2, 1, 4), (1, 1, 3), (12, 4, 8), (28, 4, 8), (6, 6, 4)]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_usp.dealing import WORTH, balance, choose_order, own_and_rest
 from hf_usp.errors import UspConfigError, UspError, UspMaskError
-from hf_usp.layout import ORDERS, Documents, Mask, compact, cut_tiles, deal, needed_rows, over_batch, visible
+from hf_usp.integers.dealing import WORTH, balance, choose_order, own_and_rest
+from hf_usp.integers.layout import ORDERS, Documents, Mask, compact, cut_tiles, deal, needed_rows, over_batch, visible
 
 from .dense import Scene, count_pairs, scenes
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_usp.errors import UspBatchError, UspConfigError
-from hf_usp.packing import OVERLONG, measure, pack
+from hf_usp.integers.packing import OVERLONG, measure, pack
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 ROOMS = st.integers(2, 50)

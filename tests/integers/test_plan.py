@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_usp.errors import UspConfigError
-from hf_usp.layout import ORDERS, Documents, IntArray, Mask, Tiles, cut_tiles, deal, visible
-from hf_usp.plan import RingPlan, group_by_window, make_plan, partners
+from hf_usp.integers.layout import ORDERS, Documents, IntArray, Mask, Tiles, cut_tiles, deal, visible
+from hf_usp.integers.plan import RingPlan, group_by_window, make_plan, partners
 
 from .dense import Scene, count_pairs, scenes
 

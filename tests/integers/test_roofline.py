@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from hf_usp.costs.footprint import memory
+from hf_usp.costs.machines import GB, MACHINES, Link, Machine
+from hf_usp.costs.roofline import attention, mask_area, predict
+from hf_usp.costs.sizes import Degrees, Job, ModelShape
 from hf_usp.errors import UspConfigError
-from hf_usp.footprint import memory
-from hf_usp.machines import GB, MACHINES, Link, Machine
-from hf_usp.roofline import attention, mask_area, predict
-from hf_usp.sizes import Degrees, Job, ModelShape
 
 LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
 # Those who measured relay whole blocks and send fp32 gradients.

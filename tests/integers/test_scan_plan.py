@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_usp.layout import ORDERS, Documents, IntArray, deal
-from hf_usp.scan_plan import ScanSizes, plan_halo, plan_scan, plan_states, states_pay
+from hf_usp.integers.layout import ORDERS, Documents, IntArray, deal
+from hf_usp.integers.scan_plan import ScanSizes, plan_halo, plan_scan, plan_states, states_pay
 
 
 @dataclass

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_usp.integers.layout import Documents, Mask, cut_tiles, deal, visible
 from hf_usp.kernels import KERNELS, Segments
-from hf_usp.layout import Documents, Mask, cut_tiles, deal, visible
 
 from ..cases import Case, Data, allowed, assert_close, compute, draw, errors, oracle
 

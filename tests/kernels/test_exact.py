@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_usp.integers.layout import Documents, Mask
 from hf_usp.kernels import KERNELS, Kernel
-from hf_usp.layout import Documents, Mask
 
 from ..cases import HEADS, WINDOWS, Case, Data, allowed, assert_close, assert_no_worse, compute, draw, oracle, plain
 from ..merge import dense_mask, two_tiles, virtual_ring

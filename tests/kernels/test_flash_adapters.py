@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hf_usp.errors import UspKernelError
+from hf_usp.integers.layout import Documents, Mask
 from hf_usp.kernels import Kernel, Segments, Softmax, choose_kernel, varlen
 from hf_usp.kernels.cuda_flash import CudaFlashKernel
 from hf_usp.kernels.flash_attn import FlashAttnKernel
-from hf_usp.layout import Documents, Mask
 
 from ..cases import HEADS, WINDOWS, Case, Data, allowed, assert_no_worse, compute, draw, oracle, plain, segments
 from ..merge import dense_mask, two_tiles, virtual_ring

@@ -18,8 +18,8 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
 import hf_usp
-from hf_usp.layout import Documents, Mask
-from hf_usp.modeling import HARMLESS, read_mask_function, usp_attention_forward
+from hf_usp.integers.layout import Documents, Mask
+from hf_usp.models.modeling import HARMLESS, read_mask_function, usp_attention_forward
 
 LENGTH = 23
 LEFT_PADDING = torch.zeros(1, dtype=torch.int64)

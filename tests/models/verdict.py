@@ -99,7 +99,7 @@ def judge_here(subject: str, self_check: bool) -> Verdict:
 
 def _judge_here(subject: str, self_check: bool) -> Verdict:
     from hf_usp import UspError
-    from hf_usp.steady import Steady
+    from hf_usp.models.steady import Steady
 
     try:
         reference = tiny_model(subject, "eager").train()
@@ -185,7 +185,7 @@ def _references(reference: Any) -> tuple[Step | None, list[str]]:
 
 def attach_to(model: Any, degrees: tuple[int, int], self_check: bool) -> Any:
     """What `Accelerator.prepare` does to a model, on a mesh of (ring, ulysses) degrees."""
-    from hf_usp.prepare import attach, mask_kinds
+    from hf_usp.models.prepare import attach, mask_kinds
     from hf_usp.shard import ShardOptions
 
     return attach(model, mesh_of(*degrees), ShardOptions("auto", mask_kinds(model)), True, self_check)

@@ -13,8 +13,8 @@ import torch
 
 import hf_usp
 from hf_usp.batch import cut, make_layout
-from hf_usp.explain import Case, explain
-from hf_usp.layout import Documents
+from hf_usp.explain.numbers import Case, explain
+from hf_usp.integers.layout import Documents
 
 from ..ranks import Ranks
 

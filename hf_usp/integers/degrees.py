@@ -1,0 +1,137 @@
+"""How the ranks of a context-parallel group are arranged, and which heads each ulysses rank keeps. No torch.
+
+Symbols: P = U * R ranks, h query heads, g kv heads, m = max(g, U). Bytes are counted in u = local tokens * head width
+* element size, per rank and layer, forward and backward (USP paper, arXiv 2405.07719, table 1, with pruned ring
+transfers):
+
+    ulysses 2 (2 h + 2 m) (1 - 1/U)        ring 4.5 m (R - 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UspConfigError
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """Heads of one ulysses rank: query heads q0..q1-1 and the kv heads k0..k1-1 that they read.
+
+    `runs` cuts them into (q0, q1, k0, k1), local numbers, inside which every kv head serves equally many query heads
+    in order, as grouped-query kernels expect. An even split is one run.
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    runs: tuple[tuple[int, int, int, int], ...]
+
+    @property
+    def num_query(self) -> int:
+        return self.q1 - self.q0
+
+    @property
+    def num_kv(self) -> int:
+        return self.k1 - self.k0
+
+
+def split_heads(num_heads: int, num_kv_heads: int, ulysses_degree: int) -> tuple[HeadShare, ...]:
+    """Deal any number of heads to `ulysses_degree` ranks, as evenly as whole query heads allow.
+
+    A kv head travels once to every rank that reads it. Raises `UspConfigError` where grouped-query attention itself is
+    undefined (num_heads not a multiple of num_kv_heads).
+    """
+    _check_heads(num_heads, num_kv_heads)
+    if ulysses_degree < 1:
+        raise UspConfigError(f"ulysses_degree={ulysses_degree}", rule="a degree is a whole number of at least 1")
+    per_kv = num_heads // num_kv_heads
+    shares = []
+    for rank in range(ulysses_degree):
+        # The first num_heads % U ranks take one head more.
+        q0 = rank * (num_heads // ulysses_degree) + min(rank, num_heads % ulysses_degree)
+        q1 = (rank + 1) * (num_heads // ulysses_degree) + min(rank + 1, num_heads % ulysses_degree)
+        k0, k1 = (q0 // per_kv, -(-q1 // per_kv)) if q1 > q0 else (0, 0)
+        shares.append(HeadShare(q0, q1, k0, k1, _runs(q0, q1, per_kv)))
+    return tuple(shares)
+
+
+def _check_heads(num_heads: int, num_kv_heads: int) -> None:
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise UspConfigError(
+            f"{num_heads} query heads over {num_kv_heads} kv heads",
+            rule="every kv head serves the same number of query heads, at least one",
+            remedy="check num_attention_heads and num_key_value_heads of the model",
+        )
+
+
+def _runs(q0: int, q1: int, per_kv: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Merge kv heads that serve equally many of the local query heads into uniform runs."""
+    runs: list[tuple[int, int, int, int]] = []
+    for kv in range(q0 // per_kv, -(-q1 // per_kv)):
+        first, last = max(q0, kv * per_kv) - q0, min(q1, (kv + 1) * per_kv) - q0
+        local = kv - q0 // per_kv
+        if runs and (runs[-1][1] - runs[-1][0]) == (last - first) * (runs[-1][3] - runs[-1][2]):
+            runs[-1] = (runs[-1][0], last, runs[-1][2], local + 1)
+        else:
+            runs.append((first, last, local, local + 1))
+    return tuple(runs) if q1 > q0 else ()
+
+
+def ulysses_bytes(num_heads: int, num_kv_heads: int, ulysses_degree: int) -> float:
+    """Floor of the head exchanges, forward and backward, in u."""
+    m = max(num_kv_heads, ulysses_degree)
+    return 2 * (2 * num_heads + 2 * m) * (1 - 1 / ulysses_degree)
+
+
+def ring_bytes(num_kv_heads: int, ulysses_degree: int, ring_degree: int) -> float:
+    """Floor of the pruned causal zigzag ring, forward and backward, in u."""
+    return 4.5 * max(num_kv_heads, ulysses_degree) * (ring_degree - 1)
+
+
+def even_degrees(cp_size: int, num_heads: int) -> list[int]:
+    """Divisors of `cp_size` that leave every rank at most 5 % more query heads than the mean; 1 always does."""
+    return [d for d in range(1, cp_size + 1) if cp_size % d == 0 and -(-num_heads // d) * d <= 1.05 * num_heads]
+
+
+def choose_ulysses_degree(
+    cp_size: int, num_heads: int, num_kv_heads: int, ranks_per_node: int | None = None
+) -> tuple[int, str]:
+    """The ulysses degree that moves the fewest bytes, and the reason in words.
+
+    Only degrees that divide `cp_size`, lie inside a node of `ranks_per_node` ranks and leave every rank at most 5 %
+    more query heads than the mean are considered; 1 (a pure ring) always qualifies.
+    Raises `UspConfigError` for sizes that no mesh has.
+    """
+    _check_heads(num_heads, num_kv_heads)
+    node = cp_size if ranks_per_node is None else ranks_per_node
+    if cp_size < 1 or node < 1:
+        raise UspConfigError(
+            f"{cp_size} context-parallel ranks, {node} ranks a node", rule="both are whole numbers of at least 1"
+        )
+    candidates = []
+    for degree in even_degrees(cp_size, num_heads):
+        if degree == 1 or (degree <= node and node % degree == 0):
+            bytes_moved = ulysses_bytes(num_heads, num_kv_heads, degree)
+            bytes_moved += ring_bytes(num_kv_heads, degree, cp_size // degree)
+            candidates.append((bytes_moved, degree))
+    cost, best = min(candidates)
+    reason = (
+        f"ulysses {best} x ring {cp_size // best} moves {cost:.1f} u per rank and layer, the fewest of "
+        + ", ".join(f"{d}: {c:.1f}" for c, d in sorted(candidates, key=lambda x: x[1]))
+        + f" (ulysses degree: u; {num_heads} query heads, {num_kv_heads} kv heads, {node} ranks a node)"
+    )
+    return best, reason
+
+
+def check_degrees(cp_size: int, ulysses_degree: int) -> int:
+    """Ring degree of a cp group, or `UspConfigError` when the ulysses degree does not divide it."""
+    if ulysses_degree < 1 or cp_size < 1 or cp_size % ulysses_degree:
+        divisors = [d for d in range(1, max(cp_size, 1) + 1) if cp_size % d == 0]
+        raise UspConfigError(
+            f"ulysses_degree={ulysses_degree} with a context-parallel size of {cp_size}",
+            rule="context-parallel size = ulysses_degree x ring_degree, both whole numbers of at least 1",
+            remedy=f"choose ulysses_degree from {', '.join(map(str, divisors))}, or change the context-parallel size",
+        )
+    return cp_size // ulysses_degree

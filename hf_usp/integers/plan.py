@@ -1,0 +1,117 @@
+"""What each ring rank computes and sends: the integer plan of one attention call. No torch.
+
+The plan names, for every pair of ring ranks, exactly the key rows that some query of the reader sees. They go straight
+from their owner to the reader; a pair that sees nothing exchanges nothing. Step 0 is the rank's own tokens; each step
+after it pairs every rank with one source and one reader, so every link is used once (`partners`).
+
+Byte floor, causal zigzag, per rank and layer: 0.75 of what relaying whole blocks around the ring moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UspConfigError
+from .layout import IntArray, Mask, Runs, Tiles, compact, cut_tiles, find_runs, needed_rows, rows_before
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One exchange and the tiles it makes possible.
+
+    source, reader: ring ranks that this rank receives from and sends to.
+    send_rows [M, 2]: intervals of own key rows that the reader needs; they arrive packed, in this order.
+    receive_rows: number of key rows that arrive.
+    tiles: bands of own queries against the packed rows that arrived (own keys in step 0).
+    """
+
+    source: int
+    reader: int
+    send_rows: IntArray
+    receive_rows: int
+    tiles: Tiles
+
+    @property
+    def num_sent(self) -> int:
+        return int((self.send_rows[:, 1] - self.send_rows[:, 0]).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class RingPlan:
+    """All steps of one ring rank for one mask. `num_rows` is its number of tokens."""
+
+    rank: int
+    num_rows: int
+    steps: tuple[Step, ...]
+
+    @property
+    def area(self) -> int:
+        """(query, key) pairs that this rank computes."""
+        return sum(step.tiles.area() for step in self.steps)
+
+    @property
+    def rows_received(self) -> int:
+        return sum(step.receive_rows for step in self.steps)
+
+    @property
+    def rows_sent(self) -> int:
+        return sum(step.num_sent for step in self.steps)
+
+    @property
+    def messages(self) -> int:
+        """Key-value messages that this rank sends in one forward pass."""
+        return sum(step.num_sent > 0 for step in self.steps)
+
+
+def partners(ring: int, per_node: int, rank: int) -> list[tuple[int, int]]:
+    """Source and reader of a ring rank in each step after its own, where every `per_node` ranks in order share a node.
+
+    Transfers between nodes come first: in such a step all ranks of a node send to another node, each over its own
+    link and to a rank of its own. Those inside the node come last, so that the one transfer of the backward that
+    nothing hides, the last gradients on their way home, is a short one. On one node, or with one rank on each, step i
+    pairs rank r with r - i and r + i.
+    """
+    nodes, (node, place) = ring // per_node, divmod(rank, per_node)
+    shifts = [(far, near) for far in (*range(1, nodes), 0) for near in range(per_node) if far or near]
+
+    def at(far: int, near: int) -> int:
+        return (node + far) % nodes * per_node + (place + near) % per_node
+
+    return [(at(-far, -near), at(far, near)) for far, near in shifts]
+
+
+def make_plan(shards: Sequence[IntArray], mask: Mask, rank: int, per_node: int = 1) -> RingPlan:
+    """Plan of ring rank `rank` when rank r holds the ascending global positions `shards[r]`.
+
+    per_node: consecutive ring ranks that share a node (a divisor of their number).
+    """
+    if not 0 <= rank < len(shards):
+        raise UspConfigError(f"ring rank {rank} of {len(shards)}", rule="ring ranks count from 0")
+    ring, mine = len(shards), shards[rank]
+    runs = [find_runs(shard) for shard in shards]
+    seen, reach = mask.interval(mine), mask.reach(runs[rank])
+    nothing = np.zeros((0, 2), dtype=np.int64)
+    own = cut_tiles(rows_before(runs[rank], seen[0]), rows_before(runs[rank], seen[1]))
+    steps = [Step(rank, rank, nothing, 0, own)]
+    for source, reader in partners(ring, per_node, rank):
+        send, rows = _rows(runs[rank], mask.reach(runs[reader])), _rows(runs[source], reach)
+        tiles = cut_tiles(nothing[:, 0], nothing[:, 1])
+        if len(rows):
+            lo, hi = (rows_before(runs[source], edge) for edge in seen)
+            tiles = cut_tiles(*compact(lo, hi, rows))
+        steps.append(Step(source, reader, send, int((rows[:, 1] - rows[:, 0]).sum()), tiles))
+    return RingPlan(rank, len(mine), tuple(steps))
+
+
+def _rows(held: Runs, wanted: IntArray) -> IntArray:
+    """Rows of a shard that lie in sorted intervals of positions, as sorted disjoint intervals [M, 2]."""
+    return needed_rows(rows_before(held, wanted[:, 0]), rows_before(held, wanted[:, 1]))
+
+
+def group_by_window(tiles: Tiles) -> list[Tiles]:
+    """Tiles that share a window, so that one variable-length call computes them all."""
+    windows, which = np.unique(np.stack([tiles.left, tiles.right], axis=1), axis=0, return_inverse=True)
+    return [Tiles(*(field[which.ravel() == i] for field in tiles)) for i in range(len(windows))]

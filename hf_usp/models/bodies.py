@@ -1,0 +1,215 @@
+"""Where a model is cut: at itself, or at a body inside it whose surroundings see whole sequences.
+
+- A causal language model whose loss is a sum over tokens is cut at itself; logits exist only as shares.
+- With any other head (classification, question answering, masked tokens ...) the body is its base model. The hidden
+  states are put together; the head and its loss run unchanged, on whole sequences, on every rank: any loss is exact.
+- With images the body is the language model inside. The vision tower, the image features that are scattered among the
+  token embeddings, and the positions in time, height and width are computed whole on every rank; the cut comes after.
+
+The outermost model decides the layout and sends it to the body with the attention mask, as masks carry it everywhere.
+
+Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..batch import Layout, cut, unshard
+from ..errors import UspBatchError, UspModelError
+from ..mesh import UspMesh
+from ..shard import (
+    DESCRIBED,
+    PER_TOKEN,
+    LayoutMask,
+    ShardOptions,
+    agree_on_layout,
+    cut_all,
+    cut_labels,
+    shifted_labels,
+)
+from .modeling import ShardedMask
+
+# Outputs with one entry per token, [B, L, ...] (or tuples of such).
+PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states")
+# Inputs that a model around its body prepares, one entry per token, [B, S, ...].
+PREPARED = ("per_layer_inputs",)
+# What reaches a body and is of no concern there: they belong to the loss of the model around it.
+OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
+
+
+@dataclass(frozen=True)
+class Body:
+    """The part of a model that is cut: the model itself, or one inside it.
+
+    token_loss: the model's loss is Transformers' ForCausalLMLoss, of which ranks compute shares. whole_head: around the
+    body runs a head that needs whole hidden states.
+    """
+
+    module: PreTrainedModel
+    token_loss: bool
+    whole_head: bool
+
+
+def find_body(model: PreTrainedModel) -> Body:
+    """Where a model is cut."""
+    # Classes whose name tells no loss get ForCausalLMLoss as well, also those that never call it.
+    named = getattr(model, "loss_type", None) is not None
+    token_loss = model.loss_function is ForCausalLMLoss and (named or model.can_generate())
+    is_head = not token_loss and model.base_model is not model
+    text, decoder = model.config.get_text_config(), model.get_decoder()
+    if text is not model.config and isinstance(decoder, PreTrainedModel) and decoder.config is text:
+        return Body(decoder, token_loss, is_head)
+    base = model.base_model
+    return Body(base if is_head and isinstance(base, PreTrainedModel) else model, token_loss, is_head)
+
+
+def check_surroundings(model: PreTrainedModel, body: PreTrainedModel) -> None:
+    """Refuse a model around a body that could not send it the layout."""
+    parameters = inspect.signature(type(model).forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in ("attention_mask", "position_ids"):
+        if name not in parameters:
+            raise UspModelError(
+                f"{type(model).__name__}.forward takes no {name}",
+                rule=f"the layout of a batch reaches {type(body).__name__} with the attention mask, and each rank "
+                "passes the positions of its tokens",
+                remedy="use an architecture whose forward takes both",
+            )
+
+
+def share_for(
+    model: PreTrainedModel,
+    batch: Mapping[str, Any],
+    mesh: UspMesh,
+    options: ShardOptions,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> tuple[dict[str, Any], Layout]:
+    """Keywords for `model` that make its body run on this rank's share of a full batch; see `shard_with`."""
+    body = find_body(model)
+    names = {*PER_TOKEN, *DESCRIBED, "attention_mask"} | (set(OF_THE_LOSS) if body.token_loss else set())
+    layout = agree_on_layout(batch, mesh, options, check, None if body.module is model else names)
+    if body.module is model:
+        return {**cut_all(batch, layout), "use_cache": False}, layout
+    share = {name: value for name, value in batch.items() if name not in DESCRIBED and value is not None}
+    tokens = share["input_ids"] if "input_ids" in share else share["inputs_embeds"]
+    mask_BS = share.get("attention_mask")
+    if mask_BS is None:
+        mask_BS = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+    share["attention_mask"] = LayoutMask.of(mask_BS, layout)
+    if body.token_loss:
+        share |= cut_labels(shifted_labels(batch), layout)
+    return share, layout
+
+
+def layout_of(keywords: Mapping[str, Any]) -> Layout | None:
+    """The layout that the keywords of a model or body carry, if any."""
+    if isinstance(keywords.get("usp"), Layout):
+        return keywords["usp"]
+    mask = keywords.get("attention_mask")
+    for part in mask.values() if isinstance(mask, dict) else (mask,):
+        if isinstance(part, LayoutMask):
+            return part.usp_layout
+        if isinstance(part, ShardedMask):
+            return part.layout
+    return None
+
+
+class CutBody:
+    """The two hooks of a body inside a prepared model; they hold no state."""
+
+    def __init__(self, body: Body, mesh: UspMesh) -> None:
+        self.mesh, self.whole_head = mesh, body.whole_head
+        self.parameters = list(inspect.signature(type(body.module).forward).parameters)[1:]
+        self.handles = (
+            body.module.register_forward_pre_hook(self.cut, with_kwargs=True),
+            body.module.register_forward_hook(self.gather, with_kwargs=True),
+        )
+
+    def __deepcopy__(self, memo: dict) -> CutBody:
+        return self
+
+    @torch.compiler.disable
+    def cut(self, body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the body: whole inputs become this rank's share."""
+        batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        layout = layout_of(batch)
+        if layout is None or layout.mesh is not self.mesh or "usp" in batch:
+            return args, kwargs
+        return (), _cut_inputs(body, batch, layout)
+
+    @torch.compiler.disable
+    def gather(self, body: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the body: its hidden states are put together where a head needs them whole."""
+        layout = kwargs.get("usp")
+        if isinstance(layout, Layout) and layout.mesh is self.mesh:
+            if self.whole_head:
+                gather_outputs(output, layout)
+            pool_again(body, output, layout, gathered=self.whole_head)
+        return output
+
+
+def _cut_inputs(body: PreTrainedModel, batch: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    mask, passed = batch.pop("attention_mask"), {n: batch.pop(n) for n in OF_THE_LOSS if n in batch}
+    visual_BS, features = batch.pop("visual_pos_masks", None), batch.pop("deepstack_visual_embeds", None)
+    prepared = {name: batch.pop(name) for name in PREPARED if batch.get(name) is not None}
+    for name, value in batch.items():
+        known = name in PER_TOKEN or name in DESCRIBED
+        if not known and any(isinstance(x, Tensor) and x.ndim > 0 for x in tree_leaves(value)):
+            raise UspBatchError(
+                f"{type(body).__name__} gets the tensor(s) {name}",
+                rule="hf_usp cuts " + ", ".join(PER_TOKEN) + "; it does not guess how to cut anything else",
+                remedy="remove it from the batch, or train this model without UspParallelismConfig",
+            )
+    if isinstance(mask, LayoutMask):
+        share = cut_all({**batch, "attention_mask": mask.as_subclass(Tensor)}, layout)
+    else:  # the model around has made its masks, which only pass on the layout
+        share = {**cut_all(batch, layout), "attention_mask": mask}
+    if visual_BS is not None and features is not None:
+        share["visual_pos_masks"], share["deepstack_visual_embeds"] = _cut_features(visual_BS, features, layout)
+    share |= {name: cut(value, layout) for name, value in prepared.items()}
+    return {**share, **passed, "use_cache": False}
+
+
+def _cut_features(visual_BS: Tensor, features: Sequence[Tensor], layout: Layout) -> tuple[Tensor, list[Tensor]]:
+    """Which tokens of this rank are visual [B, L], and their rows of features that list all visual tokens in order."""
+    rows_BS = visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
+    visual_BL = cut(visual_BS, layout, 0)
+    rows = cut(rows_BS, layout)[visual_BL]
+    return visual_BL, [feature[rows] for feature in features]
+
+
+def gather_outputs(output: Any, layout: Layout) -> None:
+    """Put the per-token outputs of a model together, in place."""
+    for name in PER_TOKEN_OUTPUTS:
+        if output.get(name) is not None:
+            output[name] = _gather(output[name], layout)
+
+
+def _gather(value: Any, layout: Layout) -> Any:
+    return tuple(_gather(x, layout) for x in value) if isinstance(value, tuple | list) else unshard(value, layout)
+
+
+def pool_again(body: PreTrainedModel, output: Any, layout: Layout, gathered: bool) -> None:
+    """A pooler that looks at single tokens (BERT: the first) saw a share; it pools again from whole hidden states.
+
+    Poolers that work otherwise are left alone: their output differs from one process, which the self-check finds.
+    """
+    pooler, of_share = getattr(body, "pooler", None), output.get("pooler_output")
+    if of_share is None or not isinstance(pooler, torch.nn.Module):
+        return
+    if len(inspect.signature(pooler.forward).parameters) == 1:
+        hidden = output["last_hidden_state"]
+        pooled = pooler(hidden if gathered else unshard(hidden, layout))
+        if pooled.shape == of_share.shape:
+            output["pooler_output"] = pooled

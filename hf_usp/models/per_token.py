@@ -1,0 +1,72 @@
+"""Outputs of TRL's fused LM head (`model(..., fused_lm_head=True)`) under sharding: one number per token and field.
+
+The fields come back whole [B, S], as one process returns them, so that trainers may sum, mask and compare them; they
+are small. One of them carries gradients, `log_probs`, and there the two trainers that are supported differ:
+
+- `DPOTrainer` computes a loss from whole sequences, the same on every rank; the gradient of the whole field is right.
+- `SFTTrainer` sums `log_probs` over its tokens, divides by the token count of all processes and multiplies by their
+  number, as the Trainer does with a loss. Each rank must then sum its own tokens once: it keeps its share [B, L].
+
+TRL marks the models that its trainers train (`model.model_tags`), which tells the two apart; other trainers of TRL are
+refused where gradients flow.
+
+Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank, F fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..batch import Layout, unshard
+from ..errors import UspModelError
+from .router import wants_router_logits
+
+FUSED = "fused_lm_head"
+FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+SUPPORTED = {"sft": "SFTTrainer", "dpo": "DPOTrainer"}
+
+
+def check_trainer(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Refuse a fused LM head that a trainer calls for gradients whose loss is unknown here."""
+    if batch.get(FUSED) and wants_router_logits(model, batch):
+        raise UspModelError(
+            "TRL's fused LM head with output_router_logits=True",
+            rule="it computes the load-balancing loss of experts from the tokens it sees, which are a share",
+            remedy="set output_router_logits=False in the model's config, or train with Transformers' own Trainer",
+        )
+    tags = getattr(model, "model_tags", None) or []
+    if not batch.get(FUSED) or not torch.is_grad_enabled() or not SUPPORTED.keys().isdisjoint(tags):
+        return
+    raise UspModelError(
+        f"TRL's fused LM head, called by a trainer with the tags {list(tags)}",
+        rule=f"its per-token outputs are exact for {' and '.join(SUPPORTED.values())}, and without gradients",
+        remedy="use one of these, or run this trainer in one process per sequence",
+    )
+
+
+def whole_fields(output: Any, layout: Layout, shifted: bool) -> Any:
+    """The fields of a fused output made whole [B, S - 1] (or [B, S] where the caller passed `shift_labels`).
+
+    In `SFTTrainer`'s training step `log_probs` stays this rank's share [B, L], see above.
+    """
+    names = [name for name in FIELDS if output.get(name) is not None]
+    sums = torch.is_grad_enabled() and output.get("mean_logits") is None  # SFTTrainer; DPOTrainer wants mean_logits
+    fields_BLF = torch.stack([_as_float(output[name]).detach() for name in names], dim=-1)
+    whole_BSF = unshard(fields_BLF, layout)
+    last = layout.length if shifted else layout.length - 1
+    for i, name in enumerate(names):
+        if name == "log_probs" and torch.is_grad_enabled():
+            if not sums:
+                output[name] = unshard(output[name], layout)[:, :last]
+        else:
+            output[name] = whole_BSF[:, :last, i].to(output[name].dtype)
+    return output
+
+
+def _as_float(field: Tensor) -> Tensor:
+    return field if field.dtype == torch.float64 else field.float()

@@ -1,0 +1,86 @@
+"""Positions that models count themselves, and what they are on a share of the sequence.
+
+Most models take `position_ids`, and a rank passes those of its tokens. Three kinds count instead:
+
+- The RoBERTa family counts the tokens of a full row that are no padding, from `padding_idx` on. It has a method for
+  that, which gets the full rows before they are cut.
+- OPT counts the visible tokens of the attention mask. The self-check finds out whether a model does.
+- Llama 4 scales the queries of its layers without rotary embedding by a place that each layer counts from 0. The layer
+  has done so with local places when its queries reach the attention function; there they are put right.
+
+Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank, H heads, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Layout
+
+
+class OwnPositions:
+    """The positions of a full batch as a model of the RoBERTa family counts them: `positions(batch)` [B, S].
+
+    Source: `create_position_ids_from_input_ids` of Transformers, after fairseq's `make_positions`.
+    """
+
+    def __init__(self, embeddings: nn.Module) -> None:
+        self.embeddings = embeddings
+
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        counting: Any = self.embeddings
+        if batch.get("input_ids") is not None:
+            return counting.create_position_ids_from_input_ids(batch["input_ids"], counting.padding_idx)
+        return counting.create_position_ids_from_inputs_embeds(batch["inputs_embeds"], counting.padding_idx)
+
+
+def own_positions(model: nn.Module) -> OwnPositions | None:
+    """How a model counts positions where no position_ids are passed; None where it takes 0, 1, 2 ..."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids") and hasattr(module, "padding_idx"):
+            return OwnPositions(module)
+    return None
+
+
+def visible_positions(batch: Mapping[str, Any]) -> Tensor | None:
+    """Positions that count the visible tokens of the attention mask [B, S], -1 for padding (OPT)."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return None
+    mask = mask.long()
+    return mask.cumsum(1) * mask - 1
+
+
+def may_count_visible(model: nn.Module) -> bool:
+    """Whether an embedding of the model takes the attention mask, so that -1 for padding may be tried on the model."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return any("attention_mask" in inspect.signature(type(module).forward).parameters for module in embeddings)
+
+
+def temperature_tuned(model: nn.Module) -> list[nn.Module]:
+    """The attention layers of a model that scale their queries by a place that they count themselves (Llama 4)."""
+    return [module for module in model.modules() if is_temperature_tuned(module)]
+
+
+def is_temperature_tuned(module: nn.Module) -> bool:
+    return getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
+
+
+def with_global_temperature(query_BHLD: Tensor, module: Any, layout: Layout) -> Tensor:
+    """Queries that a layer scaled by their local places, scaled by their places in the row instead.
+
+    The scale of place i is log1p(floor((i + 1) / floor_scale)) * attn_scale + 1 (arXiv 2501.19399, as in Llama 4),
+    whatever position_ids say.
+    """
+
+    def scale(places: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    places_L, _ = layout.taken(query_BHLD.device)
+    counted_L = torch.arange(query_BHLD.shape[2], device=query_BHLD.device)
+    return (query_BHLD * (scale(places_L) / scale(counted_L))[:, None]).to(query_BHLD.dtype)

@@ -1,0 +1,318 @@
+"""What makes a model take full batches: two hooks that cut before its forward and put together after it.
+
+The hooks sit on the outermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. Everything about one forward
+travels in its `Layout`; between calls they keep only what the self-check found and the shapes of the last outputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..batch import CAUSAL, MaskKind, cut
+from ..errors import UspModelError
+from ..faults import after, tell_failure
+from ..integers.layout import UNLIMITED
+from ..loss import whole_loss
+from ..mesh import UspMesh
+from ..rope import length_dependent_ropes
+from ..shard import ShardOptions
+from .bodies import (
+    PER_TOKEN_OUTPUTS,
+    CutBody,
+    check_surroundings,
+    find_body,
+    gather_outputs,
+    layout_of,
+    pool_again,
+    share_for,
+)
+from .modeling import NAME, no_attention_weights
+from .per_token import FUSED, check_trainer, whole_fields
+from .positions import own_positions, visible_positions
+from .recurrent import RecurrentLayers, has_recurrent_layers
+from .router import RouterLoss, wants_router_logits
+from .selfcheck import self_check
+from .tensor_parallel import PartialGradients, check_tensor_parallel
+from .training_check import refuse_scaled_noise, training_check
+
+
+class ShardedForward:
+    """The two hooks of one prepared model."""
+
+    def __init__(
+        self, model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, gather_outputs: bool, check: bool
+    ) -> None:
+        self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
+        self.unchecked = self.unchecked_training = check
+        self.inexact: frozenset[str] = frozenset()  # what the self-check found besides
+        self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
+        self.failed: BaseException | None = None  # what ended a forward or backward on this rank
+        self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
+        body = find_body(model)
+        self.inside, self.whole_head = body.module is not model, body.whole_head
+        self._handles = (
+            model.register_forward_pre_hook(self.cut, with_kwargs=True),
+            model.register_forward_hook(self.put_together, with_kwargs=True),
+            model.register_forward_hook(self.notice_failure, with_kwargs=True, always_call=True),
+            *(CutBody(body, mesh).handles if self.inside else ()),
+        )
+        self.router = RouterLoss(model)  # its hook runs after ours, where both are on one model
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.recurrent.release()
+        self.partial.release()
+        self.router.remove()
+
+    def __deepcopy__(self, memo: dict) -> ShardedForward:
+        """A copied model shards over the same mesh."""
+        return self
+
+    @torch.compiler.disable
+    def cut(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the forward: the full batch becomes this rank's share."""
+        batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if "usp" in batch or _is_generation(batch):
+            return args, kwargs
+        if self.failed is not None:
+            raise after(self.failed)
+        if self.unchecked:
+            # Every rank comes here with its first batch, whatever that batch is.
+            self.inexact = self_check(model, self.mesh, self.options, next(model.parameters()).device)
+            self.unchecked = False
+            if "visible" in self.inexact:
+                self.options = replace(self.options, positions=visible_positions)
+        if self.unchecked_training and model.training:
+            training_check(model, self.mesh, self.options, next(model.parameters()).device)
+            self.unchecked_training = False
+        items = batch.get("num_items_in_batch")
+        share, layout = share_for(model, batch, self.mesh, self.options, lambda b: self._check(model, b))
+        num_labels = share.pop("num_labels", None)
+        if num_labels is not None:
+            share["num_items_in_batch"] = num_labels if items is None else items
+        layout.items_given, layout.shifted = items is not None, batch.get("shift_labels") is not None
+        layout.pass_states = False if "states" in self.inexact else None
+        layout.router_logits = self._wants_router_logits(model, batch)
+        if layout.router_logits:
+            share["output_router_logits"] = False
+        return (), share
+
+    def _check(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+        """Refuse what this model cannot do with this batch."""
+        _check_call(model, batch)
+        check_trainer(model, batch)
+        refuse_scaled_noise(model)
+        if self._wants_router_logits(model, batch):
+            self.router.learn(model)
+        positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+        if "left" in self.inexact and positions is None and mask is not None and not bool(mask[:, 0].all()):
+            raise UspModelError(
+                f"left padding without position_ids for {type(model).__name__}",
+                rule="this model counts positions in a way of its own unless it gets position_ids",
+                remedy="pass position_ids, or pad on the right",
+            )
+        apart = "packed" not in self.inexact or mask is not None or batch.get("cu_seq_lens_q") is not None
+        if apart or positions is None:
+            return
+        if positions.ndim == 3 and len(positions) == 4 and self.recurrent.layers:
+            positions = positions[0]  # masks of the models that take four rows heed the first; their recurrences do not
+        if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
+            raise UspModelError(
+                f"packed documents, told apart by position_ids, for {type(model).__name__}",
+                rule="a sharded run equals one process, where masks or recurrent layers of this model ignore "
+                "position_ids and documents see each other",
+                remedy="pass cu_seq_lens_q as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True)), which "
+                "keeps documents apart as flash attention does, or do not pack",
+            )
+
+    def _wants_router_logits(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
+        return not self.whole_head and wants_router_logits(model, batch)
+
+    @torch.compiler.disable
+    def notice_failure(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Torch calls this also when the forward raised: there is no output then."""
+        problem = sys.exc_info()[1]
+        if output is None and problem is not None and layout_of(kwargs) is not None:
+            tell_failure(problem)
+            self.failed = problem
+
+    @torch.compiler.disable
+    def put_together(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the forward: the loss of the whole batch, and whole outputs where they were asked for."""
+        layout = layout_of(kwargs)
+        if layout is None or layout.mesh is not self.mesh:
+            return output
+        self.shares = frozenset()
+        if layout.calls == 0:
+            raise UspModelError(
+                f"no attention layer of {type(model).__name__} called the attention function {NAME!r}",
+                rule="the model's attention goes through Transformers' attention interface",
+                remedy="this model has attention code of its own and cannot be sharded; train it without "
+                "UspParallelismConfig, or use an architecture that supports attn_implementation='sdpa' as a function",
+            )
+        if self.whole_head:
+            if output.get("loss") is not None and layout.items_given:
+                # Whole already, on every rank; the caller's factor counts each of them (see `whole_loss`).
+                output["loss"] = output["loss"] / self.mesh.size
+            return output
+        if layout.router_logits:
+            mask = kwargs["attention_mask"].as_subclass(Tensor)
+            output = self.router.add(output, layout, cut(mask, layout, 0) if self.inside else mask, self.gather_outputs)
+        if output.get("loss") is not None:
+            assert self.mesh.group is not None
+            output["loss"] = whole_loss(output["loss"], self.mesh.group, self.mesh.size, layout.items_given)
+        if kwargs.get(FUSED):
+            return whole_fields(output, layout, layout.shifted)
+        if not self.inside:
+            pool_again(model, output, layout, gathered=False)
+        if self.gather_outputs:
+            gather_outputs(output, layout)
+        else:
+            left = tree_leaves([output.get(name) for name in PER_TOKEN_OUTPUTS])
+            self.shares = frozenset(tuple(x.shape) for x in left if isinstance(x, Tensor))
+        return output
+
+
+def _is_generation(batch: Mapping[str, Any]) -> bool:
+    """A call that continues a cache or wants only some logits is not sharded: `generate` needs whole sequences."""
+    keep = batch.get("logits_to_keep")
+    wants_some = keep is not None and not (isinstance(keep, int) and keep == 0)
+    return batch.get("labels") is None and (batch.get("past_key_values") is not None or wants_some)
+
+
+def _check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Refuse what this model cannot do with this batch."""
+    config = model.config
+    if batch.get("past_key_values") is not None or batch.get("logits_to_keep"):
+        raise UspModelError(
+            "past_key_values or logits_to_keep together with labels",
+            rule="a sharded forward sees whole sequences and computes the loss over all of them",
+            remedy="train without a cache (prefix tuning keeps its prefix there) and without logits_to_keep",
+        )
+    if batch.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise no_attention_weights()
+    if batch.get("return_dict") is False:
+        raise UspModelError("return_dict=False", rule="a sharded forward returns a ModelOutput", remedy="leave it out")
+    has_labels = batch.get("labels") is not None or batch.get("shift_labels") is not None
+    if not has_labels and batch.get("num_items_in_batch") is not None:
+        raise UspModelError(
+            "num_items_in_batch without labels: a loss outside the model (label smoothing, compute_loss_func)",
+            rule="the model computes the loss of its share; a loss of whole logits would count once for every rank",
+            remedy="set label_smoothing_factor=0 and no compute_loss_func; or, in your own loop, average a loss of "
+            "gathered logits over ranks (gather_outputs=True)",
+        )
+    if not has_labels:
+        return
+    if model.loss_function is not ForCausalLMLoss and not find_body(model).whole_head:
+        raise UspModelError(
+            f"{type(model).__name__} with labels and the loss {getattr(model.loss_function, '__name__', 'custom')}",
+            rule="a loss is a sum over tokens that takes shift_labels and num_items_in_batch (ForCausalLMLoss)",
+            remedy="use the model's ForCausalLM class with its own loss function",
+        )
+
+
+def attach(
+    module: nn.Module, mesh: UspMesh, options: ShardOptions, gather_outputs: bool = False, check: bool = True
+) -> ShardedForward:
+    """Make the Transformers model inside `module` shard its batches over `mesh`. Attaching again replaces the first."""
+    model = find_model(module)
+    check_model(model)
+    previous = sharded_forward(model)
+    if previous is not None:
+        previous.remove()
+    looks = bool(length_dependent_ropes(model))
+    options = replace(options, positions=own_positions(model), largest_position=looks)
+    return ShardedForward(model, mesh, options, gather_outputs, check)
+
+
+def find_model(module: nn.Module) -> PreTrainedModel:
+    """The outermost Transformers model in a module (which may be wrapped by PEFT, DDP and the like)."""
+    for candidate in module.modules():
+        if isinstance(candidate, PreTrainedModel):
+            return candidate
+    raise UspModelError(
+        f"{type(module).__name__} holds no Transformers model",
+        rule="UspParallelismConfig prepares Transformers models",
+        remedy="for a module of your own use hf_usp.shard and hf_usp.usp_attention",
+    )
+
+
+def sharded_forward(module: nn.Module) -> ShardedForward | None:
+    """The hooks of a prepared model, if it is one."""
+    for model in module.modules():
+        for hook in model._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, ShardedForward):
+                return owner
+    return None
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse at `prepare` what can be seen without running the model."""
+    name, config = type(model).__name__, model.config
+    implementation = getattr(config.get_text_config(), "_attn_implementation", None)
+    if implementation != NAME:
+        raise UspModelError(
+            f"{name} with attn_implementation={implementation!r} under UspParallelismConfig",
+            rule=f"a model whose sequences are sharded attends with attn_implementation={NAME!r}",
+            remedy=f"from_pretrained(..., attn_implementation={NAME!r})",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UspModelError(
+            f"{name} is an encoder-decoder model", rule="one sequence of tokens attends to itself",
+            remedy="use a decoder-only model",
+        )  # fmt: skip
+    check_tensor_parallel(model)
+    # A model whose layers all are recurrent has no attention to speak of, and no positions.
+    recurrent = has_recurrent_layers(model)
+    supported = any(getattr(type(model), f"_supports_{way}", False) for way in ("attention_backend", "sdpa"))
+    if not supported and not recurrent:
+        raise UspModelError(
+            f"{name} has attention code of its own",
+            rule="the model's attention goes through Transformers' attention interface",
+            remedy="use an architecture that does (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
+        )
+    body = find_body(model).module
+    if body is not model:
+        check_surroundings(model, body)
+    forward = inspect.signature(type(body).forward).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward):
+        raise UspModelError(
+            f"{type(body).__name__}.forward takes no further keywords",
+            rule="the layout, shifted labels and num_items_in_batch reach layers and loss through **kwargs",
+            remedy="use an architecture whose forward takes **kwargs",
+        )
+    if "position_ids" not in inspect.signature(type(body.base_model).forward).parameters and not recurrent:
+        raise UspModelError(
+            f"{type(body.base_model).__name__} takes no position_ids",
+            rule="each rank passes the positions of its tokens; a model that counts them itself starts at 0 everywhere",
+            remedy="use an architecture whose forward takes position_ids",
+        )
+
+
+def mask_kinds(model: PreTrainedModel) -> tuple[MaskKind, ...]:
+    """The masks of the model's layers as its config tells, one entry a layer. They decide only the order of tokens."""
+    config = model.config.get_text_config()
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    causal = {getattr(module, "is_causal", None) for module in find_body(model).module.modules()}
+    full, sliding = CAUSAL, MaskKind(left=window - 1) if window else CAUSAL
+    if not getattr(config, "is_causal", True) or (False in causal and True not in causal):
+        full = MaskKind(UNLIMITED, UNLIMITED)
+        sliding = MaskKind(window, window) if window else full
+    by_type = {"sliding_attention": sliding, "chunked_attention": MaskKind(chunk=chunk) if chunk else full}
+    types = getattr(config, "layer_types", None)
+    if types:
+        return tuple(by_type.get(t, full) for t in types)
+    return (sliding,) if getattr(config, "use_sliding_window", True) else (full,)

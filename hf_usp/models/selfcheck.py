@@ -1,0 +1,281 @@
+"""The self-check: before its first sharded batch a model shows on a short random one that sharding changes nothing.
+
+The same few tokens go through the model twice, sharded and whole; the outputs of all its modules and the loss are
+compared. Whatever looks at other tokens outside the attention interface (recurrent and convolutional layers, pooling,
+positions that are counted instead of passed) gives itself away, without a list of names. It runs below the model's own
+hooks, so FSDP and DDP do not notice; it leaves the random state, buffers, gradients and training flags as they were.
+
+Before the first forward in training mode the batch goes through once more in that mode (`training_check`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..batch import Layout, cut
+from ..comm import agree, all_gather_ints, all_reduce_sum
+from ..errors import UspError, UspModelError
+from ..faults import tell_failure
+from ..mesh import UspMesh
+from ..precision import no_autocast
+from ..rope import length_dependent_ropes
+from ..shard import IGNORED, ShardOptions
+from .bodies import find_body, pool_again, share_for
+from .positions import may_count_visible, temperature_tuned, visible_positions
+from .recurrent import has_recurrent_layers
+
+# Largest relative error: of any token, and in low precision, where rounding may flip a router's choice, of the median
+# token. Shares are so short that an error at their edges reaches half of the tokens.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, device: torch.device) -> frozenset[str]:
+    """Raise `UspModelError` on every rank of the mesh if sharding changes what the model computes.
+
+    Returns what holds besides: "packed" where one process does not keep documents apart by their restarting
+    `position_ids` (some masks never see position_ids; sharded, documents are apart); "visible" where, without
+    position_ids, a model counts the tokens that the attention_mask shows (`positions.visible_positions`); "left" where
+    it takes yet other positions for a row padded on the left; "states" where the kernel of recurrent layers does not
+    continue from a state that it is given.
+    """
+    group = mesh.group
+    assert group is not None
+    batch = random_batch(model, mesh, device)
+    length = batch["input_ids"].shape[1]
+    first = length // 2 + 1
+    packed = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
+    kinds = []
+
+    def differs(batch: dict[str, Any], options: ShardOptions = options, pass_states: bool = False) -> bool:
+        """Whether a batch differs on any rank of the mesh."""
+        here = compare(model, batch, mesh, options, pass_states) is not None
+        return bool(all_gather_ints(torch.tensor([here], dtype=torch.int64, device=device), group).any())
+
+    with unnoticed(model, device):
+        try:
+            found = compare(model, batch, mesh, options)
+        except UspError:
+            raise
+        except Exception as problem:
+            tell_failure(problem)
+            raise fails_alone(model, problem) from problem
+        error = None if found is None else refusal(model, found)
+        agree(torch.zeros(1, dtype=torch.int64, device=device), error, group, UspModelError)
+        if differs({**batch, "position_ids": packed}):
+            kinds.append("packed")
+        left = {**batch, "attention_mask": _left_padding(batch)}
+        if differs(left):
+            visible = replace(options, positions=visible_positions)
+            kinds.append("visible" if may_count_visible(model) and not differs(left, visible) else "left")
+        if has_recurrent_layers(model) and differs(batch, pass_states=True):
+            kinds.append("states")
+    return frozenset(kinds)
+
+
+def refusal(model: PreTrainedModel, found: str) -> UspModelError:
+    return UspModelError(
+        f"{type(model).__name__} computes something else when its sequence is sharded: {found}",
+        rule="outside attention a token may not look at other tokens, and positions come from position_ids",
+        remedy="train this model without UspParallelismConfig; if you know better, "
+        "UspParallelismConfig(self_check=False) switches the check off",
+    )
+
+
+def fails_alone(model: PreTrainedModel, problem: Exception) -> UspModelError:
+    return UspModelError(
+        f"{type(model).__name__} fails on a short random batch of tokens: {problem}",
+        rule="the self-check runs one row of tokens, sharded and whole",
+        remedy="if the model needs more than tokens, UspParallelismConfig(self_check=False) goes without the check; "
+        "then compare a step with one process yourself",
+    )
+
+
+def _left_padding(batch: dict[str, Any]) -> Tensor:
+    mask = torch.ones_like(batch["input_ids"])
+    mask[:, :2] = 0
+    return mask
+
+
+def compare(
+    model: PreTrainedModel,
+    batch: dict[str, Any],
+    mesh: UspMesh,
+    options: ShardOptions,
+    pass_states: bool = False,
+) -> str | None:
+    """What differs on this rank between the sharded and the whole run of a batch, in words."""
+    share, layout = share_for(model, batch, mesh, options)
+    layout.pass_states = pass_states
+    items = share.pop("num_labels", None)
+    given = {} if items is None else {"num_items_in_batch": items}
+    mine, sharded = module_outputs(model, share | given)
+    if find_body(model).module is model:
+        pool_again(model, sharded, layout, gathered=False)
+    theirs, whole = module_outputs(model, batch)
+    wrong_loss = _loss_difference(layout, sharded, whole)  # on every rank: it communicates
+    return _difference(model, layout, mine, theirs) or _output_difference(layout, sharded, whole) or wrong_loss
+
+
+def random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Any]:
+    length = max(2 * mesh.size, 4 * mesh.ring_degree, 6) - 1  # not a multiple: the last rank gets padding of ours
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, length), generator=generator)
+    batch: dict[str, Any] = {"input_ids": ids.to(device)}
+    forward = inspect.signature(type(model).forward).parameters
+    if "use_cache" in forward or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward.values()):
+        batch["use_cache"] = False
+    if ropes := length_dependent_ropes(model):
+        # Around the length at which their frequencies change.
+        start = max(0, min(_original_length(rope) for rope in ropes) - length // 2)
+        batch["position_ids"] = torch.arange(start, start + length, device=device)[None]
+    if find_body(model).token_loss:
+        labels = ids.clone()
+        labels[:, :2] = IGNORED
+        batch["labels"] = labels.to(device)
+    if hasattr(model.config.get_text_config(), "output_router_logits"):
+        batch["output_router_logits"] = False  # a share has no auxiliary loss of its own, see router.py
+    return batch
+
+
+def _original_length(rope: Any) -> int:
+    """The length up to which a length-dependent rotary embedding uses its original frequencies."""
+    return int(getattr(rope, "original_max_seq_len", None) or rope.config.max_position_embeddings)
+
+
+@contextmanager
+def unnoticed(model: PreTrainedModel, device: torch.device, training: bool = False) -> Iterator[None]:
+    """No gradients, no autocast and no dropout (or flags as they are, no checkpointing); all as before afterwards."""
+    modules = list(model.modules())
+    flags = [module.training for module in modules]
+    buffers = [
+        (module, name, b, b.clone()) for module in modules for name, b in module._buffers.items() if b is not None
+    ]
+    # Ropes change their own attributes; we let the temperature of Llama 4 change every other token (8,192 are usual).
+    tuned: list[Any] = temperature_tuned(model)
+    checkpointed: list[Any] = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+    changing = [(module, dict(module.__dict__)) for module in (*length_dependent_ropes(model), *tuned)]
+    python, numpy = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(no_autocast(device))  # of PEFT's wrapper: numbers would be too coarse to compare
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # not a graph for a batch that comes once
+        for module in modules:
+            module.training = module.training and training
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        for module in tuned:
+            module.floor_scale = 2
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for module, flag in zip(modules, flags, strict=True):
+                module.training = flag
+            for module in checkpointed:
+                module.gradient_checkpointing = True
+            for module, attributes in changing:
+                module.__dict__.update(attributes)
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)
+
+
+def module_outputs(model: PreTrainedModel, keywords: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """First floating-point tensor of each module, in the order in which modules finish, and the model's output."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, Tensor) and first.is_floating_point():
+                seen.setdefault(name, first.detach())
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
+    try:
+        output = model.forward(**keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, output
+
+
+def _difference(
+    model: PreTrainedModel, layout: Layout, mine: dict[str, Tensor], theirs: dict[str, Tensor]
+) -> str | None:
+    """The first module whose output differs on this rank's tokens, in words; None where none does.
+
+    Each module is measured against the size of its own output: what a layer adds to the residual stream of a freshly
+    initialised model is so small that logits would not show that it is wrong.
+    """
+    if layout.calls == 0:
+        return "no layer of it called the attention function"
+    tolerance = TOLERANCE[layout.dtype]
+    for name, whole in theirs.items():
+        share = mine.get(name)
+        if share is None or whole.ndim < 3 or whole.shape[:2] != (1, layout.length):
+            continue
+        if share.shape == whole.shape:  # around the body that is cut
+            errors = _errors(share, whole)
+        elif share.shape == (1, layout.local_length, *whole.shape[2:]):
+            ours = layout.taken(whole.device)[1]
+            errors = _errors(share, cut(whole, layout))[: layout.local_length - ours]
+        else:
+            errors = torch.full((1,), float("inf"))
+        error = errors.max() if tolerance < 1e-2 else errors.quantile(0.5)
+        if not bool(error <= tolerance):
+            kind = type(model.get_submodule(name)).__name__
+            return (
+                f"the first module whose output differs is {name} ({kind}), by {error.item():.1e} of its size on a "
+                f"short random batch, where {tolerance:.0e} is allowed"
+            )
+    return None
+
+
+def _output_difference(layout: Layout, sharded: Any, whole: Any) -> str | None:
+    """The first output without a dim of tokens (pooled, say) that differs, in words."""
+    for name, theirs in whole.items():
+        mine = sharded.get(name)
+        if not isinstance(theirs, Tensor) or theirs.ndim == 0 or not theirs.is_floating_point():
+            continue  # losses are looked at separately
+        if not isinstance(mine, Tensor):
+            return f"its output {name} is missing"
+        if mine.shape != theirs.shape and mine.shape == (1, layout.local_length, *theirs.shape[2:]):
+            continue  # of tokens; the modules that it comes from were compared
+        if mine.shape != theirs.shape:
+            return f"its output {name} has the shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
+        error = (mine - theirs).double().norm() / theirs.double().norm().clamp_min(1e-12)
+        if not bool(error <= TOLERANCE[layout.dtype]):
+            return f"its output {name} differs by {error.item():.1e} of its size on a short random batch"
+    return None
+
+
+def _errors(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Error of each token [L], relative to the root mean square size of a token."""
+    mine, theirs = mine.flatten(2)[0].double(), theirs.flatten(2)[0].double()
+    size = theirs.norm(dim=-1).square().mean().sqrt().clamp_min(1e-12)
+    return (mine - theirs).norm(dim=-1) / size
+
+
+def _loss_difference(layout: Layout, sharded: Any, whole: Any) -> str | None:
+    if whole.get("loss") is None:
+        return None
+    assert layout.mesh.group is not None
+    mine, theirs = all_reduce_sum(sharded.loss, layout.mesh.group), whole.loss
+    tolerance = max(TOLERANCE[layout.dtype], 1e-5)  # ForCausalLMLoss computes in fp32 at most
+    if bool((mine - theirs).abs() <= tolerance * theirs.abs().clamp_min(1)):
+        return None
+    return f"its loss is {mine.item():.6f} instead of {theirs.item():.6f} on a short random batch"

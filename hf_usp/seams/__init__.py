@@ -1,0 +1,1 @@
+"""What happens to an Accelerator besides sharding models: rows, gathering, token counts, DeepSpeed, the degree."""

@@ -1,0 +1,48 @@
+"""What every rank knows of its machine, put together, so that all ranks choose the same ulysses degree."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from ..costs.machines import MACHINES, Machine, recognised
+from ..errors import UspConfigError
+from ..planning import choose_degree, find_machine
+
+logger = logging.getLogger(__name__)
+
+
+def chosen_degree(config: Any, model: Any, device: torch.device, ranks: int) -> int:
+    """The ulysses degree for a config without one; the same on every rank of the `ranks`, which all call this.
+
+    Raises `UspConfigError` on every rank where one of them cannot read the machine's file, or the model has no heads.
+    """
+    node = config.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or ranks
+    known = gather_object([(node, _machine(config.machine, device))])
+    for rank, (_, machine) in enumerate(known):
+        if isinstance(machine, str):
+            raise UspConfigError(f"rank {rank}: {machine}")
+    first = known[0][1]
+    alike = all(machine == first for _, machine in known)
+    degree, reason = choose_degree(
+        model.config, first if alike else None, cp_size=config.cp_size, tp_size=config.tp_size, ranks=ranks,
+        node=min(node for node, _ in known), tokens=config.sequence_length,
+    )  # fmt: skip
+    logger.info("usp: %s", reason)
+    return degree
+
+
+def _machine(name: str | None, device: torch.device) -> Machine | str | None:
+    """By its name or file, else by the device's name; None: unknown. A refusal is text, to be told to all ranks."""
+    if name is None:
+        if device.type == "cpu":
+            return MACHINES["cpu"]
+        name = recognised(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    try:
+        return None if name is None else find_machine(name)
+    except UspConfigError as refusal:
+        return str(refusal).removeprefix("usp: ")
