@@ -176,28 +176,45 @@ def as_table(lines: list[dict[str, Any]]) -> str:
 
 
 def draw(lines: list[dict[str, Any]], file: Path) -> None:
-    """Live bytes and RSS over the length."""
+    """Live bytes and RSS over the length, both axes in powers of two."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-    figure, sides = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, sides = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    plain = [line for line in lines if line["way"] == "plain"]
+    pure_ring, others = (
+        [x for x in lines if x["way"] == "usp" and (x["ulysses"] == 1) is ring] for ring in (True, False)
+    )
     for axes, key, title in zip(sides, ("live", "rss"), ("live bytes of a rank, MB", "RSS of a rank, MB"), strict=True):
-        plain = [line for line in lines if line["way"] == "plain"]
-        mine = [line for line in lines if line["way"] == "usp"]
-        axes.plot([x["tokens"] for x in plain], [x[key] / 1e6 for x in plain], "o-", color="#8a97a6", label="plain, 1")
-        axes.plot([x["tokens"] for x in mine], [x[key] / 1e6 for x in mine], "o", color="#1b7f5c", label="hf_usp")
+        for some, style, colour, label in (
+            (plain, "o-", "#8a97a6", "plain Transformers, one process"),
+            (pure_ring, "o-", "#1b7f5c", "hf_usp, as many tokens a rank: 1, 2 x 1, 4 x 1 (ring x ulysses)"),
+            (others, "s", "#4aa3df", "hf_usp: 1 x 2, 2 x 2"),
+        ):
+            axes.plot([x["tokens"] for x in some], [x[key] / 1e6 for x in some], style, color=colour, label=label)
         if key == "live":
-            guess = [x["predicted"] / 1e6 for x in mine]
-            axes.plot([x["tokens"] for x in mine], guess, "x", color="#c2571a", label="predicted")
-        for x in mine:
-            ring = x["processes"] // x["ulysses"]
-            axes.annotate(f"{ring}x{x['ulysses']}", (x["tokens"], x[key] / 1e6), fontsize=7)
-        axes.set(xlabel="tokens in the sequence", title=title, yscale="log")
+            mine = pure_ring + others
+            axes.plot(
+                [x["tokens"] for x in mine],
+                [x["predicted"] / 1e6 for x in mine],
+                "x",
+                color="#c2571a",
+                label="predicted",
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set(xlabel="tokens in the sequence", title=title)
         axes.set_xticks(sorted({x["tokens"] for x in lines}))
-        axes.legend(fontsize=8)
+        axes.set_yticks([2**n for n in range(7, 13)])
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*sides[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(file, dpi=120)
 
 
