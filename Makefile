@@ -41,8 +41,9 @@ long: $(STAMP)
 book: $(STAMP)
 	$(BIN)/python scripts/book.py
 
+# Two files at a time: ranks of one wait for each other and for imports while those of the other compute.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 table: $(STAMP)
 	$(BIN)/python -m tests.models.write_table

@@ -77,7 +77,7 @@ def test_positions_of_embeddings(four_ranks: Ranks) -> None:
 
 def refusal_without(name: str, family: str) -> str:
     """What the self-check says when a layer's own count is not put right."""
-    with patch(f"hf_usp.{name}", lambda first, *rest: first if rest else None):
+    with patch(f"hf_usp.models.{name}", lambda first, *rest: first if rest else None):
         try:
             prepared(family, **MODELS[family])(**padded("no mask", 1))
         except hf_usp.UspModelError as error:
@@ -86,7 +86,11 @@ def refusal_without(name: str, family: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [("modeling.with_global_temperature", "llama4_text"), ("prepare.own_positions", "roberta")]
+    ("name", "family"),
+    [
+        ("modeling.with_global_temperature", "llama4_text"),
+        ("prepare.own_positions", "roberta"),
+    ],
 )
 def test_the_self_check_sees_counted_positions(four_ranks: Ranks, name: str, family: str) -> None:
     """Also those that change every 8,192 tokens only (floor_scale), and it leaves that number as it was."""
