@@ -37,7 +37,7 @@ p.note { margin: .2rem 0 .8rem; opacity: .75; }
 svg { width: min(100%, 34rem); border: 1px solid var(--line); background: var(--paper); }
 table { border-collapse: collapse; font-size: .8rem; } td, th { padding: .3rem .5rem; text-align: right;
   font-weight: 400; border: 1px solid var(--line); } .scroll { overflow-x: auto; }
-pre { background: var(--pale); padding: 1rem; overflow-x: auto; font-size: .8rem; }
+pre { background: var(--pale); padding: 1rem; white-space: pre-wrap; font-size: .8rem; }
 """
 
 
