@@ -41,9 +41,8 @@ long: $(STAMP)
 book: $(STAMP)
 	$(BIN)/python scripts/book.py
 
-# Two files at a time: ranks of one wait for each other and for imports while those of the other compute.
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 table: $(STAMP)
 	$(BIN)/python -m tests.models.write_table
