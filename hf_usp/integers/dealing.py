@@ -46,7 +46,8 @@ def deal_row(batch: int, num_tokens: int, ring: int, order: str, masks: Sequence
     Args:
         batch, num_tokens: rows, and tokens of a row (a multiple of `ring`).
         order: one of `ALL_ORDERS`, or "auto": contiguous or zigzag where the better one is even (`choose_order`),
-            balanced where that costs less.
+            balanced where that costs less. A row that is one document is never dealt otherwise: a sliding window then
+            moves its halo and no more.
         masks: over the whole batch, one entry per layer.
     """
     if order not in ("auto", *ALL_ORDERS):
@@ -70,7 +71,7 @@ def deal_row(batch: int, num_tokens: int, ring: int, order: str, masks: Sequence
         given = choose_order(batch, num_tokens, ring, masks)
     else:
         given = min(ORDERS, key=lambda name: load.cost(_fixed(num_tokens, ring, name)))
-    if flat[given] > (1 + UNEVEN) * mean:
+    if flat[given] > (1 + UNEVEN) * mean and _is_packed(batch, masks):
         found = [_fixed(num_tokens, ring, given), *_balanced(load, ring, SHORTEST)]
         costs = [load.cost(chunks) for chunks in found]
         even = [load.busiest(chunks) <= (1 + UNEVEN) * mean for chunks in found]
@@ -80,6 +81,11 @@ def deal_row(batch: int, num_tokens: int, ring: int, order: str, masks: Sequence
         if worth[chosen]:
             return Dealt(BALANCED, _shards(found[chosen]))
     return Dealt(given, deal(num_tokens, ring, given))
+
+
+def _is_packed(batch: int, masks: Sequence[Mask]) -> bool:
+    """Whether some row holds several documents; padding is none."""
+    return any(int((mask.documents.last > mask.documents.first).sum()) > batch for mask in masks)
 
 
 class _Chunks(NamedTuple):

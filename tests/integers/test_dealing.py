@@ -99,6 +99,18 @@ def test_layers_count_as_often_as_they_are() -> None:
         assert areas.max() <= (1 + UNEVEN) * areas.mean()
 
 
+@pytest.mark.parametrize("padding", [0, 1024])
+def test_a_window_over_one_document_moves_its_halo_alone(padding: int) -> None:
+    """Contiguous also where the first rank, which sees no earlier tokens, leaves it uneven."""
+    bounds = np.array([0, 4096 - padding, 4096]) if padding else np.array([0, 4096])
+    documents = Documents(bounds, bounds[:-1], np.array([4096 - padding, 4096 - padding]) if padding else bounds[1:])
+    mask = Mask(documents, left=511)
+    dealt = deal_row(1, 4096, 2, "auto", [mask])
+    assert dealt.order in ORDERS
+    if not padding:
+        assert dealt.order == "contiguous" and unevenness(dealt.shards, mask) > 1 + UNEVEN
+
+
 def test_an_unknown_order_is_refused() -> None:
     with pytest.raises(UspConfigError, match="striped"):
         deal_row(1, 8, 1, "striped", [])
