@@ -107,19 +107,23 @@ def _judge_here(subject: str, self_check: bool) -> Verdict:
         return Verdict.everywhere(UNBUILT, _words(problem))
     try:
         model = tiny_model(subject, "usp").train()
-        attach_to(model, CASES["plain"], self_check)
+        attached = attach_to(model, CASES["plain"], self_check)
     except UspError as refusal:
         return Verdict.everywhere(REFUSED, _found(refusal))
     except Exception as problem:
         return Verdict.everywhere(CRASH, _words(problem))
     with Steady() as seen:
         expected, problems = _references(reference)
-        verdict = Verdict(drawn=tuple(sorted(seen.drawn)))
+        verdict, mesh = Verdict(drawn=tuple(sorted(seen.drawn))), CASES["plain"]
         for rank, (form, degrees) in enumerate(CASES.items()):
             if problems[rank]:
                 verdict.add(form, UNRUN, problems[rank])
                 continue
-            attach_to(model, degrees, self_check)
+            if REFUSED in verdict.forms.values():
+                attached = attach_to(model, degrees, self_check)
+            elif degrees != mesh:
+                attached = attach_again(model, degrees, attached)
+            mesh = degrees
             _try(verdict, form, model, expected if rank == dist.get_rank() else None)
             if form == "packed" and APART in verdict.reasons.get("packed", ""):
                 _by_seq_lens(verdict, model, reference)
@@ -189,6 +193,13 @@ def attach_to(model: Any, degrees: tuple[int, int], self_check: bool) -> Any:
     from hf_usp.shard import ShardOptions
 
     return attach(model, mesh_of(*degrees), ShardOptions("auto", mask_kinds(model)), True, self_check)
+
+
+def attach_again(model: Any, degrees: tuple[int, int], checked: Any) -> Any:
+    """On another mesh, with what the self-check found about the model on the first (it takes most of the time)."""
+    hooks = attach_to(model, degrees, False)
+    hooks.inexact, hooks.options = checked.inexact, checked.options
+    return hooks
 
 
 @cache
