@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from ..ranks import PRELOAD
 
 ROOT = Path(__file__).parents[2]
 CPU_CONFIG = ["--config_file", "configs/cpu_4_processes.yaml", "--main_process_port", "0"]
@@ -37,6 +42,35 @@ def start(program: str, *flags: str, timeout: float = 170) -> subprocess.Complet
         output, _ = process.communicate(timeout=30)
         raise AssertionError(f"{command} took more than {timeout} s:\n{output}") from None
     return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def alone(script: str, *flags: str, timeout: float = 170) -> subprocess.CompletedProcess[str]:
+    """`python SCRIPT FLAGS` in a process that has torch and Transformers imported already: 6 s less of CPU time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.NamedTemporaryFile("r") as output:
+        process = context.Process(target=_run, args=(script, flags, output.name))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError(f"{script} {flags} took more than {timeout} s:\n{output.read()}")
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess([script, *flags], process.exitcode, output.read())
+
+
+def _run(script: str, flags: tuple[str, ...], output: str) -> None:
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = [script, *flags]
+    sys.path.insert(0, str(ROOT / script).rpartition("/")[0])
+    runpy.run_path(script, run_name="__main__")
 
 
 def accelerate(processes: int, script: str, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .launch import TINY_LLAMA, accelerate, start, succeeded
+from .launch import TINY_LLAMA, accelerate, alone, start, succeeded
 
 
 def losses(printed: str) -> list[float]:
@@ -27,16 +27,16 @@ def text(tmp_path: Path) -> str:
 
 @pytest.mark.timeout(240)
 def test_both_loops_equal_one_process(text: str) -> None:
-    alone = losses(succeeded(start("scripts/train_plain.py", text, "--sequence_length", "301")))
-    assert alone[-1] < alone[0] - 0.5
+    one = losses(succeeded(alone("scripts/train_plain.py", text, "--sequence_length", "301")))
+    assert one[-1] < one[0] - 0.5
     launch = "-m torch.distributed.run --standalone --nproc_per_node 4 scripts/train_plain.py"
     mesh = ["--sequence_length", "301", "--ring_degree", "2", "--ulysses_degree", "2"]
-    assert losses(succeeded(start(launch, text, *mesh))) == pytest.approx(alone, abs=2e-5)
+    assert losses(succeeded(start(launch, text, *mesh))) == pytest.approx(one, abs=2e-5)
 
     script, length = "scripts/train_accelerate.py", ["--sequence_length", "301"]
-    assert losses(succeeded(start(script, text, *length))) == pytest.approx(alone, abs=2e-5)
+    assert losses(succeeded(alone(script, text, *length))) == pytest.approx(one, abs=2e-5)
     printed = succeeded(accelerate(4, script, text, *length, "--cp_size", "4", "--ulysses_degree", "2"))
-    assert losses(printed) == pytest.approx(alone, abs=2e-5)
+    assert losses(printed) == pytest.approx(one, abs=2e-5)
 
 
 @pytest.mark.timeout(120)
@@ -46,7 +46,7 @@ def test_perplexity_is_that_of_one_process(text: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**TINY_LLAMA)).save_pretrained(tmp_path / "model")
     flags = [text, "--model", str(tmp_path / "model"), "--tokenizer", "bytes", "--tokens", "331"]
-    succeeded(start("scripts/perplexity.py", *flags, "--output", str(tmp_path / "one.png")))
+    succeeded(alone("scripts/perplexity.py", *flags, "--output", str(tmp_path / "one.png")))
     launch = "-m torch.distributed.run --standalone --nproc_per_node 4 scripts/perplexity.py"
     mesh = ["--ring_degree", "2", "--ulysses_degree", "2", "--output", str(tmp_path / "four.png")]
     assert "330 tokens predicted" in succeeded(start(launch, *flags, *mesh))

@@ -10,7 +10,7 @@ import pytest
 
 from hf_usp import UspConfigError
 
-from .launch import TINY_LLAMA, accelerate, start, steps, succeeded, write_inputs
+from .launch import TINY_LLAMA, accelerate, alone, steps, succeeded, write_inputs
 
 SCRIPT = "scripts/finetune.py"
 
@@ -23,7 +23,7 @@ SCRIPT = "scripts/finetune.py"
 )
 def test_two_processes_log_the_losses_of_one(tmp_path: Path, rows: str, algorithm: str) -> None:
     flags = [*write_inputs(tmp_path), *rows.split(), "--save_strategy", "no"]
-    succeeded(start(SCRIPT, *flags, "--output_dir", str(tmp_path / "one")))
+    succeeded(alone(SCRIPT, *flags, "--output_dir", str(tmp_path / "one")))
     mesh = ["--context-parallel-size", "2", "--context-parallel-algo", algorithm]
     printed = succeeded(accelerate(2, SCRIPT, *flags, *mesh, "--output_dir", str(tmp_path / "two")))
 
@@ -44,7 +44,7 @@ def test_two_processes_continue_a_run_of_one_that_was_cut_off(tmp_path: Path) ->
     flags = [*write_inputs(tmp_path), "--sequence_length", "64", "--save_steps", "1", "--max_steps", "3"]
     flags += ["--lr_scheduler_type", "constant", "--eval_file", str(tmp_path / "texts" / "a.txt")]
     flags += ["--output_dir", str(out), "--resume_from_checkpoint", "last"]
-    printed = succeeded(start(SCRIPT, *flags))
+    printed = succeeded(alone(SCRIPT, *flags))
     assert "continuing from None" in printed
     assert "eval_loss" in printed
     whole = steps(out)
@@ -82,7 +82,7 @@ def test_a_stream_of_documents(tmp_path: Path) -> None:
     flags = write_inputs(tmp_path)
     at = flags.index("--train_file")
     flags[at : at + 2] = ["--dataset_name", str(tmp_path / "texts"), "--streaming", "--sequence_length", "101"]
-    succeeded(start(SCRIPT, *flags, "--save_strategy", "no", "--output_dir", str(tmp_path / "one")))
+    succeeded(alone(SCRIPT, *flags, "--save_strategy", "no", "--output_dir", str(tmp_path / "one")))
     two = accelerate(2, SCRIPT, *flags, "--context-parallel-size", "2", "--output_dir", str(tmp_path / "two"))
     succeeded(two)
     one, two = ([entry["loss"] for entry in steps(tmp_path / name)] for name in ("one", "two"))
@@ -102,6 +102,6 @@ def test_bad_text_ends_all_processes(tmp_path: Path) -> None:
 def test_a_vocabulary_too_small_for_the_tokenizer(tmp_path: Path) -> None:
     flags = write_inputs(tmp_path)
     (tmp_path / "model.json").write_text(json.dumps({**TINY_LLAMA, "vocab_size": 100}))
-    result = start(SCRIPT, *flags, "--output_dir", str(tmp_path / "out"))
+    result = alone(SCRIPT, *flags, "--output_dir", str(tmp_path / "out"))
     assert result.returncode != 0
     assert "257 token ids for a vocabulary of 100" in result.stdout
