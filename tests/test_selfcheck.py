@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ def spoil(model: Any, how: str) -> Any:
     old = model.model.layers[0].mlp.up_proj
     if how == "positions":
         model.model.rotary_emb = CountsPositions(model.model.rotary_emb)
+    elif how == "overwrites":
+        model.model.embed_tokens.max_norm = 0.01
     else:
         new = {"neighbour": PeeksAtTheNeighbour, "pool": MeanPools}[how](old.in_features, old.out_features, bias=False)
         new.weight = old.weight
@@ -70,7 +73,12 @@ def verdict(how: str, dtype: torch.dtype, check: bool) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("how", "module"),
-    [("neighbour", "layers.0.mlp.up_proj"), ("pool", "layers.0.mlp.up_proj"), ("positions", "rotary_emb")],
+    [
+        ("neighbour", "layers.0.mlp.up_proj"),
+        ("pool", "layers.0.mlp.up_proj"),
+        ("positions", "rotary_emb"),
+        ("overwrites", "embed_tokens.weight in its forward"),
+    ],
 )
 def test_what_is_not_exact_is_refused_and_named(four_ranks: Ranks, how: str, module: str, dtype: torch.dtype) -> None:
     for message in four_ranks.run(verdict, how, dtype, True, timeout=40):
@@ -81,6 +89,24 @@ def test_it_can_be_switched_off(four_ranks: Ranks) -> None:
     assert four_ranks.run(verdict, "neighbour", torch.float32, False) == ["passed"] * 4
 
 
+class Repacks(nn.Linear):
+    """As 4-bit layers on some CPUs: in evaluation without gradients the weight is packed anew, one way."""
+
+    def pack(self) -> None:
+        self.weight.data = self.weight.t().contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training and not x.requires_grad and not self.state.packed:
+            self.pack()
+            self.state.packed = True
+        return nn.functional.linear(x, self.weight.t() if self.state.packed else self.weight)
+
+
+class Replaces(Repacks):
+    def pack(self) -> None:
+        self.weight = nn.Parameter(self.weight.t().contiguous())
+
+
 def traces() -> list[str]:
     """What one checked forward leaves behind, beyond what an unchecked one does."""
     left = []
@@ -88,6 +114,11 @@ def traces() -> list[str]:
     inner = model.module
     inner.train()
     inner.model.layers[1].eval()
+    mlp = inner.model.layers[0].mlp
+    packing = {mlp.up_proj: Repacks, mlp.down_proj: Replaces}
+    for layer, kind in packing.items():
+        layer.__class__, layer.state = kind, SimpleNamespace(packed=False)
+    parameters = {name: (p, p.data_ptr(), p.clone()) for name, p in inner.named_parameters()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in inner.modules())
     buffers = {name: b.clone() for name, b in inner.named_buffers()}
     torch.manual_seed(5)
@@ -102,6 +133,12 @@ def traces() -> list[str]:
         left.append("hooks")
     if any(not torch.equal(b, buffers[name]) for name, b in inner.named_buffers()):
         left.append("buffers")
+    for name, p in inner.named_parameters():
+        same, place, value = parameters[name]
+        if p is not same or p.data_ptr() != place or not torch.equal(p, value):
+            left.append(name)
+    if any(layer.state.packed for layer in packing):
+        left.append("the state beside a parameter")
     if any(p.grad is not None for p in inner.parameters()):
         left.append("gradients")
     return left

@@ -3,7 +3,8 @@
 The same few tokens go through the model twice, sharded and whole; the outputs of all its modules and the loss are
 compared. Whatever looks at other tokens outside the attention interface (recurrent and convolutional layers, pooling,
 positions that are counted instead of passed) gives itself away, without a list of names. It runs below the model's own
-hooks, so FSDP and DDP do not notice; it leaves the random state, buffers, gradients and training flags as they were.
+hooks, so FSDP and DDP do not notice; it leaves the random state, parameters (`untouched`), buffers, gradients and
+training flags as they were.
 
 Before the first forward in training mode the batch goes through once more in that mode (`training_check`).
 """
@@ -33,6 +34,7 @@ from ..shard import IGNORED, ShardOptions
 from .bodies import find_body, pool_again, share_for
 from .positions import may_count_visible, temperature_tuned, visible_positions
 from .recurrent import has_recurrent_layers
+from .untouched import untouched
 
 # Largest relative error: of any token, and in low precision, where rounding may flip a router's choice, of the median
 # token. Shares are so short that an error at their edges reaches half of the tokens.
@@ -61,7 +63,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
         here = compare(model, batch, mesh, options, pass_states) is not None
         return bool(all_gather_ints(torch.tensor([here], dtype=torch.int64, device=device), group).any())
 
-    with unnoticed(model, device):
+    with unnoticed(model, device) as overwritten:
         try:
             found = compare(model, batch, mesh, options)
         except UspError:
@@ -70,6 +72,8 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
             tell_failure(problem)
             raise fails_alone(model, problem) from problem
         error = None if found is None else refusal(model, found)
+        if overwritten:
+            error = overwrites(model, overwritten)
         agree(torch.zeros(1, dtype=torch.int64, device=device), error, group, UspModelError)
         if differs({**batch, "position_ids": packed}):
             kinds.append("packed")
@@ -97,6 +101,15 @@ def fails_alone(model: PreTrainedModel, problem: Exception) -> UspModelError:
         rule="the self-check runs one row of tokens, sharded and whole",
         remedy="if the model needs more than tokens, UspParallelismConfig(self_check=False) goes without the check; "
         "then compare a step with one process yourself",
+    )
+
+
+def overwrites(model: PreTrainedModel, parameters: set[str]) -> UspModelError:
+    return UspModelError(
+        f"{type(model).__name__} overwrites {', '.join(sorted(parameters))} in its forward",
+        rule="only the optimizer changes parameters, the same on all ranks; the self-check's short random batch has "
+        "changed these, and cannot take it back",
+        remedy="load the model again without what changes them (max_norm of an embedding, for one)",
     )
 
 
@@ -154,8 +167,11 @@ def _original_length(rope: Any) -> int:
 
 
 @contextmanager
-def unnoticed(model: PreTrainedModel, device: torch.device, training: bool = False) -> Iterator[None]:
-    """No gradients, no autocast and no dropout (or flags as they are, no checkpointing); all as before afterwards."""
+def unnoticed(model: PreTrainedModel, device: torch.device, training: bool = False) -> Iterator[set[str]]:
+    """No gradients, no autocast and no dropout (or flags as they are, no checkpointing); all as before afterwards.
+
+    Yields the names of parameters that were overwritten, which cannot be undone.
+    """
     modules = list(model.modules())
     flags = [module.training for module in modules]
     buffers = [
@@ -177,8 +193,9 @@ def unnoticed(model: PreTrainedModel, device: torch.device, training: bool = Fal
             module.gradient_checkpointing = False
         for module in tuned:
             module.floor_scale = 2
+        overwritten = stack.enter_context(untouched(model))
         try:
-            yield
+            yield overwritten
         finally:
             random.setstate(python)
             np.random.set_state(numpy)

@@ -17,7 +17,7 @@ from ..comm import agree
 from ..errors import UspError, UspModelError
 from ..mesh import UspMesh
 from ..shard import ShardOptions
-from .selfcheck import compare, fails_alone, module_outputs, random_batch, refusal, unnoticed
+from .selfcheck import compare, fails_alone, module_outputs, overwrites, random_batch, refusal, unnoticed
 from .steady import Steady
 
 
@@ -29,7 +29,7 @@ def training_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions,
     """
     assert mesh.group is not None
     batch = random_batch(model, mesh, device)
-    with unnoticed(model, device, training=True):
+    with unnoticed(model, device, training=True) as overwritten:
         before, seen = _python_draws(), Steady()
         error: UspModelError | None = None
         try:
@@ -42,6 +42,8 @@ def training_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions,
             error = fails_alone(model, problem)
         if seen.single:
             error = _drawn_once(model, batch) or error
+        if overwritten:
+            error = overwrites(model, overwritten)
         if _python_draws() != before:
             error = _random_layers(model, "Python or numpy")
         agree(torch.zeros(1, dtype=torch.int64, device=device), error, mesh.group, UspModelError)
