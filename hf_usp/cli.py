@@ -122,6 +122,7 @@ def _add_plan(verbs: Any) -> None:
     add("--documents", type=_lengths, default=none, metavar="N,N,...", help="lengths that rows are packed from")
     add("--tp", type=int, default=none, help="largest tensor-parallel size (default: a node)")
     add("--offload", action="store_true", help="consider checkpoints in host memory, too")
+    add("--mlp-chunk", type=int, default=none, metavar="N", help="consider MLPs in chunks of N tokens, too")
     add("--accumulate", action="store_true", help="gradients of several steps are added up: they are never freed")
     add("--config", default=none, metavar="FILE", help="save the Accelerate config here (.yaml)")
     add("--picture", default=none, metavar="FILE", help="save memory against length here (.png, .svg or .pdf)")
@@ -142,6 +143,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.model, tokens=options.tokens, gpus=options.gpus, machine=options.machine, rows=options.rows,
         gpus_per_node=given.get("gpus_per_node"), memory_gb=given.get("memory"), most_tp=given.get("tp"),
         documents=given.get("documents", ()), allow_offload=options.offload, accumulate=options.accumulate,
+        mlp_chunk=given.get("mlp_chunk"),
     )  # fmt: skip
     config, picture = given.get("config"), given.get("picture")
     if picture is not None:

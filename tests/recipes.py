@@ -25,7 +25,7 @@ MACHINE = MACHINES["h100-nvlink"]
 
 def plan_for(model: ModelShape, tokens: int, gpus: int) -> PlanRequest:
     budget = MACHINE.memory * USABLE
-    return PlanRequest("", model, MACHINE, tokens, gpus, budget, most_tp=1, allow_offload=True)
+    return PlanRequest("", model, MACHINE, tokens, gpus, budget, most_tp=1, allow_offload=True, mlp_chunk=4096)
 
 
 def recipes() -> Iterator[str]:

@@ -60,29 +60,39 @@ def param_shards(degrees: Degrees, job: Job) -> int:
     return degrees.dp_shard * degrees.cp if job.shard_params else 1
 
 
+def mlp_tokens(job: Job, local: float) -> float:
+    """Tokens, of a rank's `local` ones, for which what an MLP computes exists at once."""
+    return local if job.mlp_chunk is None else min(local, job.mlp_chunk)
+
+
 def memory(model: ModelShape, degrees: Degrees, job: Job) -> Memory:
     """Bytes of one rank in the moments of a step.
 
     A layer keeps, per token: two norms (their input in fp32, normalised and scaled), q, k, v, the output and its
     log-sum-exp, and four tensors of the MLP; its backward makes three of the MLP's width and two of the hidden one.
-    Logits: fp32 copy, log-softmax and gradient of the tokens at hand. In chunks: the gradient of the head, summed in
-    fp32, and what a chunk adds to it.
+    An MLP in chunks keeps none of the four: its backward makes all seven for the tokens of a chunk, and holds the
+    gradients of its weights, summed in fp32, beside what a chunk adds to them.
+    Logits: log-softmax of the tokens at hand in fp32 and two gradients. In chunks the logits themselves, too, and the
+    gradient of the head, summed in fp32, and what a chunk adds to it where that is in a lower precision.
     """
     local = job.rows * job.tokens / degrees.cp
     shards, element = param_shards(degrees, job), job.element
     spread = element / (degrees.tp * shards)
     mlp = model.intermediate * model.active / degrees.tp
     width = model.head_dim * (2 * model.heads + 2 * max(model.kv_heads, degrees.ulysses * degrees.tp)) / degrees.tp
-    layer = local * (2 * model.hidden * (4 + 2 * element) + (width + 4 * mlp) * element + 4 * model.heads / degrees.tp)
-    backward = local * (3 * mlp + 2 * model.hidden) * element
+    layer = local * (2 * model.hidden * (4 + 2 * element) + width * element + 4 * model.heads / degrees.tp)
+    at_once = mlp_tokens(job, local)
+    layer += 4 * at_once * mlp * element if at_once == local else 0.0
+    backward = (2 * local * model.hidden + (3 if at_once == local else 7) * at_once * mlp) * element
+    summed = model.active_mlp_params * (4 + element) / degrees.tp if at_once < local else 0.0
     kept = local * model.hidden * element if job.checkpointing else layer
     again = layer if job.checkpointing else 0.0
     all_kept = kept if job.offload and job.checkpointing else kept * model.layers
     head = model.hidden * model.vocab
-    at_once = local if job.loss_chunk is None else min(local, job.loss_chunk)
-    logits = at_once * model.vocab * 12 / degrees.tp
+    logits = 12 * local * model.vocab / degrees.tp
     if job.loss_chunk is not None:
-        logits += head * (4 + element) / degrees.tp
+        logits = min(local, job.loss_chunk) * model.vocab * (12 + element) / degrees.tp
+        logits += head * (4 + (element if element < 4 else 0)) / degrees.tp
     gathered = 2 * max(model.layer_params, head) / degrees.tp * element if shards > 1 else 0.0
     attention = _attention_buffers(model, degrees, job, local)
     every, top = model.params * spread, head * spread
@@ -98,9 +108,9 @@ def memory(model: ModelShape, degrees: Degrees, job: Job) -> Memory:
     return Memory(
         {
             "loss": moment(earlier, all_kept, logits, gathered),
-            "top layer, MLP": moment(max(earlier, top), all_kept + again + backward, 0.0, gathered),
+            "top layer, MLP": moment(max(earlier, top) + summed, all_kept + again + backward, 0.0, gathered),
             "top layer, attention": moment(max(earlier, top), all_kept + again, 0.0, gathered + attention),
-            "bottom layer, MLP": moment(max(earlier, above), kept + again + backward, 0.0, gathered),
+            "bottom layer, MLP": moment(max(earlier, above) + summed, kept + again + backward, 0.0, gathered),
             "bottom layer, attention": moment(max(earlier, above), kept + again, 0.0, gathered + attention),
             "gradients": moment(every + added, 0.0, 0.0, gathered),
         }

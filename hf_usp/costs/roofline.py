@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..integers.degrees import split_heads
-from .footprint import Memory, memory, param_shards
+from .footprint import Memory, memory, mlp_tokens, param_shards
 from .machines import Machine
 from .sizes import Degrees, Job, ModelShape, check
 
@@ -99,7 +99,10 @@ def predict(model: ModelShape, degrees: Degrees, job: Job, machine: Machine) -> 
     local = job.rows * job.tokens / degrees.cp
     layer_flops = 2 * local * model.active_layer_params * model.layers / degrees.tp
     head_flops = 2 * local * model.hidden * model.vocab / degrees.tp
-    linear = ((2 + again) * layer_flops + 3 * head_flops) / (machine.flops * machine.matmul)
+    linear = (2 + again) * layer_flops + 3 * head_flops
+    if mlp_tokens(job, local) < local:  # once more, in the backward
+        linear += 2 * local * model.active_mlp_params * model.layers / degrees.tp
+    linear /= machine.flops * machine.matmul
     areas = sum(count * mask_area(job.tokens, window) for window, count in kinds)
     attention_flops = job.rows * 3.5 * 4 * areas * model.heads * model.head_dim / (degrees.cp * degrees.tp)
     compute = total("tiles") + total("merges") + linear

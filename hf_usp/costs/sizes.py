@@ -41,7 +41,12 @@ class ModelShape:
     @property
     def active_layer_params(self) -> int:
         """Parameters of one layer that a token meets."""
-        return self._attention_params + 3 * self.hidden * self.intermediate * self.active
+        return self._attention_params + self.active_mlp_params
+
+    @property
+    def active_mlp_params(self) -> int:
+        """Parameters of one layer's MLP that a token meets."""
+        return 3 * self.hidden * self.intermediate * self.active
 
     @property
     def _attention_params(self) -> int:
@@ -72,11 +77,12 @@ class Job:
     """One step of one data-parallel replica: `rows` rows of `tokens` tokens, and how it is trained.
 
     element: bytes of weights and activations. optimizer: bytes a parameter of optimizer state, fp32 copy included.
-    shard_params: FSDP over dp_shard x cp ranks; otherwise every rank holds all parameters. checkpointing: layers keep
-    their input alone and are computed twice; offload: that input goes to host memory. loss_chunk: tokens whose logits
-    exist at once. gradients: bytes an element of dK and dV on their way home. relay: a ring that passes whole blocks
-    on and merges in separate operators, as older ones do, instead of this library's direct exchange. overlap: a ring
-    step's transfer runs while tiles are computed. accumulate: gradients of earlier rows are there from the start.
+    shard_params: FSDP over dp_shard x cp ranks; otherwise every rank holds all parameters. checkpointing: layers
+    keep their input alone and are computed twice; offload: that input goes to host memory. loss_chunk: tokens whose
+    logits exist at once. mlp_chunk: tokens for which an MLP's wide middle exists at once. gradients: bytes an
+    element of dK and dV on their way home. relay: a ring that passes whole blocks on and merges in separate
+    operators, as older ones do, instead of this library's direct exchange. overlap: a ring step's transfer runs
+    while tiles are computed. accumulate: gradients of earlier rows are there from the start.
     """
 
     tokens: int
@@ -87,6 +93,7 @@ class Job:
     checkpointing: bool = False
     offload: bool = False
     loss_chunk: int | None = None
+    mlp_chunk: int | None = None
     gradients: int = 2
     relay: bool = False
     overlap: bool = True
@@ -101,6 +108,11 @@ def check(model: ModelShape, degrees: Degrees, job: Job) -> None:
             if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise UspConfigError(f"{name} = {value}", rule=f"{name} is a whole number of at least {least}")
     check_degrees(degrees.cp, degrees.ulysses)
+    if job.mlp_chunk is not None and model.experts > 1:
+        raise UspConfigError(
+            f"mlp_chunk = {job.mlp_chunk} with {model.experts} experts", rule="an MLP in chunks has no experts",
+            remedy="leave out mlp_chunk",
+        )  # fmt: skip
     if model.sliding_layers and (model.window is None or model.sliding_layers > model.layers):
         raise UspConfigError(
             f"{model.sliding_layers} sliding layers of {model.layers}, window {model.window}",

@@ -193,6 +193,7 @@ class _InChunks(torch.autograd.Function):
             if d_hidden_TD is not None:
                 d_hidden_TD[:, chunk] = found.pop(0)
             totals = [_add(total, part) for total, part in zip(totals, found, strict=True)]
+            del found  # before those of the next chunk are made
         back = [None if total is None else total.to(p.dtype) for total, p in zip(totals, weights, strict=True)]
         return d_hidden_TD, None, None, *back
 

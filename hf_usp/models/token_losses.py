@@ -75,12 +75,14 @@ class SumOfLosses(torch.autograd.Function):
                 logits_TV = functional.linear(h_TD.detach(), weight.detach(), bias).detach().requires_grad_()
                 loss = head.loss(logits_TV, labels_T[chunk])
             (d_TV,) = torch.autograd.grad(loss, logits_TV, grads[0])
+            del logits_TV, loss  # of one chunk at a time
             if d_hidden_TD is not None:
                 d_hidden_TD[chunk] = d_TV @ weight
             if d_weight_VD is not None:
                 _add_product(d_weight_VD, d_TV.T, h_TD)
             if d_bias_V is not None:
                 d_bias_V += d_TV.sum(0, dtype=d_bias_V.dtype)
+            del d_TV
         return d_hidden_TD, _back(d_weight_VD, weight_VD), _back(d_bias_V, bias_V), None, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import replace
+from typing import Any
 
 from ..costs.footprint import KINDS, memory
 from ..costs.sizes import Job
@@ -34,13 +35,15 @@ def draw_memory(what: PlanRequest, best: Candidate, path: str) -> None:
     chosen = [at(best.job, n) for n in lengths]
     layers = [[it[kind] / 1e9 for it in chosen] for kind in KINDS]
     areas = axes.stackplot(lengths, *layers, labels=KINDS, colors=list(COLOURS.values()))
-    lines = []
-    for job, colour in zip(jobs(what), LINES, strict=False):
+    lines, ways = [], list(jobs(what, d))
+    kinds = len({replace(job, mlp_chunk=None) for job in ways})
+    for i, job in enumerate(ways):
         totals = [sum(at(job, n).values()) / 1e9 for n in lengths]
         fits = bisect_right(range(1, round(last)), budget, key=lambda n: sum(at(job, n).values()) / 1e9)
         mine = job == best.job
         label = f"{savings(job)}{' (filled, by kind)' if mine else ''}: up to {fits:,}"
-        lines += axes.plot(lengths, totals, color=colour, linewidth=2.4 if mine else 1.4, label=label)
+        style: dict[str, Any] = {"color": LINES[i % kinds], "linestyle": "-" if job.mlp_chunk is None else "--"}
+        lines += axes.plot(lengths, totals, linewidth=2.4 if mine else 1.4, label=label, **style)
     axes.axhline(budget, color="black", linestyle="--", linewidth=1.2)
     axes.annotate(f"{budget:.0f} GB usable", (0.01, budget), xycoords=("axes fraction", "data"), va="bottom")
     for place, colour, text in ((what.tokens, "black", "asked for"), (edge, "#b00020", f"fits up to {edge:,}")):

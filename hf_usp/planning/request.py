@@ -23,7 +23,8 @@ MOST_TOKENS, MOST_GPUS = 1 << 31, 1 << 17
 class PlanRequest:
     """What to plan for. budget: bytes of a rank that a run may use. documents: lengths that rows are packed from.
 
-    allow_offload: also consider checkpoints in host memory. name: of the model, for the launch line. like: a job whose
+    allow_offload: also consider checkpoints in host memory. mlp_chunk: also consider MLPs in chunks of so many tokens.
+    name: of the model, for the launch line. like: a job whose
     ring and accumulation (relay, gradients, overlap, accumulate) are planned for; the default is this library's.
     """
 
@@ -37,6 +38,7 @@ class PlanRequest:
     documents: tuple[int, ...] = ()
     most_tp: int | None = None
     allow_offload: bool = False
+    mlp_chunk: int | None = None
     optimizer: int = 12
     like: Job = Job(1)
 
@@ -58,11 +60,14 @@ def request(
     documents: tuple[int, ...] = (),
     most_tp: int | None = None,
     allow_offload: bool = False,
+    mlp_chunk: int | None = None,
     accumulate: bool = False,
 ) -> PlanRequest:
     """Check every number, find model and machine. Raises `UspConfigError`, naming what is wrong."""
     sizes = {"tokens": tokens, "gpus": gpus, "gpus_per_node": gpus_per_node, "rows": rows, "tp": most_tp}
+    sizes |= {"mlp_chunk": mlp_chunk}
     most = {"tokens": MOST_TOKENS, "gpus": MOST_GPUS, "gpus_per_node": 1024, "rows": 1 << 16, "tp": 1024}
+    most |= {"mlp_chunk": MOST_TOKENS}
     for name, value in sizes.items():
         if value is not None and not 1 <= value <= most[name]:
             raise UspConfigError(f"{name} = {value}", rule=f"{name} is a whole number from 1 to {most[name]:,}")
@@ -83,7 +88,7 @@ def request(
     shape = read_model(model)
     return PlanRequest(
         model, shape, found, tokens, gpus, found.memory * USABLE, rows, documents, most_tp, allow_offload,
-        like=Job(1, accumulate=accumulate),
+        mlp_chunk, like=Job(1, accumulate=accumulate),
     )  # fmt: skip
 
 

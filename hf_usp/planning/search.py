@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from ..costs.footprint import Memory
 from ..costs.roofline import Prediction, mask_area, predict
@@ -55,6 +56,7 @@ def savings(job: Job) -> str:
     """How a job saves memory, in words."""
     parts = ["checkpoints offloaded" if job.offload else "checkpointing"] if job.checkpointing else []
     parts += [f"loss in chunks of {job.loss_chunk}"] if job.loss_chunk else []
+    parts += [f"MLPs in chunks of {job.mlp_chunk}"] if job.mlp_chunk else []
     return ", ".join(parts) or "none"
 
 
@@ -96,20 +98,21 @@ def arrangements(what: PlanRequest, tp: int, cp: int) -> Iterator[Degrees]:
 
 def best_way(what: PlanRequest, degrees: Degrees) -> Candidate:
     """The fastest of the ways to save memory that fits, else the one that needs least."""
-    ways = [_candidate(what, degrees, job) for job in jobs(what)]
+    ways = [_candidate(what, degrees, job) for job in jobs(what, degrees)]
     fitting = [way for way in ways if way.fits]
     if fitting:
         return min(fitting, key=lambda way: way.prediction.seconds)
     return min(ways, key=lambda way: way.prediction.memory.total)
 
 
-def jobs(what: PlanRequest) -> Iterator[Job]:
-    """The ways to save memory."""
+def jobs(what: PlanRequest, degrees: Degrees) -> Iterator[Job]:
+    """The ways to save memory, those that save less first; under tensor parallelism there is no loss in chunks."""
     plain = replace(what.like, tokens=what.tokens, rows=what.rows, optimizer=what.optimizer, shard_params=what.gpus > 1)
-    for chunk in (None, LOSS_CHUNK):
-        for checkpointing, offload in ((False, False), (True, False), (True, True)):
-            if not offload or what.allow_offload:
-                yield replace(plain, loss_chunk=chunk, checkpointing=checkpointing, offload=offload)
+    losses = (None, LOSS_CHUNK) if degrees.tp == 1 else (None,)
+    mlps = (None, what.mlp_chunk) if what.mlp_chunk else (None,)
+    kept = ((False, False), (True, False), (True, True)) if what.allow_offload else ((False, False), (True, False))
+    for mlp, loss, (checkpointing, offload) in product(mlps, losses, kept):
+        yield replace(plain, mlp_chunk=mlp, loss_chunk=loss, checkpointing=checkpointing, offload=offload)
 
 
 def _candidate(what: PlanRequest, degrees: Degrees, job: Job) -> Candidate:

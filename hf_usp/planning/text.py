@@ -84,6 +84,10 @@ def flags(what: PlanRequest, best: Candidate) -> list[str]:
         given.append("--activation_checkpointing")
     if best.job.loss_chunk:
         given += ["--loss-chunk", str(best.job.loss_chunk)]
+    if best.job.mlp_chunk:
+        given += ["--mlp-chunk", str(best.job.mlp_chunk)]
+    if best.job.offload:
+        given.append("--offload-checkpoints")
     return given
 
 
@@ -95,7 +99,8 @@ def as_json(what: PlanRequest, found: list[Candidate]) -> dict[str, Any]:
         rows.append(
             {
                 **asdict(candidate.degrees), "fits": candidate.fits, "checkpointing": candidate.job.checkpointing,
-                "offload": candidate.job.offload, "loss_chunk": candidate.job.loss_chunk, "seconds": it.seconds,
+                "offload": candidate.job.offload, "loss_chunk": candidate.job.loss_chunk,
+                "mlp_chunk": candidate.job.mlp_chunk, "seconds": it.seconds,
                 "exposed_seconds": it.exposed, "tokens_per_second": it.tokens_per_second, "mfu": it.mfu,
                 "memory": it.memory.kinds, "memory_at_peak": it.memory.at_peak, "peak": it.memory.peak,
                 "memory_total": it.memory.total, "limit": candidate.limit,

@@ -20,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def measure(way: str, ulysses: int, tokens: int) -> dict[str, Any]:
 
 
 def predicted(processes: int, ulysses: int, tokens: int) -> float:
-    """Bytes that the step makes on a rank, as the planner counts them; the MLP holds a chunk."""
+    """Bytes that the step makes on a rank, as the planner counts them; gradients are there already."""
     from hf_usp.costs.footprint import memory
     from hf_usp.costs.sizes import Degrees, Job, ModelShape
 
@@ -95,11 +94,12 @@ def predicted(processes: int, ulysses: int, tokens: int) -> float:
         heads=SIZES["num_attention_heads"], kv_heads=SIZES["num_key_value_heads"], head_dim=SIZES["head_dim"],
         vocab=SIZES["vocab_size"],
     )  # fmt: skip
-    local = tokens / processes
-    shape = replace(shape, intermediate=int(shape.intermediate * min(1.0, CHUNK / local)))
-    job = Job(tokens=tokens, element=4, checkpointing=True, loss_chunk=CHUNK, shard_params=False)
+    job = Job(
+        tokens=tokens, element=4, optimizer=0, checkpointing=True, loss_chunk=CHUNK, mlp_chunk=CHUNK,
+        shard_params=False, accumulate=True,
+    )  # fmt: skip
     parts = memory(shape, Degrees(ulysses=ulysses, ring=processes // ulysses), job)
-    return parts.activations + parts.logits + parts.buffers
+    return parts.total - parts.weights - shape.params * job.element
 
 
 def run_case(way: str, processes: int, ulysses: int, tokens: int) -> dict[str, Any]:

@@ -11,19 +11,23 @@ import pytest
 from ..ranks import Ranks
 
 BENCHMARKS = str(Path(__file__).parents[2] / "scripts" / "benchmarks")
-# (vocabulary, layers, tokens of a rank, checkpointing, loss chunk, accumulated)
+# (vocabulary, layers, tokens of a rank, checkpointing, loss chunk, MLP chunk, accumulated)
 CASES = [
-    (256, 4, 256, False, None, True),
-    (256, 4, 256, False, None, False),
-    (256, 4, 256, True, None, False),
-    (256, 4, 256, True, 64, True),
-    (4096, 2, 256, False, None, False),
-    (4096, 2, 256, False, 64, False),
-    (4096, 2, 256, True, None, True),
-    (4096, 2, 256, True, 64, False),
-    (2048, 3, 64, False, None, False),
+    (256, 4, 256, False, None, None, True),
+    (256, 4, 256, False, None, None, False),
+    (256, 4, 256, True, None, None, False),
+    (256, 4, 256, True, 64, None, True),
+    (4096, 2, 256, False, None, None, False),
+    (4096, 2, 256, False, 64, None, False),
+    (4096, 2, 256, True, None, None, True),
+    (4096, 2, 256, True, 64, None, False),
+    (2048, 3, 64, False, None, None, False),
+    (256, 4, 512, False, None, 128, False),
+    (256, 2, 512, True, 64, 256, False),
+    (256, 2, 1024, True, 64, 128, True),
+    (256, 2, 256, False, 64, 32, False),
 ]
-ON_MESHES = [CASES[1], CASES[2], CASES[7]]
+ON_MESHES = [CASES[1], CASES[2], CASES[7], CASES[10]]
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 344,
@@ -44,16 +48,19 @@ def measure(ulysses: int, ring: int, cases: list[tuple[Any, ...]]) -> list[tuple
     from hf_usp.costs.footprint import memory
     from hf_usp.costs.sizes import Degrees, Job
     from hf_usp.models.chunked_loss import ChunkedLoss
+    from hf_usp.models.chunked_mlp import chunk_mlps
     from hf_usp.planning.request import shape_of
 
     mesh, found = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses), []
-    for vocabulary, layers, local, checkpointing, chunk, accumulate in cases:
+    for vocabulary, layers, local, checkpointing, chunk, mlp_chunk, accumulate in cases:
         config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=layers, **SIZES)
         llama = LlamaForCausalLM._from_config(config, attn_implementation="usp").train()
         if checkpointing:
             llama.gradient_checkpointing_enable({"use_reentrant": False})
         if chunk is not None:
             ChunkedLoss(llama, chunk)
+        if mlp_chunk is not None:
+            chunk_mlps(llama, mlp_chunk)
         ids = torch.zeros(1, local * ulysses * ring, dtype=torch.long)
 
         def step(llama: Any = llama, ids: Any = ids) -> None:
@@ -69,7 +76,7 @@ def measure(ulysses: int, ring: int, cases: list[tuple[Any, ...]]) -> list[tuple
             step()
         job = Job(
             local * ulysses * ring, element=4, optimizer=0, checkpointing=checkpointing, shard_params=False,
-            loss_chunk=chunk, gradients=4, accumulate=accumulate,
+            loss_chunk=chunk, mlp_chunk=mlp_chunk, gradients=4, accumulate=accumulate,
         )  # fmt: skip
         it = memory(shape_of(config), Degrees(ulysses, ring), job)
         found.append((it.total - it.weights, it.peak, counted.peak + there))

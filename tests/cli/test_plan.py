@@ -14,7 +14,9 @@ from transformers import AutoConfig
 from hf_usp.cli import main
 from hf_usp.costs.footprint import memory
 from hf_usp.costs.machines import MACHINES
-from hf_usp.costs.sizes import Job
+from hf_usp.costs.roofline import predict
+from hf_usp.costs.sizes import Degrees, Job, ModelShape
+from hf_usp.errors import UspConfigError
 from hf_usp.planning import find_machine, longest, ranked, request
 from hf_usp.planning.request import shape_of
 
@@ -119,6 +121,27 @@ def test_table_config_picture_and_json(model: str, tmp_path: Path, capsys: pytes
     assert set(best["memory"]) == {"weights", "gradients", "optimizer", "activations", "logits", "buffers"}
 
 
+def test_mlps_in_chunks_are_planned_where_they_are_asked_for(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, Any] = {"tokens": 65536, "gpus": 8, "machine": "h100-nvlink"}
+    without, with_them = (ranked(request(model, **sizes, mlp_chunk=n)) for n in (None, 1024))
+    assert all(c.job.mlp_chunk is None for c in without)
+    assert any(c.job.mlp_chunk == 1024 for c in with_them), "where they fit a faster way, or fit at all"
+    degrees = next(c.degrees for c in with_them if c.degrees.cp == 8)
+    assert longest(request(model, **sizes, mlp_chunk=1024), degrees) > longest(request(model, **sizes), degrees)
+    assert {c.job.loss_chunk for c in without if c.degrees.tp > 1} == {None}, "which tensor parallelism refuses"
+    tight = "--tokens 524288 --gpus 8 --tp 1 --offload --mlp-chunk 1024 --memory 36".split()
+    yaml, png = tmp_path / "plan.yaml", tmp_path / "plan.png"
+    assert plan(model, *tight, "--config", str(yaml), "--picture", str(png)) == 0
+    assert "MLPs in chunks of 1024" in capsys.readouterr().out
+    assert "--offload-checkpoints" in yaml.read_text() and "--mlp-chunk 1024" in yaml.read_text()
+    assert plan(model, *tight, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["splits"][0]["mlp_chunk"] == 1024
+    with pytest.raises(UspConfigError, match="mlp_chunk = 64 with 8 experts"):
+        predict(ModelShape(2, 64, 64, 4, 4, 16, 64, experts=8), Degrees(), Job(128, mlp_chunk=64), MACHINES["cpu"])
+
+
 def test_a_measured_machine(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "check.json"
     links = [{"ranks": 4, "bandwidth": 1e11, "latency": 1e-5}, {"ranks": 8, "bandwidth": 1e10, "latency": 2e-5}]
@@ -157,6 +180,7 @@ BASE = {"--tokens": "65536", "--gpus": "8"}
         ({"--memory": "nan"}, "memory = nan GB"),
         ({"--memory": "1e99"}, "at most 100,000"),
         ({"--rows": "0"}, "rows = 0"),
+        ({"--mlp-chunk": "0"}, "mlp_chunk = 0"),
         ({"--documents": "100,0"}, "a document of 0 tokens"),
         ({"--machine": "v100"}, "a machine is one of " + ", ".join(MACHINES)),
         ({"--machine": "none.json"}, "none.json': No such file"),

@@ -169,7 +169,8 @@ def test_memory() -> None:
     ring = [memory(LLAMA3_8B, Degrees(1, r), Job(8192 * r, shard_params=False)).buffers for r in (2, 8)]
     assert ring[0] == ring[1] > 0, "two blocks of others' keys and values, never R"
     chunks = [memory(LLAMA3_8B, Degrees(8, 1), replace(job, loss_chunk=n)).logits for n in (1024, 2048)]
-    assert chunks[1] - chunks[0] == one.logits / 16, "12 bytes a logit, 16,384 tokens a rank"
+    assert one.logits == 12 * 16384 * 128256, "tokens of a rank"
+    assert chunks[1] - chunks[0] == 14 * 1024 * 128256
     assert 2 * chunks[0] - chunks[1] == 6 * 4096 * 128256, "the head's gradient in fp32, and what a chunk adds"
     assert memory(LLAMA3_8B, Degrees(8, 1), replace(job, checkpointing=False)).activations > 6 * one.activations
     assert memory(LLAMA3_8B, Degrees(8, 1), replace(job, offload=True)).activations < one.activations
