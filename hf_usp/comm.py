@@ -82,8 +82,8 @@ def all_to_all_by_operator(
 
 
 @explained
-def all_gather_ints(values: Tensor, group: Group) -> Tensor:
-    """The same few int64 values [N] of every rank of a group, as [P, N]."""
+def all_gather_rows(values: Tensor, group: Group) -> Tensor:
+    """A small tensor [...] of the same shape and dtype on every rank of a group, as [P, ...]."""
     rows = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, values, group=group)
     return torch.stack(rows)
@@ -105,7 +105,7 @@ def agree(fingerprint: Tensor, error: Exception | None, group: Group, kind: type
     the ranks without an error of their own raise.
     """
     flag = torch.full_like(fingerprint[:1], error is not None)
-    rows = all_gather_ints(torch.cat([flag, fingerprint]), group).cpu()
+    rows = all_gather_rows(torch.cat([flag, fingerprint]), group).cpu()
     if bool((rows == rows[0]).all()) and int(rows[0, 0]) == 0:
         return
     ranks = dist.get_process_group_ranks(group)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .comm import all_gather_ints, group_device
+from .comm import all_gather_rows, group_device
 from .errors import UspConfigError
 from .integers.degrees import check_degrees
 
@@ -132,7 +132,7 @@ def _ring_per_node(ranks: Sequence[int], ulysses_degree: int, group: dist.Proces
     if group is None:
         return 1
     said = torch.tensor([int(os.environ.get("LOCAL_WORLD_SIZE", "0"))], device=group_device(group))
-    sizes = set(all_gather_ints(said, group).flatten().tolist())
+    sizes = set(all_gather_rows(said, group).flatten().tolist())
     if len(sizes) > 1 or sizes == {0}:
         return 1
     size = sizes.pop()

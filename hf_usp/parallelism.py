@@ -56,7 +56,8 @@ class UspParallelismConfig(ParallelismConfig):
             so that ranks have equal work, also for packed documents of uneven length).
         gather_outputs: whether logits and hidden states come back whole on every rank, or as this rank's share.
         loss_chunk: with labels, compute the loss of this rank's tokens in chunks of so many, without ever holding all
-            their logits; `outputs.logits` is then None. The same loss and gradients; also for cp_size=1.
+            their logits; `outputs.logits` is then None. The same loss and gradients; also for cp_size=1. Under tensor
+            parallelism each rank computes the logits of its entries of the vocabulary.
         mlp_chunk: compute the MLPs of all layers in chunks of so many tokens, again in the backward; also for one rank.
         offload_checkpoints: keep the inputs of checkpointed layers (gradient checkpointing) in CPU memory.
         kernel: name of the attention kernel to use; None: the best installed.

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from benchmarks.counting import Peak
 from torch import nn
 
 import hf_usp
+from hf_usp.loss import VocabularyPart
 from hf_usp.models.chunked_loss import ChunkedLoss
+from hf_usp.models.token_losses import Head, SumOfLosses
 from hf_usp.parallelism import UspParallelismConfig
 
 from .ranks import Ranks
@@ -107,6 +110,81 @@ def test_the_stock_trainer_on_a_mesh(four_ranks: Ranks, tmp_path: Path, mesh: An
 def test_also_in_one_process(tmp_path: Path) -> None:
     setup = {"rows": 4, "batch": 2, "steps": 2, "chunk": 3}
     compare(run_trainer(str(tmp_path), None, setup), run_trainer(str(tmp_path), None, {**setup, "chunk": None}))
+
+
+def over_parts(entries: int, parts: bool, **how: Any) -> dict[str, torch.Tensor]:
+    """Loss and gradients of a head in chunks, whole or by parts that the ranks share: then of this rank's rows."""
+    torch.manual_seed(0)
+    tokens = how.get("tokens", 23)
+    hidden, weight, bias = torch.randn(tokens, 8), torch.randn(entries, 8), torch.randn(entries)
+    hidden, weight, bias = (x.to(how.get("dtype", torch.float64)).requires_grad_() for x in (hidden, weight, bias))
+    labels = torch.randint(0, entries, (tokens,)).index_fill(0, torch.tensor([2, 9]), -100)
+    labels[4] = how.get("label", labels[4])
+    rows = (weight, bias)
+    if parts:
+        start = dist.get_rank() * -(-entries // dist.get_world_size())
+        mine = slice(start, start + -(-entries // dist.get_world_size()))
+        rows = tuple(x.detach()[mine].requires_grad_() for x in rows)
+    softcap = (lambda x: x.float() if how.get("dtype") else x, lambda x: 3 * torch.tanh(x / 3))
+    head = Head(
+        changes=softcap, chunk=how.get("chunk", 7), ignored=-100, smoothing=how.get("smoothing", 0.0),
+        autocast=how.get("autocast"),
+        part=VocabularyPart(dist.group.WORLD, min(start, entries), entries) if parts else None,
+    )  # fmt: skip
+    loss = SumOfLosses.apply(hidden, *rows, labels, head)
+    (loss * 3).backward()
+    return {"loss": loss.detach(), "hidden": hidden.grad, "weight": rows[0].grad, "bias": rows[1].grad}
+
+
+@pytest.mark.parametrize(("entries", "smoothing"), [(66, 0.0), (66, 0.1), (5, 0.0)])
+def test_a_vocabulary_that_ranks_share(four_ranks: Ranks, entries: int, smoothing: float) -> None:
+    """66 entries are dealt as 17, 17, 17 and 15; of 5, the last rank has none."""
+    whole = over_parts(entries, False, smoothing=smoothing)
+    parts = four_ranks.run(over_parts, entries, True, smoothing=smoothing)
+    for mine in parts:
+        assert largest_difference(*({n: x[n] for n in ("loss", "hidden")} for x in (mine, whole))) < 1e-12
+        assert torch.equal(mine["hidden"], parts[0]["hidden"])
+    together = {name: torch.cat([mine[name] for mine in parts]) for name in ("weight", "bias")}
+    assert largest_difference(together, {name: whole[name] for name in together}) < 1e-12
+
+
+@pytest.mark.parametrize("how", [{"dtype": torch.bfloat16}, {"dtype": torch.float32, "autocast": torch.bfloat16}])
+def test_a_shared_vocabulary_in_bf16(four_ranks: Ranks, how: dict[str, Any]) -> None:
+    """It errs as one process does; gradients of hidden states are rounded once more, before they are added up."""
+    truth, whole = over_parts(66, False), over_parts(66, False, **how)
+    parts = four_ranks.run(over_parts, 66, True, **how)
+    mine = {"hidden": parts[0]["hidden"], "weight": torch.cat([part["weight"] for part in parts])}
+    for name, grad in mine.items():
+        assert grad.dtype == how["dtype"]
+        errors = [(x.double() - truth[name]).norm() for x in (grad, whole[name])]
+        assert 0 < errors[0] <= (1.5 if name == "hidden" else 1.25) * errors[1]
+
+
+def peak(parts: bool) -> int:
+    """Bytes of a step with 512 tokens, all in one chunk, and 8,192 entries."""
+    with Peak() as watch:
+        over_parts(8192, parts, dtype=torch.float32, tokens=512, chunk=512)
+    return watch.peak
+
+
+def test_the_peak_is_that_of_the_own_entries(four_ranks: Ranks) -> None:
+    """Logits of a quarter of the vocabulary, and what is made of them."""
+    whole = peak(False)
+    assert whole > 3 * 512 * 8192 * 4
+    assert max(four_ranks.run(peak, True)) < 0.3 * whole
+
+
+def test_a_label_that_no_rank_has(four_ranks: Ranks) -> None:
+    for message in four_ranks.run(raised, label=66):
+        assert "out of bounds" in message
+
+
+def raised(**how: Any) -> str:
+    try:
+        over_parts(66, True, **how)
+    except RuntimeError as problem:
+        return str(problem)
+    return ""
 
 
 class Squared(nn.Linear):

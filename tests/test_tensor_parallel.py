@@ -20,8 +20,10 @@ def saved(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float3
     return path
 
 
-def train(path: str, mesh: dict[str, int] | None, sharding: dict[str, int] | None, batch: int) -> dict[str, Any]:
-    """Four SGD steps with the stock Trainer, a model loaded with `DistributedConfig(**sharding)`."""
+def train(
+    path: str, mesh: dict[str, int] | None, sharding: dict[str, Any] | None, batch: int, evaluate: bool = False
+) -> dict[str, Any]:
+    """Four SGD steps with the stock Trainer, a model loaded with `DistributedConfig(**sharding)`; an evaluation."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
     from transformers.distributed import DistributedConfig
@@ -36,17 +38,19 @@ def train(path: str, mesh: dict[str, int] | None, sharding: dict[str, int] | Non
         output_dir=path, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, max_steps=4,
         dataloader_pin_memory=False, per_device_train_batch_size=batch, gradient_accumulation_steps=2,
         logging_steps=1, learning_rate=0.05, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.5,
+        prediction_loss_only=True,
         parallelism_config=None if mesh is None else hf_usp.UspParallelismConfig(**mesh),
     )  # fmt: skip
     sharded = {} if sharding is None else {"distributed_config": DistributedConfig(**sharding)}
     attention = "eager" if mesh is None else "usp"
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype="auto", **sharded)
-    trainer = Trainer(model=model, args=args, train_dataset=rows(40, 40))
+    trainer = Trainer(model=model, args=args, train_dataset=rows(40, 40), eval_dataset=rows(3, 40))
     trainer.train()
     logs = trainer.state.log_history
     return {
         "losses": [entry["loss"] for entry in logs if "loss" in entry],
         "norms": [entry["grad_norm"] for entry in logs if "grad_norm" in entry],
+        "evaluation": trainer.evaluate()["eval_loss"] if evaluate else 0.0,
         "weights": {name: whole(p).clone() for name, p in model.state_dict().items()},
     }
 
@@ -58,6 +62,7 @@ def whole(p: torch.Tensor) -> torch.Tensor:
 def compare(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
     for mine in results:
         assert mine["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+        assert mine["evaluation"] == pytest.approx(reference["evaluation"], abs=1e-5)
         assert mine["norms"] == pytest.approx(reference["norms"], rel=1e-4)
         assert largest_difference(mine["weights"], reference["weights"]) < 1e-6
 
@@ -73,6 +78,27 @@ def test_tp_around_the_mesh(four_ranks: Ranks, tmp_path: Path, heads: tuple[int,
     mesh, sharding = {"cp_size": 2, "ulysses_degree": ulysses}, {"tp_size": 2, "fsdp_size": 2}
     mesh |= {"mlp_chunk": 7} if ulysses > 1 else {}
     compare(four_ranks.run(train, path, mesh, sharding, 2), train(path, None, None, 2))
+
+
+GEMMA: dict[str, Any] = {"final_logit_softcapping": 3.0, "head_dim": 16, "tie_word_embeddings": False}
+OVER_ROWS = {"tp_size": 2, "fsdp_size": 2}
+# Family, its settings, how it is sharded.
+CHUNKED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "softcap": ("gemma2", {**GEMMA, "vocab_size": 67}, OVER_ROWS),
+    "tied": ("qwen2", {"tie_word_embeddings": True}, OVER_ROWS),
+    "whole": ("llama", {}, {**OVER_ROWS, "tp_plan": {"lm_head": "replicate"}}),
+    "fsdp": ("qwen2", {}, {"fsdp_size": 4}),
+}
+
+
+@pytest.mark.parametrize("case", CHUNKED)
+def test_the_loss_in_chunks(four_ranks: Ranks, tmp_path: Path, case: str) -> None:
+    """Each TP rank has the logits of its rows of the head alone; two ranks do not share 67 of them evenly. "whole": a
+    plan that leaves the head alone. "fsdp": Transformers' own FSDP without TP. MLPs in chunks, too."""
+    family, changes, sharding = CHUNKED[case]
+    path = saved(tmp_path, family, **changes)
+    mesh = {"cp_size": sharding["fsdp_size"], "ulysses_degree": 2, "loss_chunk": 7, "mlp_chunk": 7}
+    compare(four_ranks.run(train, path, mesh, sharding, 2, True), train(path, None, None, 2, True))
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
@@ -98,12 +124,12 @@ def test_four_axes_on_eight_processes(tmp_path: Path) -> None:
     compare(results, train(path, None, None, 2))
 
 
-def refusal(path: str, loss_chunk: int | None = None, **experts: int) -> str:
+def refusal(path: str, loss_chunk: int | None = None, **sharding: Any) -> str:
     import hf_usp
 
     mesh: dict[str, Any] = {"cp_size": 2, "loss_chunk": loss_chunk}
     try:
-        train(path, mesh, {"tp_size": 2, "fsdp_size": 2, **experts}, 2)
+        train(path, mesh, {**OVER_ROWS, **sharding}, 2)
     except hf_usp.UspError as error:
         return str(error)
     return ""
@@ -121,6 +147,19 @@ def test_experts_alone_on_a_rank_in_fp16_are_refused(four_ranks: Ranks, tmp_path
         assert "torch.float16 under ep_size=4" in message and "Remedy" in message
 
 
-def test_tp_with_the_loss_in_chunks_is_refused(four_ranks: Ranks, tmp_path: Path) -> None:
-    for message in four_ranks.run(refusal, saved(tmp_path), loss_chunk=7):
-        assert "LlamaForCausalLM under tp_size=2" in message and "parts of the vocabulary" in message
+@pytest.mark.parametrize("style", ["rowwise_rep", "colwise"])
+def test_a_head_in_another_layout_with_the_loss_in_chunks_is_refused(
+    four_ranks: Ranks, tmp_path: Path, style: str
+) -> None:
+    """Logits that are sums over ranks; logits that Transformers itself would not gather."""
+    for message in four_ranks.run(refusal, saved(tmp_path), loss_chunk=7, tp_plan={"lm_head": style}):
+        assert (
+            f"LlamaForCausalLM under tp_size=2, whose vocabulary head (FSDPLinear) is laid out as '{style}'" in message
+        )
+
+
+def test_tied_embeddings_that_fsdp_pads_are_refused(four_ranks: Ranks, tmp_path: Path) -> None:
+    """What Transformers alone trains wrong: after a step one of the two has another weight than the other."""
+    path = saved(tmp_path, "qwen2", tie_word_embeddings=True, vocab_size=66)
+    for message in four_ranks.run(refusal, path):
+        assert "66 entries under fsdp_size=2, tp_size=2" in message and "pad_to_multiple_of=4" in message

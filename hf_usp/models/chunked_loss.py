@@ -10,6 +10,9 @@ Under ZeRO-3 weights are there only while their module is called, and `linear` i
 process, by a function that stand-ins do not reach. There the head's own forward makes the stand-in, and the loss is
 computed within a second call of the head, so that DeepSpeed's hooks gather and reduce the weight as ever.
 
+Under tensor parallelism each rank holds some rows of the head, and Transformers' forward of it gathers the logits.
+There, too, the head's own forward makes the stand-in; of a chunk's logits each rank computes those of its rows.
+
 Shape suffixes: T tokens, D width, V vocabulary.
 """
 
@@ -26,8 +29,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..errors import UspModelError
+from ..loss import VocabularyPart
 from ..precision import autocast_dtype
 from .bodies import find_body
+from .tensor_parallel import head_is_cut, rows_of_head
 from .token_losses import Change, Head, SumOfLosses
 
 
@@ -35,7 +40,8 @@ class ChunkedLoss:
     """The hooks of one model whose loss is computed in chunks of `chunk` tokens whenever it gets labels.
 
     Its outputs then hold no `logits`. Raises `UspModelError` for a model without a vocabulary head, with another loss
-    than Transformers' ForCausalLMLoss, or with tensor parallelism.
+    than Transformers' ForCausalLMLoss, or whose head tensor parallelism spreads otherwise than by entries of the
+    vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel, chunk: int) -> None:
@@ -47,15 +53,7 @@ class ChunkedLoss:
                 "linear vocabulary head, a sum over tokens, can",
                 remedy="use the model's ForCausalLM class with its own loss, or leave out loss_chunk",
             )
-        tp_size = getattr(model, "tp_size", None) or 1
-        if tp_size > 1:
-            raise UspModelError(
-                f"loss_chunk with {type(model).__name__} under tp_size={tp_size}",
-                rule="the head's weights are there whole; tensor parallelism puts logits together from parts of the "
-                "vocabulary",
-                remedy="leave out loss_chunk (mlp_chunk works), or use FSDP2 and a larger cp_size instead of tp_size",
-            )
-        self.chunk = chunk
+        self.chunk, self.over_tp = chunk, head_is_cut(model)
         self._on_head: RemovableHandle | _OwnForward | None = None
         self._handles = (
             model.register_forward_pre_hook(self.begin, with_kwargs=True),
@@ -81,12 +79,16 @@ class ChunkedLoss:
                 )
             return
         partitioned = any(hasattr(p, "ds_id") for p in head.parameters())
-        if partitioned or functional.linear is not torch._C._nn.linear:
-            _check_plain(head)
-            self._on_head = _OwnForward(head, partial(_own_logits, head, self.chunk, partitioned))
-            return
         for unit in _fsdp_units(head):
             unit.set_reshard_after_forward(False, recurse=False)  # gathered once: for head, loss and backward
+        if self.over_tp:
+            self._on_head = _OwnForward(head, partial(_own_logits, head, self.chunk, _rows_of_head))
+            return
+        if partitioned or functional.linear is not torch._C._nn.linear:
+            _check_plain(head)
+            weights = _PartitionedHead if partitioned else _whole_head
+            self._on_head = _OwnForward(head, partial(_own_logits, head, self.chunk, weights))
+            return
         self._on_head = head.register_forward_pre_hook(self._swap)
 
     @torch.compiler.disable
@@ -133,9 +135,16 @@ class _OwnForward:
             self.module.forward = self.before
 
 
-def _own_logits(head: nn.Linear, chunk: int, partitioned: bool, hidden: Tensor) -> ChunkedLogits:
-    weights = _PartitionedHead(head) if partitioned else _HeadWeights(head.weight, head.bias)
-    return ChunkedLogits(HeadInput(hidden, chunk), weights, ())
+def _own_logits(head: nn.Linear, chunk: int, weights: Callable[[nn.Linear], Weights], hidden: Tensor) -> ChunkedLogits:
+    return ChunkedLogits(HeadInput(hidden, chunk), weights(head), ())
+
+
+def _whole_head(head: nn.Linear) -> _HeadWeights:
+    return _HeadWeights(head.weight, head.bias)
+
+
+def _rows_of_head(head: nn.Linear) -> _HeadWeights:
+    return _HeadWeights(*rows_of_head(head))
 
 
 def _fsdp_units(head: nn.Module) -> list[Any]:
@@ -201,8 +210,9 @@ def _is_plain(weight: Any) -> bool:
 class _HeadWeights:
     """A linear head whose weights stay where they are until the backward."""
 
-    def __init__(self, weight_VD: Tensor, bias_V: Tensor | None) -> None:
-        self.weight_VD, self.bias_V, self.entries = weight_VD, bias_V, len(weight_VD)
+    def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, part: VocabularyPart | None = None) -> None:
+        self.weight_VD, self.bias_V, self.part = weight_VD, bias_V, part
+        self.entries = len(weight_VD) if part is None else part.entries
 
     def sum_of_losses(self, hidden_TD: Tensor, labels_T: Tensor, head: Head) -> Tensor:
         return SumOfLosses.apply(hidden_TD, self.weight_VD, self.bias_V, labels_T, head)
@@ -215,7 +225,7 @@ class _PartitionedHead:
     """
 
     def __init__(self, module: nn.Linear) -> None:
-        self.module, self.entries = module, len(module.weight)
+        self.module, self.entries, self.part = module, len(module.weight), None
 
     def sum_of_losses(self, hidden_TD: Tensor, labels_T: Tensor, head: Head) -> Tensor:
         def forward(hidden_TD: Tensor) -> Tensor:
@@ -228,10 +238,13 @@ class _PartitionedHead:
             inside.remove()
 
 
+Weights = _HeadWeights | _PartitionedHead
+
+
 class ChunkedLogits(_StandIn):
     """Logits that exist only chunk by chunk: a linear head and what the model did to its output."""
 
-    def __init__(self, source: HeadInput, head: _HeadWeights | _PartitionedHead, changes: tuple[Change, ...]) -> None:
+    def __init__(self, source: HeadInput, head: Weights, changes: tuple[Change, ...]) -> None:
         self.source, self.head, self.changes = source, head, changes
         self.device = source.hidden.device
 
@@ -269,7 +282,10 @@ class ChunkedLogits(_StandIn):
             return super().call(func, args, kwargs)
         ignored, labels_T = kwargs["ignore_index"], args[1]
         hidden_TD = self.source.hidden.flatten(0, -2)
-        head = Head(self.changes, self.source.chunk, ignored, kwargs["label_smoothing"], autocast_dtype(hidden_TD))
+        head = Head(
+            changes=self.changes, chunk=self.source.chunk, ignored=ignored, smoothing=kwargs["label_smoothing"],
+            autocast=autocast_dtype(hidden_TD), part=self.head.part,
+        )  # fmt: skip
         total = self.head.sum_of_losses(hidden_TD, labels_T, head)
         return total if kwargs["reduction"] == "sum" else total / (labels_T != ignored).sum()
 

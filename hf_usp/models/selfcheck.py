@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..batch import Layout, cut
-from ..comm import agree, all_gather_ints, all_reduce_sum
+from ..comm import agree, all_gather_rows, all_reduce_sum
 from ..errors import UspError, UspModelError
 from ..faults import tell_failure
 from ..mesh import UspMesh
@@ -61,7 +61,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     def differs(batch: dict[str, Any], options: ShardOptions = options, pass_states: bool = False) -> bool:
         """Whether a batch differs on any rank of the mesh."""
         here = compare(model, batch, mesh, options, pass_states) is not None
-        return bool(all_gather_ints(torch.tensor([here], dtype=torch.int64, device=device), group).any())
+        return bool(all_gather_rows(torch.tensor([here], dtype=torch.int64, device=device), group).any())
 
     with unnoticed(model, device) as overwritten:
         try:

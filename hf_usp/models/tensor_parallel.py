@@ -12,13 +12,20 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..errors import UspModelError
+from ..loss import VocabularyPart
 
 # Of gradients in these dtypes FSDP2 divides what no other rank shares twice (torch 2.11 to 2.13).
 DIVIDED_TWICE = (torch.float16, torch.float64)
+# What Transformers does with a vocabulary head: its rows spread and its logits gathered; or nothing.
+BY_ROWS = ("colwise_gather_output", "colwise_rep")
+WHOLE = (None, "replicate")
 
 
 def check_tensor_parallel(model: PreTrainedModel) -> None:
-    """Refuse tensor parallelism that leaves parts of a head on a rank, and gradients of experts that come out wrong."""
+    """Refuse tensor parallelism that leaves parts of a head on a rank, and what comes out wrong of Transformers alone.
+
+    That are gradients of experts, and tied embeddings, under its own FSDP.
+    """
     ranks, config = getattr(model, "tp_size", None) or 1, model.config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
         count = getattr(config, name, None)
@@ -39,6 +46,72 @@ def check_tensor_parallel(model: PreTrainedModel) -> None:
             "and fp64 twice",
             remedy="load the weights in float32 or bfloat16, or choose a smaller ep_size",
         )
+    _check_tied(model, getattr(distributed, "fsdp_size", None) or 1, ranks)
+
+
+def _check_tied(model: PreTrainedModel, fsdp_size: int, tp_size: int) -> None:
+    """Under Transformers' own FSDP (5.23) embeddings and head gather one weight each for itself.
+
+    Where the rows of a rank do not come out even, one of them pads a copy of its own, which no step changes.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if fsdp_size == 1 or head is None or getattr(head, "weight", None) is not getattr(embeddings, "weight", head):
+        return
+    parts = fsdp_size * (1 if _placement(head.weight) is None else tp_size)
+    if len(head.weight) % parts:
+        raise UspModelError(
+            f"{type(model).__name__} with embeddings tied to its head, {len(head.weight)} entries under "
+            f"fsdp_size={fsdp_size}, tp_size={tp_size}",
+            rule="Transformers' FSDP trains tied embeddings right where all ranks hold equally many entries; else the "
+            "head, or the embeddings, stay what they were",
+            remedy=f"pad the vocabulary (resize_token_embeddings(pad_to_multiple_of={parts}), then save and load), or "
+            "shard with FSDP2 of Accelerate (TrainingArguments(fsdp=...)) instead",
+        )
+
+
+def head_is_cut(model: PreTrainedModel) -> bool:
+    """Whether each rank of tensor parallelism holds some rows of the vocabulary head; False where it is there whole.
+
+    `UspModelError` where the plan spreads the head in another way.
+    """
+    if (getattr(model, "tp_size", None) or 1) == 1:
+        return False
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), "")
+    style = next((how for pattern, how in (model.tp_plan or {}).items() if fnmatchcase(name, pattern)), None)
+    placement = _placement(getattr(head, "weight", None))
+    if placement is None and style in WHOLE:
+        return False
+    forwards = type(head).forward, vars(head).get("forward")  # that of the class, and what Transformers has put there
+    linear = forwards[0] is nn.Linear.forward and getattr(forwards[1], "__module__", "").startswith("transformers.")
+    if placement is None or not placement.is_shard(0) or style not in BY_ROWS or not linear:
+        raise UspModelError(
+            f"loss_chunk with {type(model).__name__} under tp_size={model.tp_size}, whose vocabulary head "
+            f"({type(head).__name__}) is laid out as {style!r} with weights {placement or 'whole'}",
+            rule="a loss in chunks follows one linear head, whole on every rank or spread over them by entries of the "
+            f"vocabulary ({', '.join(BY_ROWS)})",
+            remedy='load the model with DistributedConfig(tp_plan={"lm_head": "colwise_gather_output"}, ...) and train '
+            "its head without an adapter, or leave out loss_chunk",
+        )
+    return True
+
+
+def rows_of_head(head: nn.Linear) -> tuple[Tensor, Tensor | None, VocabularyPart]:
+    """This rank's rows of weight [N, D] and bias [N], whose gradients go back, and which entries they are."""
+    weight_VD: Any = head.weight
+    bias_V: Any = head.bias
+    mesh, own_ND = weight_VD.device_mesh, weight_VD.to_local()
+    most = -(-len(weight_VD) // mesh["tp"].size())
+    start = min(mesh.get_local_rank("tp") * most, len(weight_VD))
+    assert len(own_ND) == min(most, len(weight_VD) - start), "rows are dealt as torch.chunk does"
+    part = VocabularyPart(mesh.get_group("tp"), start, len(weight_VD))
+    return own_ND, None if bias_V is None else bias_V.to_local(), part
+
+
+def _placement(weight: Any) -> Any:
+    """How tensor parallelism lays out a DTensor; None for what it left whole."""
+    names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()
+    return weight.placements[names.index("tp")] if "tp" in names else None
 
 
 class PartialGradients:

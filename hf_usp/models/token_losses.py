@@ -5,33 +5,44 @@ gradient of the logits, which is spent on the gradients of hidden states and wei
 
 Weight gradients are summed over chunks in fp32 (or fp64), so bf16 loses nothing by chunks.
 
+Where ranks share the vocabulary (tensor parallelism), weight and bias are this rank's rows of them: every chunk's loss
+is put together by `loss_over_parts`, and the gradient of its hidden states summed over these ranks, in fp32.
+
 Shape suffixes: T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..comm import all_reduce_sum
 from ..kernels import accumulation_dtype
+from ..loss import VocabularyPart, loss_over_parts
 from ..once import differentiated_once
 from ..precision import no_autocast
 
 Change = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Head:
-    """From a chunk of hidden states to the sum of its token losses."""
+    """From a chunk of hidden states to the sum of its token losses.
 
-    def __init__(
-        self, changes: tuple[Change, ...], chunk: int, ignored: int, smoothing: float, autocast: torch.dtype | None
-    ) -> None:
-        self.changes, self.chunk, self.ignored, self.smoothing = changes, chunk, ignored, smoothing
-        self.autocast = autocast
+    `part`: which rows of the head this rank holds; None: all of them.
+    """
+
+    changes: tuple[Change, ...]
+    chunk: int
+    ignored: int
+    smoothing: float
+    autocast: torch.dtype | None
+    part: VocabularyPart | None
 
     def cast(self, tensor: Tensor | None) -> Any:
         return tensor if tensor is None or self.autocast is None else tensor.to(self.autocast)
@@ -39,9 +50,17 @@ class Head:
     def loss(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         for change in self.changes:
             logits_TV = change(logits_TV)
+        if self.part is not None:
+            return loss_over_parts(logits_TV, labels_T, self.part, self.ignored, self.smoothing)
         return functional.cross_entropy(
             logits_TV, labels_T, ignore_index=self.ignored, reduction="sum", label_smoothing=self.smoothing
         )
+
+    def whole(self, d_TD: Tensor) -> Tensor:
+        """The gradient of hidden states from the parts of it that ranks have."""
+        if self.part is None:
+            return d_TD
+        return all_reduce_sum(d_TD.to(accumulation_dtype(d_TD.dtype)), self.part.group)
 
 
 class SumOfLosses(torch.autograd.Function):
@@ -77,7 +96,7 @@ class SumOfLosses(torch.autograd.Function):
             (d_TV,) = torch.autograd.grad(loss, logits_TV, grads[0])
             del logits_TV, loss  # of one chunk at a time
             if d_hidden_TD is not None:
-                d_hidden_TD[chunk] = d_TV @ weight
+                d_hidden_TD[chunk] = head.whole(d_TV @ weight)
             if d_weight_VD is not None:
                 _add_product(d_weight_VD, d_TV.T, h_TD)
             if d_bias_V is not None:
