@@ -35,7 +35,7 @@ def draw_memory(what: PlanRequest, best: Candidate, path: str) -> None:
     chosen = [at(best.job, n) for n in lengths]
     layers = [[it[kind] / 1e9 for it in chosen] for kind in KINDS]
     areas = axes.stackplot(lengths, *layers, labels=KINDS, colors=list(COLOURS.values()))
-    lines, ways = [], list(jobs(what, d))
+    lines, ways = [], list(jobs(what))
     kinds = len({replace(job, mlp_chunk=None) for job in ways})
     for i, job in enumerate(ways):
         totals = [sum(at(job, n).values()) / 1e9 for n in lengths]

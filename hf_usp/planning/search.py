@@ -98,20 +98,19 @@ def arrangements(what: PlanRequest, tp: int, cp: int) -> Iterator[Degrees]:
 
 def best_way(what: PlanRequest, degrees: Degrees) -> Candidate:
     """The fastest of the ways to save memory that fits, else the one that needs least."""
-    ways = [_candidate(what, degrees, job) for job in jobs(what, degrees)]
+    ways = [_candidate(what, degrees, job) for job in jobs(what)]
     fitting = [way for way in ways if way.fits]
     if fitting:
         return min(fitting, key=lambda way: way.prediction.seconds)
     return min(ways, key=lambda way: way.prediction.memory.total)
 
 
-def jobs(what: PlanRequest, degrees: Degrees) -> Iterator[Job]:
-    """The ways to save memory, those that save less first; under tensor parallelism there is no loss in chunks."""
+def jobs(what: PlanRequest) -> Iterator[Job]:
+    """The ways to save memory, those that save less first."""
     plain = replace(what.like, tokens=what.tokens, rows=what.rows, optimizer=what.optimizer, shard_params=what.gpus > 1)
-    losses = (None, LOSS_CHUNK) if degrees.tp == 1 else (None,)
     mlps = (None, what.mlp_chunk) if what.mlp_chunk else (None,)
     kept = ((False, False), (True, False), (True, True)) if what.allow_offload else ((False, False), (True, False))
-    for mlp, loss, (checkpointing, offload) in product(mlps, losses, kept):
+    for mlp, loss, (checkpointing, offload) in product(mlps, (None, LOSS_CHUNK), kept):
         yield replace(plain, mlp_chunk=mlp, loss_chunk=loss, checkpointing=checkpointing, offload=offload)
 
 
