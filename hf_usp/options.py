@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 from .costs.machines import check_machine
 from .errors import UspConfigError
 from .integers.dealing import ALL_ORDERS
 from .integers.degrees import check_degrees
 
 
-def check_options(cp_size: int, ulysses_degree: int | None, sequence_order: str) -> None:
-    """Raise `UspConfigError` for degrees that do not fit and orders that are not there."""
-    if not isinstance(cp_size, int) or cp_size < 1:
-        raise UspConfigError(f"cp_size={cp_size!r}", rule="cp_size is a whole number of at least 1")
+def size_from_environment(name: str, environment: Mapping[str, str]) -> int:
+    """The size that this variable of the environment gives, 1 where it is not set; `UspConfigError` for other text."""
+    text = environment.get(name, "1")
+    if not text.strip().isdecimal():
+        raise UspConfigError(
+            f"{name}={text!r} in the environment",
+            rule="it is a whole number of at least 1",
+            remedy=f"unset {name}, or set it to the number of ranks",
+        )
+    return int(text)
+
+
+def check_whole(**values: Any) -> None:
+    """Raise `UspConfigError` for what is neither None nor a whole number of at least 1. True is no number."""
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UspConfigError(
+                f"{name}={value!r}",
+                rule="it is a whole number of at least 1, or None",
+                remedy=f"pass {name} as an int, or leave it out",
+            )
+
+
+def check_switches(**values: Any) -> None:
+    """Raise `UspConfigError` for what is neither True nor False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise UspConfigError(f"{name}={value!r}", rule="it is True or False", remedy=f"pass {name} as a bool")
+
+
+def check_options(
+    cp_size: int, ulysses_degree: int | None, sequence_order: str, kernel: str | None, kernels: Collection[str]
+) -> None:
+    """Raise `UspConfigError` for degrees that do not fit, and for orders and kernels that are not there."""
+    check_whole(cp_size=cp_size, ulysses_degree=ulysses_degree)
     if ulysses_degree is not None:
         check_degrees(cp_size, ulysses_degree)
     if sequence_order not in ("auto", *ALL_ORDERS):
@@ -20,13 +54,17 @@ def check_options(cp_size: int, ulysses_degree: int | None, sequence_order: str)
             rule=f"it is one of auto, {', '.join(ALL_ORDERS)}",
             remedy="use 'auto'",
         )
+    if kernel is not None and kernel not in list(kernels):
+        raise UspConfigError(
+            f"kernel={kernel!r}",
+            rule=f"a kernel is one of {', '.join(kernels)}, or None",
+            remedy="leave it out to let hf_usp choose",
+        )
 
 
 def check_chunks(loss_chunk: int | None, mlp_chunk: int | None, gather_outputs: bool) -> None:
     """Raise `UspConfigError` for chunks of no tokens, and for logits that are both left out and to be gathered."""
-    for name, chunk in (("loss_chunk", loss_chunk), ("mlp_chunk", mlp_chunk)):
-        if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-            raise UspConfigError(f"{name}={chunk!r}", rule="it is a number of tokens of at least 1, or None")
+    check_whole(loss_chunk=loss_chunk, mlp_chunk=mlp_chunk)
     if loss_chunk is not None and gather_outputs:
         raise UspConfigError(
             f"loss_chunk={loss_chunk} with gather_outputs=True",
@@ -37,8 +75,6 @@ def check_chunks(loss_chunk: int | None, mlp_chunk: int | None, gather_outputs: 
 
 def check_choice(ranks_per_node: int | None, machine: str | None, sequence_length: int | None) -> None:
     """Raise `UspConfigError` for what no ulysses degree can be chosen from. Files are looked at when they are read."""
-    for name, value in (("ranks_per_node", ranks_per_node), ("sequence_length", sequence_length)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UspConfigError(f"{name}={value!r}", rule="it is a whole number of at least 1, or None")
-    if machine is not None and not machine.endswith(".json"):
+    check_whole(ranks_per_node=ranks_per_node, sequence_length=sequence_length)
+    if machine is not None and not (isinstance(machine, str) and machine.endswith(".json")):
         check_machine(machine)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .comm import world_size
 from .errors import UspConfigError, UspModelError
 from .faults import after, telling
+from .kernels import KERNELS
 from .mesh import DeviceMesh, UspMesh
 from .models.bodies import find_body
 from .models.chunked_loss import ChunkedLoss, chunked_loss
@@ -26,7 +27,7 @@ from .models.chunked_mlp import chunk_mlps
 from .models.offload import offload_checkpoints
 from .models.prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
 from .models.recurrent import has_recurrent_layers
-from .options import check_choice, check_chunks, check_options
+from .options import check_choice, check_chunks, check_options, check_switches, check_whole, size_from_environment
 from .recompute import use_plain_function
 from .rope import length_dependent_ropes
 from .seams.choice import chosen_degree
@@ -37,6 +38,11 @@ from .seams.zero import prepare_for_deepspeed, under_deepspeed
 from .shard import ShardOptions
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+# What a config has beside the sizes of its axes, by the names of the constructor's parameters.
+OPTIONS = (
+    "ulysses_degree", "sequence_order", "gather_outputs", "loss_chunk", "mlp_chunk", "offload_checkpoints", "kernel",
+    "self_check", "ranks_per_node", "machine", "sequence_length",
+)  # fmt: skip
 
 
 class UspParallelismConfig(ParallelismConfig):
@@ -100,17 +106,23 @@ class UspParallelismConfig(ParallelismConfig):
         self.ranks_per_node, self.machine, self.sequence_length = ranks_per_node, machine, sequence_length
         in_environment = any(f"PARALLELISM_CONFIG_{axis}_SIZE" in os.environ for axis in ("DP_REPLICATE", "DP_SHARD"))
         self.fill_data_parallel = dp_replicate_size is None and dp_shard_size is None and not in_environment
-        if cp_size is None:
-            cp_size = int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1"))
-        super().__init__(
-            dp_replicate_size=dp_replicate_size, dp_shard_size=dp_shard_size, tp_size=tp_size, cp_size=cp_size, **kwargs
-        )
+        given = {"dp_replicate": dp_replicate_size, "dp_shard": dp_shard_size, "cp": cp_size, "tp": tp_size}
+        given["sp"] = kwargs.pop("sp_size", None)
+        for axis, size in given.items():
+            if size is None:
+                size = size_from_environment(f"PARALLELISM_CONFIG_{axis.upper()}_SIZE", os.environ)
+            kwargs[f"{axis}_size"] = size
+        super().__init__(**kwargs)
 
     def __post_init__(self) -> None:
         cp_size: int = self.cp_size  # type: ignore[has-type]
-        check_options(cp_size, self.ulysses_degree, self.sequence_order)
+        check_whole(**{f"{axis}_size": getattr(self, f"{axis}_size") for axis in (*AXES, "sp")})
+        check_options(cp_size, self.ulysses_degree, self.sequence_order, self.kernel, KERNELS)
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
         check_chunks(self.loss_chunk, self.mlp_chunk, self.gather_outputs)
+        check_switches(
+            gather_outputs=self.gather_outputs, offload_checkpoints=self.offload_checkpoints, self_check=self.self_check
+        )
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
         super().__post_init__()
@@ -147,9 +159,17 @@ class UspParallelismConfig(ParallelismConfig):
         return Copies(super().non_data_parallel_size)
 
     def to_json(self) -> dict[str, Any]:
-        """The sizes and options, as `TrainingArguments` writes them."""
-        options = ("ulysses_degree", "sequence_order", "gather_outputs", "loss_chunk", "mlp_chunk", "kernel")
-        return {f"{name}_size": size for name, size in self._sizes.items()} | {x: getattr(self, x) for x in options}
+        """The sizes and options as `TrainingArguments` writes them: arguments that make such a config again.
+
+        Data-parallel sizes that are still to be filled in are None.
+        """
+        sizes = {f"{axis}_size": size for axis, size in self._sizes.items()}
+        if self.fill_data_parallel:
+            sizes |= {"dp_replicate_size": None, "dp_shard_size": None}
+        return sizes | {name: getattr(self, name) for name in OPTIONS}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
 
     def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
         """The mesh over all processes, ranks left over filled in; None for a single one."""
@@ -158,6 +178,7 @@ class UspParallelismConfig(ParallelismConfig):
         if self.fill_data_parallel and world % self.total_size == 0 and world > self.total_size:
             sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
             self._set_size("dp_shard" if sharded else "dp_replicate", world // self.total_size)
+        self.fill_data_parallel = False
         if self.total_size != world:
             raise _wrong_world(self, world)
         return super().build_device_mesh(device_type) if world > 1 else None

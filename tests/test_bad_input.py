@@ -170,12 +170,43 @@ def test_the_rank_with_another_batch_is_named(four_ranks: Ranks) -> None:
         {"cp_size": 4, "ulysses_degree": 0},
         {"cp_size": 4, "sequence_order": "striped"},
         {"cp_size": 2, "sp_size": 2},
+        {"cp_size": True},
+        {"cp_size": "2"},
+        {"ulysses_degree": 2.0},
+        {"ulysses_degree": "2"},
+        {"dp_shard_size": "2"},
+        {"tp_size": 0},
+        {"kernel": "flash_atn"},
+        {"kernel": 3},
+        {"kernel": ["eager"]},
+        {"loss_chunk": True},
+        {"mlp_chunk": 0.5},
+        {"ranks_per_node": "8"},
+        {"sequence_length": -1},
+        {"machine": 3},
+        {"machine": "h100"},
+        {"gather_outputs": "no"},
+        {"offload_checkpoints": 1},
+        {"self_check": None},
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit(arguments: dict[str, Any]) -> None:
-    with pytest.raises(hf_usp.UspConfigError, match="Rule: "):
-        hf_usp.UspParallelismConfig(**arguments)
+def test_sizes_and_options_that_do_not_fit(arguments: dict[str, Any]) -> None:
+    """At construction, not at the first forward."""
+    with pytest.raises(hf_usp.UspConfigError, match=r"Rule: .* Remedy: ") as refusal:
+        hf_usp.UspParallelismConfig(**{"cp_size": 2} | arguments)
+    name, value = list(arguments.items())[-1]
+    assert name in str(refusal.value) or name.split("_")[0] in str(refusal.value)
+    assert repr(value).strip("'\"") in str(refusal.value)
+
+
+@pytest.mark.parametrize("axis", ["CP", "DP_SHARD", "TP"])
+def test_sizes_of_the_environment(monkeypatch: pytest.MonkeyPatch, axis: str) -> None:
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{axis}_SIZE", "2")
+    assert getattr(hf_usp.UspParallelismConfig(), f"{axis.lower()}_size") == 2
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{axis}_SIZE", "two")
+    with pytest.raises(hf_usp.UspConfigError, match=rf"PARALLELISM_CONFIG_{axis}_SIZE='two'.*Rule: .*Remedy: "):
+        hf_usp.UspParallelismConfig()
 
 
 def test_more_ranks_than_processes() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 import hf_usp
 from hf_usp.cli import main
+from hf_usp.parallelism import OPTIONS as OPTION_NAMES
 
 ROOT = Path(__file__).parents[1]
 # Name -> parameters that callers rely on. More may be added behind them, with defaults.
@@ -71,3 +74,21 @@ def test_one_version_everywhere() -> None:
     declared = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
     assert declared is not None and declared[1] == hf_usp.__version__
     assert f"## {hf_usp.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_option_is_shown_and_written(tmp_path: Path) -> None:
+    sizes = {"dp_replicate_size", "dp_shard_size", "cp_size", "tp_size"}
+    assert {p.name for p in parameters("UspParallelismConfig")} == {*OPTION_NAMES, *sizes, "kwargs"}
+    options = {
+        "ulysses_degree": 2, "sequence_order": "zigzag", "loss_chunk": 64, "mlp_chunk": 32, "offload_checkpoints": True,
+        "kernel": "eager", "self_check": False, "ranks_per_node": 2, "machine": "cpu", "sequence_length": 4096,
+    }  # fmt: skip
+    config = hf_usp.UspParallelismConfig(cp_size=4, **options)
+    for name, value in options.items():
+        assert f"{name}={value!r}" in repr(config)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, parallelism_config=config)
+    written = json.loads(arguments.to_json_string())["parallelism_config"]
+    assert options.items() <= written.items() and written["cp_size"] == 4
+    assert vars(hf_usp.UspParallelismConfig(**written)) == vars(config), "what is written makes the same config again"
+    again = eval(repr(config), vars(hf_usp))
+    assert vars(again) == vars(config) and again.fill_data_parallel
