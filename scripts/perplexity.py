@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a folder or a hub name")
     parser.add_argument("--tokenizer", help="default: the model's; 'bytes': no tokenizer, ids 0 to 256")
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--dtype", default="auto", help="of the weights; auto: that of the checkpoint")
     parser.add_argument("--ring_degree", type=int, default=1)
     parser.add_argument("--ulysses_degree", type=int, default=1)
     parser.add_argument("--output", default="runs/perplexity.png", help="the picture; numbers stand beside it as .json")
@@ -40,6 +40,8 @@ def main() -> None:
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    if gpu:  # before the group: NCCL, and "cuda" without a number, mean the current device
+        torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if gpu else "gloo")
     else:  # no launcher: a group of one
