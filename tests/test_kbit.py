@@ -42,7 +42,7 @@ def quantized(bits: str, base: str, attention: str, saved: str | None) -> Any:
     torch.manual_seed(5)
     return get_peft_model(
         model,
-        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
+        LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
     )
 
 

@@ -135,8 +135,14 @@ def compare(
     if find_body(model).module is model:
         pool_again(model, sharded, layout, gathered=False)
     theirs, whole = module_outputs(model, batch)
-    wrong_loss = _loss_difference(layout, sharded, whole)  # on every rank: it communicates
-    return _difference(model, layout, mine, theirs) or _output_difference(layout, sharded, whole) or wrong_loss
+    wrong_loss = _loss_difference(model, layout, sharded, whole)  # on every rank: it communicates
+    return _difference(model, layout, mine, theirs) or _output_difference(model, layout, sharded, whole) or wrong_loss
+
+
+def tolerance_of(model: PreTrainedModel, layout: Layout) -> float:
+    """Layers of quantized weights may round activations, to int8 or bf16, whatever the dtype around them."""
+    rounds = getattr(model.config, "quantization_config", None) is not None
+    return max(TOLERANCE[layout.dtype], TOLERANCE[torch.bfloat16] if rounds else 0.0)
 
 
 def random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Any]:
@@ -240,7 +246,7 @@ def _difference(
     """
     if layout.calls == 0:
         return "no layer of it called the attention function"
-    tolerance = TOLERANCE[layout.dtype]
+    tolerance = tolerance_of(model, layout)
     for name, whole in theirs.items():
         share = mine.get(name)
         if share is None or whole.ndim < 3 or whole.shape[:2] != (1, layout.length):
@@ -262,7 +268,7 @@ def _difference(
     return None
 
 
-def _output_difference(layout: Layout, sharded: Any, whole: Any) -> str | None:
+def _output_difference(model: PreTrainedModel, layout: Layout, sharded: Any, whole: Any) -> str | None:
     """The first output without a dim of tokens (pooled, say) that differs, in words."""
     for name, theirs in whole.items():
         mine = sharded.get(name)
@@ -275,7 +281,7 @@ def _output_difference(layout: Layout, sharded: Any, whole: Any) -> str | None:
         if mine.shape != theirs.shape:
             return f"its output {name} has the shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
         error = (mine - theirs).double().norm() / theirs.double().norm().clamp_min(1e-12)
-        if not bool(error <= TOLERANCE[layout.dtype]):
+        if not bool(error <= tolerance_of(model, layout)):
             return f"its output {name} differs by {error.item():.1e} of its size on a short random batch"
     return None
 
@@ -287,12 +293,12 @@ def _errors(mine: Tensor, theirs: Tensor) -> Tensor:
     return (mine - theirs).norm(dim=-1) / size
 
 
-def _loss_difference(layout: Layout, sharded: Any, whole: Any) -> str | None:
+def _loss_difference(model: PreTrainedModel, layout: Layout, sharded: Any, whole: Any) -> str | None:
     if whole.get("loss") is None:
         return None
     assert layout.mesh.group is not None
     mine, theirs = all_reduce_sum(sharded.loss, layout.mesh.group), whole.loss
-    tolerance = max(TOLERANCE[layout.dtype], 1e-5)  # ForCausalLMLoss computes in fp32 at most
+    tolerance = max(tolerance_of(model, layout), 1e-5)  # ForCausalLMLoss computes in fp32 at most
     if bool((mine - theirs).abs() <= tolerance * theirs.abs().clamp_min(1)):
         return None
     return f"its loss is {mine.item():.6f} instead of {theirs.item():.6f} on a short random batch"
