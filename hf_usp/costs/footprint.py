@@ -93,7 +93,8 @@ def memory(model: ModelShape, degrees: Degrees, job: Job) -> Memory:
     if job.loss_chunk is not None:
         logits = min(local, job.loss_chunk) * model.vocab * (12 + element) / degrees.tp
         logits += head * (4 + (element if element < 4 else 0)) / degrees.tp
-    gathered = 2 * max(model.layer_params, head) / degrees.tp * element if shards > 1 else 0.0
+    whole = max(model.layer_params, head) / degrees.tp * element if shards > 1 else 0.0
+    gathered, scattered = 2 * whole, 3 * whole  # one at work, one that comes; in the backward gradients that go
     attention = _attention_buffers(model, degrees, job, local)
     every, top = model.params * spread, head * spread
     above = top + (model.layers - 1) * model.layer_params * spread
@@ -108,11 +109,11 @@ def memory(model: ModelShape, degrees: Degrees, job: Job) -> Memory:
     return Memory(
         {
             "loss": moment(earlier, all_kept, logits, gathered),
-            "top layer, MLP": moment(max(earlier, top) + summed, all_kept + again + backward, 0.0, gathered),
-            "top layer, attention": moment(max(earlier, top), all_kept + again, 0.0, gathered + attention),
-            "bottom layer, MLP": moment(max(earlier, above) + summed, kept + again + backward, 0.0, gathered),
-            "bottom layer, attention": moment(max(earlier, above), kept + again, 0.0, gathered + attention),
-            "gradients": moment(every + added, 0.0, 0.0, gathered),
+            "top layer, MLP": moment(max(earlier, top) + summed, all_kept + again + backward, 0.0, scattered),
+            "top layer, attention": moment(max(earlier, top), all_kept + again, 0.0, scattered + attention),
+            "bottom layer, MLP": moment(max(earlier, above) + summed, kept + again + backward, 0.0, scattered),
+            "bottom layer, attention": moment(max(earlier, above), kept + again, 0.0, scattered + attention),
+            "gradients": moment(every + added, 0.0, 0.0, scattered),
         }
     )
 

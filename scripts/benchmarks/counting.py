@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -145,24 +145,41 @@ def watched_transfers() -> Iterator[Transfers]:
 
 
 class Peak(TorchDispatchMode):
-    """Largest number of bytes of tensors alive at once, of those made while it watches."""
+    """Largest number of bytes of tensors alive at once, of those made while it watches; of DTensors the own part.
 
-    def __init__(self) -> None:
+    known: tensors that are there already, whose views are nothing new.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.alive: dict[int, int] = {}
+        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.known = {storage._cdata: storage for storage in (local_part(x).untyped_storage() for x in known)}
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                place = storage.data_ptr()
-                if place and place not in self.alive:
-                    self.alive[place] = storage.nbytes()
+                storage = local_part(tensor).untyped_storage()
+                place = storage._cdata
+                if place not in self.alive:
+                    self.alive[place] = weakref.ref(storage)
                     weakref.finalize(storage, self.alive.pop, place, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
+        # FSDP2 gives storages up, and takes them again, by their size.
+        there = {place: ref() for place, ref in self.alive.items() if place not in self.known}
+        self.peak = max(self.peak, sum(x.nbytes() for x in there.values() if x is not None and x.data_ptr()))
         return result
+
+    @property
+    def there(self) -> int:
+        """Bytes of what is known, once where tensors share a storage."""
+        return sum(storage.nbytes() for storage in self.known.values())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; another tensor as it is."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
 
 
 def count(step: Callable[[], Tensor], gradient: Tensor, repeats: int) -> Counts:

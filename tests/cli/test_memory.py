@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from ..cpu_accelerator import cpu_as_accelerator
 from ..ranks import Ranks
+from ..test_fsdp2 import fsdp2
 
 BENCHMARKS = str(Path(__file__).parents[2] / "scripts" / "benchmarks")
 # (vocabulary, layers, tokens of a rank, checkpointing, loss chunk, MLP chunk, accumulated)
@@ -69,10 +71,8 @@ def measure(ulysses: int, ring: int, cases: list[tuple[Any, ...]]) -> list[tuple
         if accumulate:
             step()
         there = sum(p.grad.untyped_storage().nbytes() for p in llama.parameters() if p.grad is not None)
-        with Peak() as counted:
-            # Views of weights and gradients are nothing that the step makes.
-            for p in llama.parameters():
-                counted.alive.update({x.untyped_storage().data_ptr(): 0 for x in (p, p.grad) if x is not None})
+        # Views of weights and gradients are nothing that the step makes.
+        with Peak(x for p in llama.parameters() for x in (p, p.grad) if x is not None) as counted:
             step()
         job = Job(
             local * ulysses * ring, element=4, optimizer=0, checkpointing=checkpointing, shard_params=False,
@@ -80,6 +80,50 @@ def measure(ulysses: int, ring: int, cases: list[tuple[Any, ...]]) -> list[tuple
         )  # fmt: skip
         it = memory(shape_of(config), Degrees(ulysses, ring), job)
         found.append((it.total - it.weights, it.peak, counted.peak + there))
+    return found
+
+
+def measure_fsdp2(sizes: dict[str, int], cases: list[tuple[Any, ...]]) -> list[tuple[float, str, float]]:
+    """As `measure`, with FSDP2: weights and the state of AdamW are counted, too."""
+    sys.path.insert(0, BENCHMARKS)
+    import torch
+    from counting import Peak
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf_usp.costs.footprint import memory
+    from hf_usp.costs.sizes import Degrees, Job
+    from hf_usp.planning.request import shape_of
+
+    found = []
+    for vocabulary, layers, local, checkpointing, loss_chunk, mlp_chunk, accumulate in cases:
+        config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=layers, **SIZES)
+        with cpu_as_accelerator():
+            llama = LlamaForCausalLM._from_config(config, attn_implementation="usp").train()
+            if checkpointing:
+                llama.gradient_checkpointing_enable({"use_reentrant": False})
+            accelerator = fsdp2(llama, {**sizes, "loss_chunk": loss_chunk, "mlp_chunk": mlp_chunk})
+            prepared, optimizer = accelerator.prepare(llama, torch.optim.AdamW(llama.parameters()))
+            cp = sizes["cp_size"]
+            ids = torch.zeros(1, local * cp, dtype=torch.long)
+
+            def step(model: Any = prepared, ids: Any = ids, accelerator: Any = accelerator) -> None:
+                accelerator.backward(model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+            step()
+            optimizer.step()
+            if not accumulate:
+                optimizer.zero_grad()
+            lasting = [x for p in prepared.parameters() for x in (p, p.grad) if x is not None]
+            lasting += [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+            with Peak(lasting) as counted:
+                step()
+        job = Job(
+            local * cp, element=4, optimizer=8, checkpointing=checkpointing, loss_chunk=loss_chunk,
+            mlp_chunk=mlp_chunk, gradients=4, accumulate=accumulate,
+        )  # fmt: skip
+        ulysses = sizes["ulysses_degree"]
+        it = memory(shape_of(config), Degrees(ulysses, cp // ulysses, dp_shard=sizes.get("dp_shard_size", 1)), job)
+        found.append((it.total, it.peak, counted.peak + counted.there))
     return found
 
 
@@ -99,4 +143,14 @@ def test_memory_is_that_of_a_measured_step() -> None:
 @pytest.mark.parametrize(("ulysses", "ring"), [(4, 1), (2, 2), (1, 4)])
 def test_memory_of_a_rank_is_that_of_a_measured_step(four_ranks: Ranks, ulysses: int, ring: int) -> None:
     for results in four_ranks.run(measure, ulysses, ring, ON_MESHES):
+        compare(results)
+
+
+UNDER_FSDP2 = [CASES[1], (4096, 2, 64, True, None, None, False), (256, 8, 16, False, None, None, True)]
+
+
+def test_memory_under_fsdp2_is_that_of_a_measured_step(four_ranks: Ranks) -> None:
+    """Weights, gradients and AdamW's state spread over dp_shard x cp = 4 ranks, layers gathered one by one."""
+    sizes = {"cp_size": 2, "ulysses_degree": 1, "dp_shard_size": 2}
+    for results in four_ranks.run(measure_fsdp2, sizes, UNDER_FSDP2):
         compare(results)

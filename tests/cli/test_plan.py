@@ -158,7 +158,7 @@ def test_an_impossible_budget_says_what_is_missing_and_what_fits(
     assert plan(model, "--tokens", "2000000", "--gpus", "8") == 2
     error = capsys.readouterr().err
     assert "GB too much (weights" in error and "16 GPUs" not in error.split("Remedy")[0]
-    assert "rows of 794,624 tokens fit; " in error and "GPUs hold 2,000,000 tokens" in error
+    assert "rows of 777,216 tokens fit; " in error and "GPUs hold 2,000,000 tokens" in error
     assert plan(model, "--tokens", "1024", "--gpus", "1", "--memory", "1") == 2
     assert "the smallest split needs" in capsys.readouterr().err
 
