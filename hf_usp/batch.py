@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .comm import all_to_all
+from .comm import all_gather, all_to_all
 from .errors import UspBatchError
 from .integers.dealing import deal_row
 from .integers.layout import UNLIMITED, Documents, IntArray, Mask, over_batch
@@ -206,6 +206,13 @@ def find_documents(
     """
     starts = np.arange(batch + 1, dtype=np.int64) * length
     if attention_mask_BS is not None:
+        if cu_seq_lens is not None and not np.isin(cu_seq_lens.cpu().numpy(), starts).all():
+            raise UspBatchError(
+                f"cu_seq_lens {cu_seq_lens.tolist()} together with an attention_mask",
+                rule="with a mask every row is one document, in one process too, but for kernels that heed "
+                "cu_seq_lens; no two parts of a model may see other documents",
+                remedy="leave out attention_mask for packed rows",
+            )
         return _rows_with_padding(attention_mask_BS, starts)
     inside = np.zeros(0, dtype=np.int64)
     if position_ids_BS is not None and position_ids_BS.ndim == 2:
@@ -284,12 +291,8 @@ class _Unshard(torch.autograd.Function):
         ctx.layout, ctx.dim = layout, dim
         mesh = layout.mesh
         assert mesh.group is not None
-        flat = tensor.contiguous().view(-1)
-        received = all_to_all(
-            flat.repeat(mesh.size), [flat.numel()] * mesh.size, [flat.numel()] * mesh.size, mesh.group
-        )
-        shares = torch.cat(list(received.view(mesh.size, *tensor.shape)), dim=dim)
-        return shares.index_select(dim, _where_from(layout).to(tensor.device))
+        shares = torch.cat(list(all_gather(tensor, mesh.group)), dim=dim)
+        return shares.index_select(dim, _where_from(layout, tensor.device))
 
     @staticmethod
     @differentiated_once
@@ -298,18 +301,18 @@ class _Unshard(torch.autograd.Function):
         mesh = layout.mesh
         shape = list(grads[0].shape)
         shape[dim] = layout.padded
-        dealt = grads[0].new_zeros(shape).index_copy_(dim, _where_from(layout).to(grads[0].device), grads[0])
+        dealt = grads[0].new_zeros(shape).index_copy_(dim, _where_from(layout, grads[0].device), grads[0])
         blocks = torch.stack(dealt.chunk(mesh.size, dim))
         sizes = [blocks[0].numel()] * mesh.size
         received = all_to_all(blocks.view(-1), sizes, sizes, mesh.group).view_as(blocks)
         return received.sum(0, dtype=accumulation_dtype(received.dtype)).to(received.dtype), None, None
 
 
-def _where_from(layout: Layout) -> Tensor:
+def _where_from(layout: Layout, device: torch.device) -> Tensor:
     """For each position of a row its place in the concatenation of all ranks' shares [S]."""
 
     def make() -> Tensor:
         held = layout.held()[:, : layout.local_length]  # of the first row
-        return torch.from_numpy(np.argsort(held.reshape(-1))[: layout.length].copy())
+        return torch.from_numpy(np.argsort(held.reshape(-1))[: layout.length].copy()).to(device)
 
-    return layout.once("where_from", make)
+    return layout.once(("where_from", device), make)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .errors import UspBatchError, UspError
-from .faults import explained
+from .faults import explained, on_every_rank
 from .ranges import EXCHANGE, WAIT, named
 
 Group = dist.ProcessGroup
@@ -82,11 +82,12 @@ def all_to_all_by_operator(
 
 
 @explained
-def all_gather_rows(values: Tensor, group: Group) -> Tensor:
-    """A small tensor [...] of the same shape and dtype on every rank of a group, as [P, ...]."""
-    rows = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, values, group=group)
-    return torch.stack(rows)
+def all_gather(tensor: Tensor, group: Group) -> Tensor:
+    """The tensors of one shape [...] of all ranks of a group, as [P, ...]."""
+    size = dist.get_world_size(group)
+    gathered = tensor.new_empty(size * tensor.numel())
+    dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1), group=group)
+    return gathered.view(size, *tensor.shape)
 
 
 @explained
@@ -105,28 +106,49 @@ def agree(fingerprint: Tensor, error: Exception | None, group: Group, kind: type
     the ranks without an error of their own raise.
     """
     flag = torch.full_like(fingerprint[:1], error is not None)
-    rows = all_gather_rows(torch.cat([flag, fingerprint]), group).cpu()
+    rows = all_gather(torch.cat([flag, fingerprint]), group).cpu()
     if bool((rows == rows[0]).all()) and int(rows[0, 0]) == 0:
         return
     ranks = dist.get_process_group_ranks(group)
     texts: list[str | None] = [None] * len(ranks)
     dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=group)
     if error is not None:
-        raise error
+        raise on_every_rank(error)
     if any(texts):
         failed = "; ".join(f"rank {ranks[i]}: {text}" for i, text in enumerate(texts) if text)
-        raise kind(f"another rank of this context-parallel group refused ({failed})")
+        raise on_every_rank(kind(f"another rank of this context-parallel group refused ({failed})"))
     differing = [str(ranks[i]) for i in range(len(ranks)) if not torch.equal(rows[i], rows[0])]
-    raise UspBatchError(
-        f"the batch of rank(s) {', '.join(differing)} differs from that of rank {ranks[0]} in the same "
-        "context-parallel group",
-        rule="all ranks of a context-parallel group get the same full batch, and each takes its share of it",
-        remedy="let accelerator.prepare wrap the dataloader, and seed what is random in dataset or collator equally",
+    raise on_every_rank(
+        UspBatchError(
+            f"the batch of rank(s) {', '.join(differing)} differs from that of rank {ranks[0]} in the same "
+            "context-parallel group",
+            rule="all ranks of a context-parallel group get the same full batch, and each takes its share of it",
+            remedy="let accelerator.prepare wrap the dataloader; seed what is random in dataset or collator equally",
+        )
     )
+
+
+def _backends(group: Group) -> dict[str, str]:
+    """Kind of device -> backend; a group may have one for each ("cpu:gloo,cuda:nccl")."""
+    return dict(part.split(":") for part in dist.get_backend_config(group).split(","))
 
 
 def group_device(group: Group) -> torch.device:
     """Where small tensors for this group's collectives live."""
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    )
+    return torch.device("cpu") if "cpu" in _backends(group) else _accelerator()
+
+
+def _accelerator() -> torch.device:
+    found = torch.accelerator.current_accelerator()
+    assert found is not None
+    return torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def connect(group: Group) -> None:
+    """Connect all ranks of a new group on the devices that their tensors will be on.
+
+    NCCL makes its communicator in the first call, in which all ranks have to take part; a pruned exchange may leave
+    some out.
+    """
+    if torch.accelerator.is_available() and _backends(group).get(_accelerator().type, "gloo") != "gloo":
+        dist.all_reduce(torch.zeros(1, device=_accelerator()), group=group)

@@ -19,15 +19,26 @@ import torch.distributed as dist
 # Where the ranks of a run found each other; private in torch 2.11 to 2.13.
 from torch.distributed.distributed_c10d import _get_default_store
 
-from .errors import UspError, UspRankError
+from .errors import UspRankError
 
 KEY = "hf_usp/failure"
 LOST = ("onnection", "imed out", "roken pipe")
 
 
+def on_every_rank(problem: Exception) -> Exception:
+    """Mark an exception of which the ranks of a mesh have told each other: each of them raises one."""
+    problem.on_every_rank = True  # type: ignore[attr-defined]
+    return problem
+
+
+def is_on_every_rank(problem: BaseException) -> bool:
+    """Whether the other ranks know of this exception, or it is what they told of."""
+    return isinstance(problem, UspRankError) or getattr(problem, "on_every_rank", False)
+
+
 def tell_failure(problem: BaseException) -> None:
-    """Leave word of an exception of this rank; the first one stands. Refusals reach all ranks by themselves."""
-    if dist.is_initialized() and not isinstance(problem, UspError):
+    """Leave word of an exception of this rank that others may not know of; the first one stands."""
+    if dist.is_initialized() and not is_on_every_rank(problem):
         word = f"rank {dist.get_rank()} raised {type(problem).__name__}: {problem}"
         with suppress(RuntimeError):  # the store may be gone already
             _get_default_store().compare_set(KEY, "", word)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .comm import Group, all_gather_rows, all_reduce_sum
+from .comm import Group, all_gather, all_reduce_sum
 from .once import differentiated_once
 
 
@@ -82,7 +82,7 @@ class _LossOverParts(torch.autograd.Function):
         at_T1 = (labels_T - part.start).masked_fill(theirs_T | ~kept_T, 0)[:, None]
         own_T = logits_TN.gather(1, at_T1)[:, 0].masked_fill(~mine_T, 0) if count else logits_TN.sum(1)
         sums = [logits_TN.logsumexp(1), own_T, *([logits_TN.sum(1)] if smoothing else [])]
-        lse_PT, label_PT, *all_PT = all_gather_rows(torch.stack(sums), part.group).unbind(1)
+        lse_PT, label_PT, *all_PT = all_gather(torch.stack(sums), part.group).unbind(1)
         lse_T = lse_PT.logsumexp(0)
         losses_T = lse_T - (1 - smoothing) * label_PT.sum(0)
         for logits_PT in all_PT:

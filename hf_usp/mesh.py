@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .comm import all_gather_rows, group_device
+from .comm import all_gather, connect, group_device
 from .errors import UspConfigError
 from .integers.degrees import check_degrees
 
@@ -87,7 +87,11 @@ class UspMesh:
 
     @classmethod
     def _of(cls, ranks: tuple[int, ...], ulysses_degree: int) -> UspMesh:
-        """The mesh over these global ranks, in order. Only they take part, so other meshes of the world may differ."""
+        """The mesh over these global ranks, in order. Only they take part, so other meshes of the world may differ.
+
+        Except with a process group bound to a device (`init_process_group(device_id=...)`) under NCCL, which makes new
+        groups by splitting the world: there all ranks build meshes of the same degrees at the same time.
+        """
         ring_degree = check_degrees(len(ranks), ulysses_degree)
         me = ranks.index(dist.get_rank())
         ring_rank, ulysses_rank = divmod(me, ulysses_degree)
@@ -132,7 +136,7 @@ def _ring_per_node(ranks: Sequence[int], ulysses_degree: int, group: dist.Proces
     if group is None:
         return 1
     said = torch.tensor([int(os.environ.get("LOCAL_WORLD_SIZE", "0"))], device=group_device(group))
-    sizes = set(all_gather_rows(said, group).flatten().tolist())
+    sizes = set(all_gather(said, group).flatten().tolist())
     if len(sizes) > 1 or sizes == {0}:
         return 1
     size = sizes.pop()
@@ -154,8 +158,5 @@ def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
     if len(ranks) == 1:
         return None
     group = dist.new_group(list(ranks), use_local_synchronization=True)
-    if dist.get_backend(group) == "nccl":
-        # The communicator is made by the first collective, in which all ranks must take part; a pruned exchange may
-        # leave some out.
-        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+    connect(group)
     return group

@@ -21,11 +21,11 @@ from .errors import UspConfigError, UspModelError
 from .faults import after, telling
 from .kernels import KERNELS
 from .mesh import DeviceMesh, UspMesh
-from .models.bodies import find_body
+from .models.bodies import find_body, mask_kinds
 from .models.chunked_loss import ChunkedLoss, chunked_loss
 from .models.chunked_mlp import chunk_mlps
 from .models.offload import offload_checkpoints
-from .models.prepare import ShardedForward, attach, find_model, mask_kinds, sharded_forward
+from .models.prepare import ShardedForward, attach, find_model, sharded_forward
 from .models.recurrent import has_recurrent_layers
 from .options import check_choice, check_chunks, check_options, check_switches, check_whole, size_from_environment
 from .recompute import use_plain_function

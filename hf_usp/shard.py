@@ -18,6 +18,7 @@ from .batch import CAUSAL, Layout, MaskKind, cut, find_documents, make_layout
 from .comm import agree, group_device
 from .core.tickets import make_ticket
 from .errors import UspBatchError
+from .kernels import check_installed
 from .mesh import UspMesh
 from .passing import TokenCount
 from .rope import GlobalPositions
@@ -145,6 +146,8 @@ def agree_on_layout(
             check(batch)
         _check_count(batch.get("num_items_in_batch"))
         layout = _layout({n: x for n, x in batch.items() if names is None or n in names}, mesh, options)
+        if _tokens(batch).device.type != "cpu":  # else it may still be on its way to where it is computed
+            check_installed(options.kernel, _tokens(batch).device)
         fingerprint = _fingerprint(batch)
     except Exception as problem:  # every rank must hear of it, whatever it is
         error = problem

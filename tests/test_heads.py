@@ -80,7 +80,8 @@ def relative(mine: Tensor, theirs: Tensor, floor: float = 1e-6) -> float:
 
 def prepare(model: Any, ring: int, ulysses: int) -> Any:
     """What `Accelerator.prepare` does to a model."""
-    from hf_usp.models.prepare import attach, mask_kinds
+    from hf_usp.models.bodies import mask_kinds
+    from hf_usp.models.prepare import attach
     from hf_usp.shard import ShardOptions
 
     mesh = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses)

@@ -20,8 +20,9 @@ from ..attention import usp_attention
 from ..batch import cut, unshard
 from ..comm import all_reduce_sum
 from ..mesh import UspMesh
+from ..models.bodies import mask_kinds
 from ..models.modeling import NAME
-from ..models.prepare import attach, mask_kinds
+from ..models.prepare import attach
 from ..planning.request import read_config
 from ..shard import ShardOptions, shard
 

@@ -94,7 +94,8 @@ def backward(dout_ThE: Tensor, saved: list[Tensor | None], call: AttentionCall) 
     *inputs, arrived_TX, out_ThE, lse_hT = saved
     assert out_ThE is not None and lse_hT is not None
     q_ThD, k_TgD, v_TgE, sinks_h = _at_hand((inputs[0], inputs[1], inputs[2], inputs[3]), arrived_TX, call.heads)
-    *grads, dsinks_h = ring_backward(dout_ThE, q_ThD, k_TgD, v_TgE, sinks_h, out_ThE, lse_hT, call.ring)
+    with no_autocast(dout_ThE.device):
+        *grads, dsinks_h = ring_backward(dout_ThE, q_ThD, k_TgD, v_TgE, sinks_h, out_ThE, lse_hT, call.ring)
     saved.clear()
     inputs.clear()
     del arrived_TX, out_ThE, lse_hT, q_ThD, k_TgD, v_TgE

@@ -150,7 +150,8 @@ def _partial_gradients(stage: Stage, rows: tuple[Tensor, ...], block: Block, dq:
     packed = block.message if once else torch.empty_like(block.message)
     dk, dv = (Sum(x, stage.keys, into=x) for x in _unpack(packed, block.k, block.v))
     _tiles_backward(stage, rows, block, (dq, dk, dv), call)
-    dk.result(), dv.result()
+    dk.result()
+    dv.result()
     return packed
 
 

@@ -130,7 +130,6 @@ def tokens_to_heads(out_ThE: Tensor, heads: Heads) -> Tensor:
     """out_BLHE: all heads over this rank's tokens; the inverse of `heads_to_tokens` for the output."""
     if heads.mesh.ulysses_group is None:
         return out_ThE.unflatten(0, (heads.batch, -1))
-    assert heads.mesh.ulysses_group is not None
     batch, degree, width = heads.batch, heads.mesh.ulysses_degree, out_ThE.shape[2]
     # For one row the tokens of a rank are one block already.
     message_UBLX = out_ThE.flatten(1).unflatten(0, (batch, degree, -1)).transpose(0, 1).contiguous()

@@ -1,6 +1,15 @@
 """Kernels that compute one tile of attention, and the choice between them."""
 
 from .base import Kernel, Segments, Softmax, accumulation_dtype
-from .choose import KERNELS, choose_kernel, kernel_report
+from .choose import KERNELS, check_installed, choose_kernel, kernel_report
 
-__all__ = ["KERNELS", "Kernel", "Segments", "Softmax", "accumulation_dtype", "choose_kernel", "kernel_report"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "Segments",
+    "Softmax",
+    "accumulation_dtype",
+    "check_installed",
+    "choose_kernel",
+    "kernel_report",
+]

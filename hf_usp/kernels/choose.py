@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ..errors import UspKernelError
@@ -25,7 +27,10 @@ def choose_kernel(
     than the one that was asked for.
     """
     if name is None:
-        return next(k for k in KERNELS.values() if k.why_not(device, dtype, head_dim, softmax) is None)
+        kernel = next(k for k in KERNELS.values() if k.why_not(device, dtype, head_dim, softmax) is None)
+        if kernel.name == EagerKernel.name and device.type != "cpu":
+            _warn_of_eager(device, dtype, head_dim, softmax)
+        return kernel
     if name not in KERNELS:
         raise UspKernelError(
             f"kernel={name!r}",
@@ -39,6 +44,25 @@ def choose_kernel(
             remedy="leave kernel=None to let hf_usp choose, or name another of " + ", ".join(KERNELS),
         )
     return KERNELS[name]
+
+
+def _warn_of_eager(device: torch.device, dtype: torch.dtype, head_dim: int, softmax: Softmax) -> None:
+    """Scores of 1,024 queries and all keys lie in memory, where flash attention has none. Python says it once."""
+    reasons = [f"{name}: {why}" for name, why in kernel_report(device, dtype, head_dim, softmax) if why]
+    warnings.warn(
+        f"usp: no flash attention for {dtype} heads of width {head_dim} on {device.type}, the slow kernel 'eager' "
+        f"computes instead ({'; '.join(reasons)})",
+        stacklevel=2,
+    )
+
+
+def check_installed(name: str | None, device: torch.device) -> None:
+    """Refuse a named kernel that this machine cannot run in any dtype; `UspKernelError`."""
+    if name is not None:
+        dtypes = (torch.bfloat16, torch.float32)
+        failed = all(name in KERNELS and KERNELS[name].why_not(device, dtype, 8, Softmax(1.0)) for dtype in dtypes)
+        if name not in KERNELS or failed:
+            choose_kernel(device, dtypes[0], 8, Softmax(1.0), name)
 
 
 def kernel_report(

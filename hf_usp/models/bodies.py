@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..batch import Layout, cut, unshard
+from ..batch import CAUSAL, Layout, MaskKind, cut, unshard
 from ..errors import UspBatchError, UspModelError
+from ..integers.layout import UNLIMITED
 from ..mesh import UspMesh
 from ..shard import (
     DESCRIBED,
@@ -213,3 +214,19 @@ def pool_again(body: PreTrainedModel, output: Any, layout: Layout, gathered: boo
         pooled = pooler(hidden if gathered else unshard(hidden, layout))
         if pooled.shape == of_share.shape:
             output["pooler_output"] = pooled
+
+
+def mask_kinds(model: PreTrainedModel) -> tuple[MaskKind, ...]:
+    """The masks of the model's layers as its config tells, one entry a layer. They decide only the order of tokens."""
+    config = model.config.get_text_config()
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    causal = {getattr(module, "is_causal", None) for module in find_body(model).module.modules()}
+    full, sliding = CAUSAL, MaskKind(left=window - 1) if window else CAUSAL
+    if not getattr(config, "is_causal", True) or (False in causal and True not in causal):
+        full = MaskKind(UNLIMITED, UNLIMITED)
+        sliding = MaskKind(window, window) if window else full
+    by_type = {"sliding_attention": sliding, "chunked_attention": MaskKind(chunk=chunk) if chunk else full}
+    types = getattr(config, "layer_types", None)
+    if types:
+        return tuple(by_type.get(t, full) for t in types)
+    return (sliding,) if getattr(config, "use_sliding_window", True) else (full,)

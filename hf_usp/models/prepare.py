@@ -18,10 +18,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..batch import CAUSAL, MaskKind, cut
-from ..errors import UspModelError
+from ..batch import cut
+from ..errors import UspError, UspModelError
 from ..faults import after, tell_failure
-from ..integers.layout import UNLIMITED
 from ..loss import whole_loss
 from ..mesh import UspMesh
 from ..rope import length_dependent_ropes
@@ -88,14 +87,27 @@ class ShardedForward:
             return args, kwargs
         if self.failed is not None:
             raise after(self.failed)
+        try:
+            return (), self._cut(model, batch)
+        except Exception as problem:
+            tell_failure(problem)  # others may wait for this rank
+            if not isinstance(problem, UspError):
+                self.failed = problem
+            raise
+
+    def _cut(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's share of a full batch, after the self-check of the first one."""
+        # Not that of the parameters: FSDP2 may keep them on another device than the one it computes on.
+        tokens = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
+        device = tokens.device if isinstance(tokens, Tensor) else next(model.parameters()).device
         if self.unchecked:
             # Every rank comes here with its first batch, whatever that batch is.
-            self.inexact = self_check(model, self.mesh, self.options, next(model.parameters()).device)
+            self.inexact = self_check(model, self.mesh, self.options, device)
             self.unchecked = False
             if "visible" in self.inexact:
                 self.options = replace(self.options, positions=visible_positions)
         if self.unchecked_training and model.training:
-            training_check(model, self.mesh, self.options, next(model.parameters()).device)
+            training_check(model, self.mesh, self.options, device)
             self.unchecked_training = False
         items = batch.get("num_items_in_batch")
         share, layout = share_for(model, batch, self.mesh, self.options, lambda b: self._check(model, b))
@@ -106,16 +118,15 @@ class ShardedForward:
         layout.pass_states = False if "states" in self.inexact else None
         layout.router_logits = self._wants_router_logits(model, batch)
         if layout.router_logits:
+            self.router.learn(model, self.mesh, device)
             share["output_router_logits"] = False
-        return (), share
+        return share
 
     def _check(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         """Refuse what this model cannot do with this batch."""
         _check_call(model, batch)
         check_trainer(model, batch)
         refuse_scaled_noise(model)
-        if self._wants_router_logits(model, batch):
-            self.router.learn(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
         if "left" in self.inexact and positions is None and mask is not None and not bool(mask[:, 0].all()):
             raise UspModelError(
@@ -300,19 +311,3 @@ def check_model(model: PreTrainedModel) -> None:
             rule="each rank passes the positions of its tokens; a model that counts them itself starts at 0 everywhere",
             remedy="use an architecture whose forward takes position_ids",
         )
-
-
-def mask_kinds(model: PreTrainedModel) -> tuple[MaskKind, ...]:
-    """The masks of the model's layers as its config tells, one entry a layer. They decide only the order of tokens."""
-    config = model.config.get_text_config()
-    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    causal = {getattr(module, "is_causal", None) for module in find_body(model).module.modules()}
-    full, sliding = CAUSAL, MaskKind(left=window - 1) if window else CAUSAL
-    if not getattr(config, "is_causal", True) or (False in causal and True not in causal):
-        full = MaskKind(UNLIMITED, UNLIMITED)
-        sliding = MaskKind(window, window) if window else full
-    by_type = {"sliding_attention": sliding, "chunked_attention": MaskKind(chunk=chunk) if chunk else full}
-    types = getattr(config, "layer_types", None)
-    if types:
-        return tuple(by_type.get(t, full) for t in types)
-    return (sliding,) if getattr(config, "use_sliding_window", True) else (full,)

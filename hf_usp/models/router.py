@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Layout, unshard
-from ..comm import all_reduce_sum
+from ..comm import agree, all_reduce_sum
 from ..errors import UspModelError
 from ..loss import whole_loss
+from ..mesh import UspMesh
 from .bodies import layout_of
 from .selfcheck import TOLERANCE, unnoticed
 
@@ -96,12 +97,18 @@ class RouterLoss:
     def remove(self) -> None:
         self._handle.remove()
 
-    def learn(self, model: Any) -> None:
+    def learn(self, model: Any, mesh: UspMesh, device: torch.device) -> None:
         """Find out, before the first use, what the model adds to its loss; `UspModelError` if we do not know that."""
         if not self.known:
-            device = next(model.parameters()).device
+            error = None
             with unnoticed(model, device):
-                self.balance = None if model.base_model is model else find_balance(model, _short_batch(model, device))
+                try:
+                    if model.base_model is not model:
+                        self.balance = find_balance(model, _short_batch(model, device))
+                except UspModelError as refusal:
+                    error = refusal
+            assert mesh.group is not None
+            agree(torch.zeros(1, dtype=torch.int64, device=device), error, mesh.group, UspModelError)
             self.known = True
 
     def add(self, output: Any, layout: Layout, mask_BL: Tensor, gather: bool) -> Any:

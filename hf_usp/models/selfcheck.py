@@ -24,9 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..batch import Layout, cut
-from ..comm import agree, all_gather_rows, all_reduce_sum
+from ..comm import agree, all_gather, all_reduce_sum
 from ..errors import UspError, UspModelError
-from ..faults import tell_failure
 from ..mesh import UspMesh
 from ..precision import no_autocast
 from ..rope import length_dependent_ropes
@@ -61,7 +60,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     def differs(batch: dict[str, Any], options: ShardOptions = options, pass_states: bool = False) -> bool:
         """Whether a batch differs on any rank of the mesh."""
         here = compare(model, batch, mesh, options, pass_states) is not None
-        return bool(all_gather_rows(torch.tensor([here], dtype=torch.int64, device=device), group).any())
+        return bool(all_gather(torch.tensor([here], dtype=torch.int64, device=device), group).any())
 
     with unnoticed(model, device) as overwritten:
         try:
@@ -69,7 +68,6 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
         except UspError:
             raise
         except Exception as problem:
-            tell_failure(problem)
             raise fails_alone(model, problem) from problem
         error = None if found is None else refusal(model, found)
         if overwritten:

@@ -31,7 +31,6 @@ def training_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions,
     batch = random_batch(model, mesh, device)
     with unnoticed(model, device, training=True) as overwritten:
         before, seen = _python_draws(), Steady()
-        error: UspModelError | None = None
         try:
             with seen:
                 found = compare(model, batch, mesh, options)
@@ -39,7 +38,7 @@ def training_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions,
         except UspError:
             raise
         except Exception as problem:
-            error = fails_alone(model, problem)
+            raise fails_alone(model, problem) from problem
         if seen.single:
             error = _drawn_once(model, batch) or error
         if overwritten:

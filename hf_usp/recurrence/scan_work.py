@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,13 +25,18 @@ class HaloWork:
 
 @dataclass(frozen=True, eq=False)
 class StateWork:
-    """A `StatePlan` on a device; `inside` [n, m] marks the tokens of a run, `chained` is read on the host."""
+    """A `StatePlan` on a device; `chained` is read on the host.
+
+    inside [n, m]: the tokens of a run. giving: of each tensor of rows, those that give their state on; back_in_order:
+    puts these, one group after the other, into the plan's order.
+    """
 
     rows: list[Tensor]
     inside: list[Tensor]
     back: Tensor
     gives: list[int]
-    giving: Tensor
+    giving: list[Tensor]
+    back_in_order: Tensor
     takes: list[Tensor]
     taking: Tensor
     order: Tensor
@@ -76,12 +82,19 @@ def state_work(layout: Layout, device: torch.device) -> StateWork:
     def make() -> StateWork:
         plan = state_plan(layout)
         inside = [np.arange(rows.shape[1]) < sizes[:, None] for rows, sizes in zip(plan.rows, plan.sizes, strict=True)]
-        rows, marks, takes = (
-            [torch.from_numpy(index).to(device) for index in indices] for indices in (plan.rows, inside, plan.takes)
+        edges = np.cumsum([0, *map(len, plan.rows)])
+        places = [np.flatnonzero((plan.giving >= a) & (plan.giving < b)) for a, b in pairwise(edges)]
+        wanted = [plan.giving[place] - a for place, a in zip(places, edges[:-1], strict=True)]
+        rows, marks, giving, takes = (
+            [torch.from_numpy(index).to(device) for index in indices]
+            for indices in (plan.rows, inside, wanted, plan.takes)
         )
-        back, giving, taking, order = (
-            torch.from_numpy(index).to(device) for index in (plan.back, plan.giving, plan.taking, plan.order)
+        in_order = np.argsort(np.concatenate(places))
+        back, back_in_order, taking, order = (
+            torch.from_numpy(index).to(device) for index in (plan.back, in_order, plan.taking, plan.order)
         )
-        return StateWork(rows, marks, back, plan.gives, giving, takes, taking, order, plan.chained.tolist())
+        return StateWork(
+            rows, marks, back, plan.gives, giving, back_in_order, takes, taking, order, plan.chained.tolist()
+        )
 
     return layout.once(("states", device), make)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..batch import Layout
 from .scan import exchange
-from .scan_work import state_work
+from .scan_work import StateWork, state_work
 
 # (tensors [N, M, ...], initial state [N, H, K, E] or None, whether the final state is wanted) -> out, final state
 StateKernel = Callable[[Mapping[str, Tensor], Tensor | None, bool], tuple[Tensor, Tensor | None]]
@@ -60,7 +60,7 @@ def _first_states(kernel: StateKernel, layout: Layout, rows: list[dict[str, Tens
     mesh, plan = layout.mesh, state_work(layout, rows[0]["value"].device)
     heads, value = rows[0]["value"].shape[2:]
     key = rows[0]["key"].shape[3]
-    maps_RHKX = _maps(kernel, rows, plan.giving)
+    maps_RHKX = _maps(kernel, rows, plan)
     edges = [heads * rank // mesh.size for rank in range(mesh.size + 1)]
     shares = list(zip(edges[:-1], edges[1:], strict=True))
     mine = edges[mesh.rank + 1] - edges[mesh.rank]
@@ -87,14 +87,11 @@ def _first_states(kernel: StateKernel, layout: Layout, rows: list[dict[str, Tens
     return torch.cat([begins_NHKE, begins_NHKE.new_zeros(1, heads, key, value)])[plan.taking]
 
 
-def _maps(kernel: StateKernel, rows: list[dict[str, Tensor]], giving: Tensor) -> Tensor:
+def _maps(kernel: StateKernel, rows: list[dict[str, Tensor]], plan: StateWork) -> Tensor:
     """What the giving runs add to a state and the transition they apply, side by side [R, H, K, E + K], in fp32."""
-    found, done, heads = [], 0, rows[0]["value"].shape[2]
+    found, heads = [], rows[0]["value"].shape[2]
     key, value = rows[0]["key"].shape[3], rows[0]["value"].shape[3]
-    for taken in rows:
-        count = len(taken["value"])
-        wanted = giving[(giving >= done) & (giving < done + count)] - done
-        done += count
+    for taken, wanted in zip(rows, plan.giving, strict=True):
         if len(wanted):
             some = {name: x[wanted] for name, x in taken.items()}
             some["value"] = torch.nn.functional.pad(some["value"], (0, key))
@@ -105,4 +102,4 @@ def _maps(kernel: StateKernel, rows: list[dict[str, Tensor]], giving: Tensor) ->
             found.append(state.float())
     if not found:
         return rows[0]["value"].new_zeros(0, heads, key, key + value, dtype=torch.float32)
-    return torch.cat(found)[torch.argsort(torch.argsort(giving))]
+    return torch.cat(found)[plan.back_in_order]

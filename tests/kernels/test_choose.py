@@ -34,6 +34,7 @@ def test_softcap_on_cpu_takes_eager() -> None:
     assert choose_kernel(CPU, torch.float32, 64, Softmax(0.125, softcap=30.0)).name == "eager"
 
 
+@pytest.mark.filterwarnings("ignore:usp. no flash attention")
 def test_a_gpu_without_the_package_takes_torchs_operator(no_package: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
@@ -80,6 +81,7 @@ def test_a_named_kernel_is_used_or_refused(
     assert f"kernel={name!r}" in str(refusal.value) and "Remedy:" in str(refusal.value)
 
 
+@pytest.mark.filterwarnings("ignore:usp. no flash attention")
 def test_a_torch_without_cuda_is_a_reason(no_package: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UspKernelError, match="finds no CUDA device"):

@@ -191,6 +191,7 @@ def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatc
         compute(FlashAttnKernel(), WINDOWS["causal"], draw(WINDOWS["causal"], torch.bfloat16))
 
 
+@pytest.mark.filterwarnings("ignore:usp. no flash attention")
 def test_it_is_chosen_first_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in fake_flash_attn.release("2.8.3").items():
         monkeypatch.setitem(sys.modules, name, module)

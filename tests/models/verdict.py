@@ -189,7 +189,8 @@ def _references(reference: Any) -> tuple[Step | None, list[str]]:
 
 def attach_to(model: Any, degrees: tuple[int, int], self_check: bool) -> Any:
     """What `Accelerator.prepare` does to a model, on a mesh of (ring, ulysses) degrees."""
-    from hf_usp.models.prepare import attach, mask_kinds
+    from hf_usp.models.bodies import mask_kinds
+    from hf_usp.models.prepare import attach
     from hf_usp.shard import ShardOptions
 
     return attach(model, mesh_of(*degrees), ShardOptions("auto", mask_kinds(model)), True, self_check)
