@@ -115,6 +115,9 @@ CASES: dict[str, Any] = {
     "tuples": changed(return_dict=False),
     "cache with labels": changed(past_key_values=lambda b: object()),
     "cu_seq_lens": changed(cu_seq_lens_q=torch.tensor([0, 10])),
+    "documents and padding": changed(
+        attention_mask=lambda b: torch.ones_like(b["input_ids"]), cu_seq_lens_q=torch.tensor([0, 10, 74])
+    ),
     "attention dropout": lambda rank: prepared(attention_dropout=0.1).train()(**batch_of("plain")),
     "NEFTune": noisy,
     "own attention code": lambda rank: prepared("bloom", hidden_size=32, n_head=4)(**batch_of("plain")),

@@ -23,11 +23,12 @@ FAILING, MEMORY = 2, "CUDA out of memory. Tried to allocate 20 GiB (simulated)"
 def fails_at(model: Any, where: str) -> None:
     """Make the second layer raise on one rank, from the third call on: after the self-check, in the middle of a run."""
     layer, calls = model.model.layers[1], [0]
+    kind = hf_usp.UspKernelError if where == "refusal" else torch.OutOfMemoryError
 
     def fail(*args: Any) -> None:
         calls[0] += where == "backward" or torch.is_grad_enabled()
         if calls[0] >= 3 and dist.get_rank() == FAILING:
-            raise torch.OutOfMemoryError(MEMORY)
+            raise kind(MEMORY)
 
     if where == "backward":
         layer.mlp.register_full_backward_hook(fail)
@@ -64,7 +65,7 @@ def run(folder: str, mesh: tuple[int, int], where: str, finds_batch_size: bool) 
 
 @pytest.mark.parametrize(
     ("mesh", "where", "finds_batch_size"),
-    [((4, 2), "forward", False), ((2, 2), "backward", False), ((4, 1), "forward", True)],
+    [((4, 2), "forward", False), ((2, 2), "backward", False), ((4, 1), "forward", True), ((4, 2), "refusal", False)],
     ids=str,
 )
 def test_every_rank_ends_with_the_cause(
@@ -82,4 +83,4 @@ def test_every_rank_ends_with_the_cause(
         elif finds_batch_size:
             assert "UspRankError: usp: a forward after this rank failed" in last and "auto_find_batch_size" in last
         else:
-            assert last.startswith("torch.OutOfMemoryError")
+            assert last.startswith("hf_usp.errors.UspKernelError" if where == "refusal" else "torch.OutOfMemoryError")

@@ -112,6 +112,8 @@ class NoSync(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         space, name = str(func).split(".")[:2]
         assert name not in self.FORBIDDEN, f"{func} inside a layer"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(x is None or x.dtype != torch.bool for x in args[1]), f"{func} with a mask inside a layer"
         assert space != "c10d" or name in self.MOVES, f"{func} inside a layer"
         return func(*args, **(kwargs or {}))
 
@@ -139,6 +141,32 @@ def test_no_layer_waits_for_the_device_or_exchanges_metadata(four_ranks: Ranks, 
     four_ranks.run(layers_without_sync, ring, ulysses)
 
 
+def states_without_sync() -> None:
+    """Recurrent layers that pass states, after the first has made the plan; a kernel of zeros waits for nothing."""
+    import hf_usp
+    from hf_usp.recurrence.states import scan_by_states
+
+    mesh = hf_usp.UspMesh.build(ring_degree=4, ulysses_degree=1)
+    layout = hf_usp.shard({"input_ids": torch.zeros(1, 96, dtype=torch.long)}, mesh)["usp"]
+    length = layout.local_length
+    shapes = {"query": (2, 8), "key": (2, 8), "value": (4, 8), "g": (4,), "beta": (4,)}
+    tensors = {name: torch.randn(1, length, *shape, requires_grad=True) for name, shape in shapes.items()}
+
+    def kernel(taken: Any, state: Any, wanted: bool) -> Any:
+        value = taken["value"]
+        return value * 1.0, value.sum(1)[:, :, None].expand(-1, -1, 8, -1) if wanted else None
+
+    scan_by_states(kernel, layout, tensors)
+    with NoSync():
+        scan_by_states(kernel, layout, tensors).sum().backward()
+
+
+def test_no_recurrent_layer_waits_for_the_device(four_ranks: Ranks) -> None:
+    four_ranks.run(states_without_sync)
+
+
 def test_a_synchronisation_would_be_seen() -> None:
     with NoSync(), pytest.raises(AssertionError, match="inside a layer"):
         torch.ones(1).item()
+    with NoSync(), pytest.raises(AssertionError, match="with a mask inside a layer"):
+        torch.ones(2)[torch.ones(2) > 0]

@@ -83,3 +83,20 @@ def test_at_most_twice_the_error_of_one_process(four_ranks: Ranks, tmp_path: Pat
     for mine in four_ranks.run(gradients, str(tmp_path), True, case):
         assert error(mine, exact) < 2 * limit
         assert abs(float(mine["loss"] - exact["loss"])) < 2 * of_loss + 1e-3
+
+
+def test_autocast_around_the_backward_changes_nothing() -> None:
+    """The kernel computes in the dtype of its inputs, both ways."""
+    layout = hf_usp.shard(
+        {"input_ids": torch.zeros(1, 19, dtype=torch.long)},
+        hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1),
+        kernel="eager",
+    )["usp"]
+    found = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 19, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            hf_usp.usp_attention(q, k, v, layout).square().sum().backward()
+        found.append(torch.cat([x.grad.flatten() for x in (q, k, v) if x.grad is not None]))
+    assert torch.equal(*found)

@@ -215,3 +215,26 @@ def test_families_beyond_us_are_refused(four_ranks: Ranks, family: str) -> None:
     changes = {"minimax": {"layer_types": ["linear_attention", "full_attention"]}}.get(family, {})
     for message in four_ranks.run(family_verdict, family, changes, timeout=40):
         assert message.startswith("usp: "), message
+
+
+def test_it_runs_where_the_batch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 may keep parameters on another device than the one it computes on."""
+    from hf_usp.models import prepare
+    from hf_usp.shard import ShardOptions
+
+    class SeenError(Exception):
+        pass
+
+    def seen(model: Any, mesh: Any, options: Any, device: torch.device) -> Any:
+        raise SeenError(device.type)
+
+    monkeypatch.setattr(prepare, "self_check", seen)
+    with torch.device("meta"):
+        model = tiny_model("llama", "usp")
+    prepare.attach(model, hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1), ShardOptions())
+    for batch in (batch_of("plain"), {"inputs_embeds": torch.zeros(1, 5, 8)}):
+        model_hooks = prepare.sharded_forward(model)
+        assert model_hooks is not None
+        model_hooks.failed = None
+        with pytest.raises(SeenError, match="cpu"):
+            model(**batch)

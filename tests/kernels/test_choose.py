@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_usp.errors import UspKernelError
-from hf_usp.kernels import KERNELS, Softmax, choose_kernel, kernel_report
+from hf_usp.kernels import KERNELS, Softmax, check_installed, choose_kernel, kernel_report
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SOFTMAX = Softmax(0.125)
@@ -42,6 +42,20 @@ def test_a_gpu_without_the_package_takes_torchs_operator(no_package: None, monke
     assert choose_kernel(GPU, torch.bfloat16, 64, SOFTMAX).name == "cuda_flash"
     assert choose_kernel(GPU, torch.bfloat16, 64, Softmax(0.125, softcap=30.0)).name == "eager"
     assert choose_kernel(GPU, torch.float32, 64, SOFTMAX).name == "eager"
+
+
+def test_a_slow_kernel_on_a_gpu_is_not_taken_in_silence(no_package: None) -> None:
+    with pytest.warns(UserWarning, match=r"no flash attention for torch\.float32 .*'eager'.*not installed.*train with"):
+        assert choose_kernel(GPU, torch.float32, 64, SOFTMAX).name == "eager"
+
+
+def test_a_kernel_that_no_dtype_can_use_here(no_package: None) -> None:
+    check_installed(None, GPU)
+    check_installed("eager", GPU)
+    check_installed("cpu_flash", CPU)
+    for name in ("flash_attn", "flash4"):
+        with pytest.raises(UspKernelError, match=f"kernel='{name}'"):
+            check_installed(name, GPU)
 
 
 def test_report_gives_a_reason_for_every_kernel_that_cannot(no_package: None) -> None:
