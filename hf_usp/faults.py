@@ -31,14 +31,10 @@ def on_every_rank(problem: Exception) -> Exception:
     return problem
 
 
-def is_on_every_rank(problem: BaseException) -> bool:
-    """Whether the other ranks know of this exception, or it is what they told of."""
-    return isinstance(problem, UspRankError) or getattr(problem, "on_every_rank", False)
-
-
 def tell_failure(problem: BaseException) -> None:
     """Leave word of an exception of this rank that others may not know of; the first one stands."""
-    if dist.is_initialized() and not is_on_every_rank(problem):
+    known = isinstance(problem, UspRankError) or getattr(problem, "on_every_rank", False)
+    if dist.is_initialized() and not known:
         word = f"rank {dist.get_rank()} raised {type(problem).__name__}: {problem}"
         with suppress(RuntimeError):  # the store may be gone already
             _get_default_store().compare_set(KEY, "", word)

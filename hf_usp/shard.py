@@ -146,29 +146,31 @@ def agree_on_layout(
             check(batch)
         _check_count(batch.get("num_items_in_batch"))
         layout = _layout({n: x for n, x in batch.items() if names is None or n in names}, mesh, options)
-        if _tokens(batch).device.type != "cpu":  # else it may still be on its way to where it is computed
-            check_installed(options.kernel, _tokens(batch).device)
+        device = tokens_of(batch).device
+        if device.type != "cpu":  # else it may still be on its way to where it is computed
+            check_installed(options.kernel, device)
         fingerprint = _fingerprint(batch)
     except Exception as problem:  # every rank must hear of it, whatever it is
         error = problem
         fingerprint = torch.zeros(2, dtype=torch.int64)
     if mesh.group is not None:
-        ids = _tokens(batch)
-        device = ids.device if isinstance(ids, Tensor) else group_device(mesh.group)
-        agree(fingerprint.to(device), error, mesh.group)
+        ids = tokens_of(batch)
+        where = ids.device if isinstance(ids, Tensor) else group_device(mesh.group)
+        agree(fingerprint.to(where), error, mesh.group)
     elif error is not None:
         raise error
     assert layout is not None
     return layout
 
 
-def _tokens(batch: Mapping[str, Any]) -> Any:
+def tokens_of(batch: Mapping[str, Any]) -> Any:
+    """What has one entry per token: input_ids, or inputs_embeds; None in a batch without either."""
     ids = batch.get("input_ids")
     return batch.get("inputs_embeds") if ids is None else ids
 
 
 def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> Layout:
-    tokens = _tokens(batch)
+    tokens = tokens_of(batch)
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         raise UspBatchError(
             f"a batch with the keys {sorted(batch)}",
@@ -255,7 +257,7 @@ def _fingerprint(batch: Mapping[str, Any]) -> Tensor:
 def cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """This rank's share of a full batch that was found good."""
     full = {name: value for name, value in batch.items() if name not in DESCRIBED and value is not None}
-    tokens = _tokens(full)
+    tokens = tokens_of(full)
     rows, length, device = layout.batch, layout.length, tokens.device
     labels = shifted_labels(full)
     full.pop("shift_labels", None)

@@ -58,11 +58,11 @@ def _warn_of_eager(device: torch.device, dtype: torch.dtype, head_dim: int, soft
 
 def check_installed(name: str | None, device: torch.device) -> None:
     """Refuse a named kernel that this machine cannot run in any dtype; `UspKernelError`."""
-    if name is not None:
-        dtypes = (torch.bfloat16, torch.float32)
-        failed = all(name in KERNELS and KERNELS[name].why_not(device, dtype, 8, Softmax(1.0)) for dtype in dtypes)
-        if name not in KERNELS or failed:
-            choose_kernel(device, dtypes[0], 8, Softmax(1.0), name)
+    if name is None:
+        return
+    softmax, dtypes = Softmax(1.0), (torch.bfloat16, torch.float32)
+    if name not in KERNELS or all(KERNELS[name].why_not(device, dtype, 8, softmax) for dtype in dtypes):
+        choose_kernel(device, dtypes[0], 8, softmax, name)  # says why
 
 
 def kernel_report(

@@ -37,6 +37,7 @@ from ..shard import (
     cut_all,
     cut_labels,
     shifted_labels,
+    tokens_of,
 )
 from .modeling import ShardedMask
 
@@ -103,7 +104,7 @@ def share_for(
     if body.module is model:
         return {**cut_all(batch, layout), "use_cache": False}, layout
     share = {name: value for name, value in batch.items() if name not in DESCRIBED and value is not None}
-    tokens = share["input_ids"] if "input_ids" in share else share["inputs_embeds"]
+    tokens = tokens_of(share)
     mask_BS = share.get("attention_mask")
     if mask_BS is None:
         mask_BS = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)

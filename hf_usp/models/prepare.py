@@ -24,7 +24,7 @@ from ..faults import after, tell_failure
 from ..loss import whole_loss
 from ..mesh import UspMesh
 from ..rope import length_dependent_ropes
-from ..shard import ShardOptions
+from ..shard import ShardOptions, tokens_of
 from .bodies import (
     PER_TOKEN_OUTPUTS,
     CutBody,
@@ -98,7 +98,7 @@ class ShardedForward:
     def _cut(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's share of a full batch, after the self-check of the first one."""
         # Not that of the parameters: FSDP2 may keep them on another device than the one it computes on.
-        tokens = batch.get("inputs_embeds") if batch.get("input_ids") is None else batch["input_ids"]
+        tokens = tokens_of(batch)
         device = tokens.device if isinstance(tokens, Tensor) else next(model.parameters()).device
         if self.unchecked:
             # Every rank comes here with its first batch, whatever that batch is.

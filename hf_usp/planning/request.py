@@ -24,8 +24,8 @@ class PlanRequest:
     """What to plan for. budget: bytes of a rank that a run may use. documents: lengths that rows are packed from.
 
     allow_offload: also consider checkpoints in host memory. mlp_chunk: also consider MLPs in chunks of so many tokens.
-    name: of the model, for the launch line. like: a job whose
-    ring and accumulation (relay, gradients, overlap, accumulate) are planned for; the default is this library's.
+    name: of the model, for the launch line. like: a job whose ring and accumulation (relay, gradients, overlap,
+    accumulate) are planned for; the default is this library's.
     """
 
     name: str
@@ -65,9 +65,9 @@ def request(
 ) -> PlanRequest:
     """Check every number, find model and machine. Raises `UspConfigError`, naming what is wrong."""
     sizes = {"tokens": tokens, "gpus": gpus, "gpus_per_node": gpus_per_node, "rows": rows, "tp": most_tp}
-    sizes |= {"mlp_chunk": mlp_chunk}
+    sizes["mlp_chunk"] = mlp_chunk
     most = {"tokens": MOST_TOKENS, "gpus": MOST_GPUS, "gpus_per_node": 1024, "rows": 1 << 16, "tp": 1024}
-    most |= {"mlp_chunk": MOST_TOKENS}
+    most["mlp_chunk"] = MOST_TOKENS
     for name, value in sizes.items():
         if value is not None and not 1 <= value <= most[name]:
             raise UspConfigError(f"{name} = {value}", rule=f"{name} is a whole number from 1 to {most[name]:,}")

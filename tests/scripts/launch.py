@@ -69,7 +69,7 @@ def _run(script: str, flags: tuple[str, ...], output: str) -> None:
 
     torch.set_num_threads(1)
     sys.argv = [script, *flags]
-    sys.path.insert(0, str(ROOT / script).rpartition("/")[0])
+    sys.path.insert(0, str((ROOT / script).parent))
     runpy.run_path(script, run_name="__main__")
 
 
