@@ -76,7 +76,7 @@ def measure(way: str, ulysses: int, tokens: int) -> dict[str, Any]:
         step(256)  # gradients exist, the buckets of DDP are what they stay
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most so far is what there is now
-    with Peak() as memory:
+    with Peak(x for p in model.parameters() for x in (p, p.grad)) as memory:
         loss = step(tokens)
     return {"live": memory.peak, "rss": resident("VmHWM") - before, "loss": loss}
 
