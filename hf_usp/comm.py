@@ -86,7 +86,9 @@ def all_gather(tensor: Tensor, group: Group) -> Tensor:
     """The tensors of one shape [...] of all ranks of a group, as [P, ...]."""
     size = dist.get_world_size(group)
     gathered = tensor.new_empty(size * tensor.numel())
-    dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1), group=group)
+    # torch 2.13 has renamed it.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(gathered, tensor.contiguous().view(-1), group=group)
     return gathered.view(size, *tensor.shape)
 
 

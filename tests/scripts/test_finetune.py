@@ -27,6 +27,7 @@ def test_two_processes_log_the_losses_of_one(tmp_path: Path, rows: str, algorith
     mesh = ["--context-parallel-size", "2", "--context-parallel-algo", algorithm]
     printed = succeeded(accelerate(2, SCRIPT, *flags, *mesh, "--output_dir", str(tmp_path / "two")))
 
+    assert "FutureWarning" not in printed
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
