@@ -16,6 +16,7 @@ A run that was cut off: the same flags with --resume_from_checkpoint last, on an
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from dataclasses import dataclass, field, replace
@@ -168,6 +169,12 @@ def pad_id(tokenizer: texts.Tokenizer) -> int:
     return tokenizer.eos_token_id or 0
 
 
+def takes_any_keyword(model: PreTrainedModel) -> bool:
+    """Whether a batch may also describe its documents as `cu_seq_lens`: many models do not heed `position_ids` alone."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
 def checkpoint_to_continue(args: TrainingArguments) -> str | None:
     """`--resume_from_checkpoint last`: the newest complete one in the output folder, if any. A path must be one."""
     if args.resume_from_checkpoint is None or args.output_dir is None:
@@ -216,7 +223,7 @@ def main() -> None:
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=data.Collator(pad_id(tokenizer)),
+        data_collator=data.Collator(pad_id(tokenizer), cu_seq_lens=takes_any_keyword(model)),
         processing_class=None if isinstance(tokenizer, texts.ByteTokenizer) else tokenizer,
     )
     report.attach(trainer)
