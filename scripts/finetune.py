@@ -170,7 +170,7 @@ def pad_id(tokenizer: texts.Tokenizer) -> int:
 
 
 def takes_any_keyword(model: PreTrainedModel) -> bool:
-    """Whether a batch may also describe its documents as `cu_seq_lens`: many models do not heed `position_ids` alone."""
+    """Whether batches may hold `cu_seq_lens`: many models do not tell documents apart by `position_ids` alone."""
     parameters = inspect.signature(model.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 

@@ -202,6 +202,45 @@ def test_it_costs_a_few_forwards_of_a_few_tokens(four_ranks: Ranks, family: str)
             assert mine["largest"] <= 8 * 6000 * 4
 
 
+def autocast_verdict(factor: float, training: bool) -> str:
+    """A loop of one's own under autocast, with a kernel that knows bf16 alone; outputs come out too large."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    from hf_usp.kernels.choose import KERNELS
+    from hf_usp.kernels.cpu_flash import CpuFlashKernel
+
+    class Bf16Kernel(CpuFlashKernel):
+        name = "bf16_alone"
+
+        def why_not(self, device: Any, dtype: torch.dtype, head_dim: int, softmax: Any) -> str | None:
+            return None if dtype == torch.bfloat16 else f"not in {dtype}"
+
+        def forward(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            out, lse = super().forward(*args)
+            return out * factor, lse
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    KERNELS[Bf16Kernel.name] = Bf16Kernel()
+    try:
+        config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2, kernel=Bf16Kernel.name)
+        model = Accelerator(cpu=True, parallelism_config=config).prepare(tiny_model("llama").train(training))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**batch_of("plain"))
+        return "passed"
+    except hf_usp.UspModelError as error:
+        return str(error)
+    finally:
+        del KERNELS[Bf16Kernel.name]
+
+
+def test_under_autocast_the_kernel_of_the_run_is_checked_too(four_ranks: Ranks) -> None:
+    assert four_ranks.run(autocast_verdict, 1.0, True) == ["passed"] * 4
+    for message in four_ranks.run(autocast_verdict, 1.5, False):
+        assert "model.layers.0.self_attn" in message, message
+
+
 def family_verdict(family: str, changes: dict[str, Any]) -> str:
     try:
         prepared(family, **changes)(**batch_of("plain"))

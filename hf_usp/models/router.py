@@ -33,7 +33,8 @@ from ..errors import UspModelError
 from ..loss import whole_loss
 from ..mesh import UspMesh
 from .bodies import layout_of
-from .selfcheck import TOLERANCE, unnoticed
+from .comparison import TOLERANCE
+from .selfcheck import unnoticed
 
 # So many tokens that the loss over them is next to nothing, and rounds off nothing of the auxiliary one.
 MANY = 2**40

@@ -23,21 +23,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..batch import Layout, cut
-from ..comm import agree, all_gather, all_reduce_sum
+from ..comm import agree, all_gather
 from ..errors import UspError, UspModelError
 from ..mesh import UspMesh
 from ..precision import no_autocast
 from ..rope import length_dependent_ropes
 from ..shard import IGNORED, ShardOptions
-from .bodies import find_body, pool_again, share_for
+from .bodies import find_body
+from .comparison import compare
 from .positions import may_count_visible, temperature_tuned, visible_positions
 from .recurrent import has_recurrent_layers
 from .untouched import untouched
-
-# Largest relative error: of any token, and in low precision, where rounding may flip a router's choice, of the median
-# token. Shares are so short that an error at their edges reaches half of the tokens.
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, device: torch.device) -> frozenset[str]:
@@ -56,15 +52,20 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     first = length // 2 + 1
     packed = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
     kinds = []
+    exact, autocast = without_autocast(options, device)
 
-    def differs(batch: dict[str, Any], options: ShardOptions = options, pass_states: bool = False) -> bool:
+    def differs(batch: dict[str, Any], options: ShardOptions = exact, pass_states: bool = False) -> bool:
         """Whether a batch differs on any rank of the mesh."""
         here = compare(model, batch, mesh, options, pass_states) is not None
         return bool(all_gather(torch.tensor([here], dtype=torch.int64, device=device), group).any())
 
     with unnoticed(model, device) as overwritten:
         try:
-            found = compare(model, batch, mesh, options)
+            found = compare(model, batch, mesh, exact)
+            if exact is not options:
+                with autocast:  # on every rank: it communicates
+                    coarse = compare(model, batch, mesh, options)
+                found = found or coarse
         except UspError:
             raise
         except Exception as problem:
@@ -77,11 +78,21 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
             kinds.append("packed")
         left = {**batch, "attention_mask": _left_padding(batch)}
         if differs(left):
-            visible = replace(options, positions=visible_positions)
+            visible = replace(exact, positions=visible_positions)
             kinds.append("visible" if may_count_visible(model) and not differs(left, visible) else "left")
         if has_recurrent_layers(model) and differs(batch, pass_states=True):
             kinds.append("states")
     return frozenset(kinds)
+
+
+def without_autocast(options: ShardOptions, device: torch.device) -> tuple[ShardOptions, torch.autocast]:
+    """Options for a comparison in the dtype of the weights, and the autocast in which the run itself computes.
+
+    Where autocast is on, numbers are too coarse to compare (PEFT's wrapper, a loop of one's own). In the dtype of the
+    weights any kernel does, for the run's may not know it; that one is compared as well, as coarse as its dtype.
+    """
+    autocast = torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type))
+    return replace(options, kernel="eager") if torch.is_autocast_enabled(device.type) else options, autocast
 
 
 def refusal(model: PreTrainedModel, found: str) -> UspModelError:
@@ -115,32 +126,6 @@ def _left_padding(batch: dict[str, Any]) -> Tensor:
     mask = torch.ones_like(batch["input_ids"])
     mask[:, :2] = 0
     return mask
-
-
-def compare(
-    model: PreTrainedModel,
-    batch: dict[str, Any],
-    mesh: UspMesh,
-    options: ShardOptions,
-    pass_states: bool = False,
-) -> str | None:
-    """What differs on this rank between the sharded and the whole run of a batch, in words."""
-    share, layout = share_for(model, batch, mesh, options)
-    layout.pass_states = pass_states
-    items = share.pop("num_labels", None)
-    given = {} if items is None else {"num_items_in_batch": items}
-    mine, sharded = module_outputs(model, share | given)
-    if find_body(model).module is model:
-        pool_again(model, sharded, layout, gathered=False)
-    theirs, whole = module_outputs(model, batch)
-    wrong_loss = _loss_difference(model, layout, sharded, whole)  # on every rank: it communicates
-    return _difference(model, layout, mine, theirs) or _output_difference(model, layout, sharded, whole) or wrong_loss
-
-
-def tolerance_of(model: PreTrainedModel, layout: Layout) -> float:
-    """Layers of quantized weights may round activations, to int8 or bf16, whatever the dtype around them."""
-    rounds = getattr(model.config, "quantization_config", None) is not None
-    return max(TOLERANCE[layout.dtype], TOLERANCE[torch.bfloat16] if rounds else 0.0)
 
 
 def random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Any]:
@@ -211,92 +196,3 @@ def unnoticed(model: PreTrainedModel, device: torch.device, training: bool = Fal
                 module.__dict__.update(attributes)
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer.copy_(value)
-
-
-def module_outputs(model: PreTrainedModel, keywords: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
-    """First floating-point tensor of each module, in the order in which modules finish, and the model's output."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(first, Tensor) and first.is_floating_point():
-                seen.setdefault(name, first.detach())
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
-    try:
-        output = model.forward(**keywords)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen, output
-
-
-def _difference(
-    model: PreTrainedModel, layout: Layout, mine: dict[str, Tensor], theirs: dict[str, Tensor]
-) -> str | None:
-    """The first module whose output differs on this rank's tokens, in words; None where none does.
-
-    Each module is measured against the size of its own output: what a layer adds to the residual stream of a freshly
-    initialised model is so small that logits would not show that it is wrong.
-    """
-    if layout.calls == 0:
-        return "no layer of it called the attention function"
-    tolerance = tolerance_of(model, layout)
-    for name, whole in theirs.items():
-        share = mine.get(name)
-        if share is None or whole.ndim < 3 or whole.shape[:2] != (1, layout.length):
-            continue
-        if share.shape == whole.shape:  # around the body that is cut
-            errors = _errors(share, whole)
-        elif share.shape == (1, layout.local_length, *whole.shape[2:]):
-            ours = layout.taken(whole.device)[1]
-            errors = _errors(share, cut(whole, layout))[: layout.local_length - ours]
-        else:
-            errors = torch.full((1,), float("inf"))
-        error = errors.max() if tolerance < 1e-2 else errors.quantile(0.5)
-        if not bool(error <= tolerance):
-            kind = type(model.get_submodule(name)).__name__
-            return (
-                f"the first module whose output differs is {name} ({kind}), by {error.item():.1e} of its size on a "
-                f"short random batch, where {tolerance:.0e} is allowed"
-            )
-    return None
-
-
-def _output_difference(model: PreTrainedModel, layout: Layout, sharded: Any, whole: Any) -> str | None:
-    """The first output without a dim of tokens (pooled, say) that differs, in words."""
-    for name, theirs in whole.items():
-        mine = sharded.get(name)
-        if not isinstance(theirs, Tensor) or theirs.ndim == 0 or not theirs.is_floating_point():
-            continue  # losses are looked at separately
-        if not isinstance(mine, Tensor):
-            return f"its output {name} is missing"
-        if mine.shape != theirs.shape and mine.shape == (1, layout.local_length, *theirs.shape[2:]):
-            continue  # of tokens; the modules that it comes from were compared
-        if mine.shape != theirs.shape:
-            return f"its output {name} has the shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
-        error = (mine - theirs).double().norm() / theirs.double().norm().clamp_min(1e-12)
-        if not bool(error <= tolerance_of(model, layout)):
-            return f"its output {name} differs by {error.item():.1e} of its size on a short random batch"
-    return None
-
-
-def _errors(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Error of each token [L], relative to the root mean square size of a token."""
-    mine, theirs = mine.flatten(2)[0].double(), theirs.flatten(2)[0].double()
-    size = theirs.norm(dim=-1).square().mean().sqrt().clamp_min(1e-12)
-    return (mine - theirs).norm(dim=-1) / size
-
-
-def _loss_difference(model: PreTrainedModel, layout: Layout, sharded: Any, whole: Any) -> str | None:
-    if whole.get("loss") is None:
-        return None
-    assert layout.mesh.group is not None
-    mine, theirs = all_reduce_sum(sharded.loss, layout.mesh.group), whole.loss
-    tolerance = max(tolerance_of(model, layout), 1e-5)  # ForCausalLMLoss computes in fp32 at most
-    if bool((mine - theirs).abs() <= tolerance * theirs.abs().clamp_min(1)):
-        return None
-    return f"its loss is {mine.item():.6f} instead of {theirs.item():.6f} on a short random batch"

@@ -17,7 +17,8 @@ from ..comm import agree
 from ..errors import UspError, UspModelError
 from ..mesh import UspMesh
 from ..shard import ShardOptions
-from .selfcheck import compare, fails_alone, module_outputs, overwrites, random_batch, refusal, unnoticed
+from .comparison import compare, module_outputs
+from .selfcheck import fails_alone, overwrites, random_batch, refusal, unnoticed, without_autocast
 from .steady import Steady
 
 
@@ -28,7 +29,7 @@ def training_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions,
     once for several tokens: the ranks that share them would draw differently.
     """
     assert mesh.group is not None
-    batch = random_batch(model, mesh, device)
+    batch, (options, _) = random_batch(model, mesh, device), without_autocast(options, device)
     with unnoticed(model, device, training=True) as overwritten:
         before, seen = _python_draws(), Steady()
         try:
