@@ -24,6 +24,7 @@ from typing import Any
 
 import texts
 from degrees import ContextParallelArguments
+from ending import end_process_groups
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -234,8 +235,7 @@ def main() -> None:
     trainer.save_state()
     if args.save_strategy != "no":
         trainer.save_model()
-    # Threads of gloo's groups that are alive when Python ends have aborted one run in 25, after its last line.
-    trainer.accelerator.end_training()
+    end_process_groups()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import texts
 import torch
 from accelerate import Accelerator
+from ending import end_process_groups
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -61,7 +62,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         accelerator.print(f"step {step} loss {loss.item():.6f}")
-    accelerator.end_training()
+    end_process_groups()
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ class ShardedForward:
                 f"packed documents, told apart by position_ids, for {type(model).__name__}",
                 rule="a sharded run equals one process, where masks or recurrent layers of this model ignore "
                 "position_ids and documents see each other",
-                remedy="pass cu_seq_lens_q as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True)), which "
-                "keeps documents apart as flash attention does, or do not pack",
+                remedy="pass cu_seq_lens_q as well, which keeps documents apart as flash attention does "
+                "(hf_usp.data.Collator(..., cu_seq_lens=True), DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or do not pack",
             )
 
     def _wants_router_logits(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
