@@ -73,7 +73,8 @@ def memory(model: ModelShape, degrees: Degrees, job: Job) -> Memory:
     An MLP in chunks keeps none of the four: its backward makes all seven for the tokens of a chunk, and holds the
     gradients of its weights, summed in fp32, beside what a chunk adds to them.
     Logits: log-softmax of the tokens at hand in fp32 and two gradients. In chunks the logits themselves, too, and the
-    gradient of the head, summed in fp32, and what a chunk adds to it where that is in a lower precision.
+    gradient of the head, summed in fp32, and what a chunk adds to it where that is in a lower precision. Under tensor
+    parallelism plans of Transformers gather whole logits on every rank; in chunks they stay apart.
     """
     local = job.rows * job.tokens / degrees.cp
     shards, element = param_shards(degrees, job), job.element
@@ -89,7 +90,7 @@ def memory(model: ModelShape, degrees: Degrees, job: Job) -> Memory:
     again = layer if job.checkpointing else 0.0
     all_kept = kept if job.offload and job.checkpointing else kept * model.layers
     head = model.hidden * model.vocab
-    logits = 12 * local * model.vocab / degrees.tp
+    logits = 12 * local * model.vocab
     if job.loss_chunk is not None:
         logits = min(local, job.loss_chunk) * model.vocab * (12 + element) / degrees.tp
         logits += head * (4 + (element if element < 4 else 0)) / degrees.tp

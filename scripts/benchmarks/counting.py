@@ -177,9 +177,9 @@ class Peak(TorchDispatchMode):
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; another tensor as it is."""
+    """This rank's part of a DTensor, what a collective on its way will have written; another tensor as it is."""
     local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local
+    return getattr(local, "elem", local)
 
 
 def count(step: Callable[[], Tensor], gradient: Tensor, repeats: int) -> Counts:
