@@ -74,7 +74,8 @@ def memory(model: ModelShape, degrees: Degrees, job: Job) -> Memory:
     gradients of its weights, summed in fp32, beside what a chunk adds to them.
     Logits: log-softmax of the tokens at hand in fp32 and two gradients. In chunks the logits themselves, too, and the
     gradient of the head, summed in fp32, and what a chunk adds to it where that is in a lower precision. Under tensor
-    parallelism plans of Transformers gather whole logits on every rank; in chunks they stay apart.
+    parallelism plans of Transformers gather whole logits on every rank; in chunks they stay apart. Meanwhile the last
+    norm keeps what each norm does, and a loss in chunks collects the gradient of its output.
     """
     local = job.rows * job.tokens / degrees.cp
     shards, element = param_shards(degrees, job), job.element
@@ -94,6 +95,7 @@ def memory(model: ModelShape, degrees: Degrees, job: Job) -> Memory:
     if job.loss_chunk is not None:
         logits = min(local, job.loss_chunk) * model.vocab * (12 + element) / degrees.tp
         logits += head * (4 + (element if element < 4 else 0)) / degrees.tp
+    last_norm = local * model.hidden * (4 + (2 if job.loss_chunk is None else 3) * element)
     whole = max(model.layer_params, head) / degrees.tp * element if shards > 1 else 0.0
     gathered, scattered = 2 * whole, 3 * whole  # one at work, one that comes; in the backward gradients that go
     attention = _attention_buffers(model, degrees, job, local)
@@ -109,7 +111,7 @@ def memory(model: ModelShape, degrees: Degrees, job: Job) -> Memory:
     added = head * spread if job.accumulate else 0.0
     return Memory(
         {
-            "loss": moment(earlier, all_kept, logits, gathered),
+            "loss": moment(earlier, all_kept + last_norm, logits, gathered),
             "top layer, MLP": moment(max(earlier, top) + summed, all_kept + again + backward, 0.0, scattered),
             "top layer, attention": moment(max(earlier, top), all_kept + again, 0.0, scattered + attention),
             "bottom layer, MLP": moment(max(earlier, above) + summed, kept + again + backward, 0.0, scattered),
