@@ -28,7 +28,7 @@ CASES = [
     (256, 2, 512, True, 64, 256, False),
     (256, 2, 1024, True, 64, 128, True),
     (256, 2, 256, False, 64, 32, False),
-    (8192, 2, 2048, True, 256, 256, True),  # hidden states of a long share beside the logits of a chunk
+    (8192, 2, 1024, True, 128, 128, True),  # hidden states of a long share beside the logits of a chunk
 ]
 ON_MESHES = [CASES[1], CASES[2], CASES[7], CASES[10]]
 SIZES = {
