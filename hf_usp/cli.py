@@ -57,7 +57,10 @@ def _add_explain(verbs: Any) -> None:
     add("--kv-heads", type=int, default=argparse.SUPPRESS, help="kv heads (default: as many as query heads)")
     add("--head-dim", type=int, default=128, help="width of a head")
     add("--ulysses", type=int, default=argparse.SUPPRESS, help="ulysses degree (default: the fewest bytes)")
-    add("--ranks-per-node", type=int, default=argparse.SUPPRESS, help="ulysses stays inside a node (default: one node)")
+    add(
+        "--ranks-per-node", type=int, default=argparse.SUPPRESS,
+        help="a node: ulysses stays inside it, ring steps between nodes come first (default: one node)",
+    )  # fmt: skip
     add("--order", default="auto", help="auto, contiguous or zigzag")
     add("--window", type=int, default=argparse.SUPPRESS, help="keys that a query sees, itself included (default: all)")
     add("--chunk", type=int, default=argparse.SUPPRESS, help="size of chunks that see only themselves (default: none)")

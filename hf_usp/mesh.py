@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from .comm import all_gather, connect, group_device
 from .errors import UspConfigError
 from .integers.degrees import check_degrees
+from .integers.plan import ring_per_node
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,22 +130,14 @@ class UspMesh:
 
 
 def _ring_per_node(ranks: Sequence[int], ulysses_degree: int, group: dist.ProcessGroup | None) -> int:
-    """Consecutive ring ranks that share a node, from LOCAL_WORLD_SIZE of all ranks; they have to agree.
-
-    Global ranks are numbered node by node, as launchers do.
-    """
+    """Consecutive ring ranks that share a node, from LOCAL_WORLD_SIZE of all ranks; they have to agree."""
     if group is None:
         return 1
     said = torch.tensor([int(os.environ.get("LOCAL_WORLD_SIZE", "0"))], device=group_device(group))
     sizes = set(all_gather(said, group).flatten().tolist())
     if len(sizes) > 1 or sizes == {0}:
         return 1
-    size = sizes.pop()
-    nodes = [rank // size for rank in ranks]
-    together = len(ranks) // len(set(nodes))
-    if together % ulysses_degree or nodes != [node for node in dict.fromkeys(nodes) for _ in range(together)]:
-        return 1
-    return together // ulysses_degree
+    return ring_per_node(ranks, ulysses_degree, sizes.pop())
 
 
 def batch_mesh(device_type: str, copies: int) -> DeviceMesh:

@@ -6,12 +6,18 @@ for a message before that moves the clock. So what a rank waits, in latencies, i
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_usp.costs.machines import MACHINES, Link
+from hf_usp.costs.roofline import exposed_of, transfers
+from hf_usp.costs.sizes import Degrees
 
 from .ranks import Ranks
 
@@ -100,6 +106,51 @@ def test_the_clock_sees_hops_that_block(four_ranks: Ranks) -> None:
     """The same calls with messages that are waited for where they are posted: every hop shows."""
     for forward, backward in four_ranks.run(exposed_hops, True):
         assert forward == pytest.approx(3.0) and backward == pytest.approx(6.0)
+
+
+# Latencies of messages between nodes and inside one, in stages: those between nodes are longer than what hides them.
+ACROSS, INSIDE = 1.7, 0.6
+
+
+def exposed_on_two_nodes() -> tuple[float, float]:
+    """Stages that this rank waits, forward and backward, on a causal zigzag ring over two nodes of two ranks."""
+    import hf_usp
+    from hf_usp.core import attend as core
+    from hf_usp.core import ring
+
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE="2"):
+        mesh = hf_usp.UspMesh.build(ring_degree=4, ulysses_degree=1)
+    layout = hf_usp.shard({"input_ids": torch.zeros(1, 256, dtype=torch.long)}, mesh, order="zigzag")["usp"]
+    q, k, v = (torch.randn(1, layout.local_length, 2, 8, requires_grad=True) for _ in range(3))
+    stage = layout.local_length**2 / 2
+    clock, busy = Clock(stage, False), [0.0]
+    post, choose = ring.post, core.choose_kernel
+
+    def queued(group: Any, sends: Any, receives: Any) -> Delayed:
+        """Messages of a rank move one after the other."""
+        it = Delayed(post(group, sends, receives), clock, False)
+        across = any(peer // 2 != mesh.rank // 2 for _, peer in sends)
+        it.arrives = busy[0] = max(busy[0], clock.now) + (ACROSS if across else INSIDE) * clock.latency
+        return it
+
+    with (
+        patch.object(ring, "post", queued),
+        patch.object(core, "choose_kernel", lambda *args: TimedKernel(choose(*args), clock)),
+    ):
+        out = hf_usp.usp_attention(q, k, v, layout)
+        forward, clock.waited, clock.latency = clock.waited / stage, 0.0, BACKWARD * stage
+        out.sum().backward()
+    return forward, clock.waited / clock.latency
+
+
+def test_what_the_roofline_says_is_exposed_is_what_the_loop_waits_for(four_ranks: Ranks) -> None:
+    links = (Link(2, 1e30, latency=INSIDE), Link(4, 1e30, latency=ACROSS))
+    hops = transfers(Degrees(1, 4), replace(MACHINES["cpu"], links=links), 1.0)
+    stages = [1.0] * 4
+    expected = exposed_of(stages, hops), exposed_of(stages, hops, hops)
+    assert expected == pytest.approx((1.4, 4.0))
+    for waited in four_ranks.run(exposed_on_two_nodes):
+        assert waited == pytest.approx(expected)
 
 
 class NoSync(TorchDispatchMode):

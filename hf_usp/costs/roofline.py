@@ -7,18 +7,21 @@ m = max(g, U), d head width, e bytes of an element, u = s d e. Per rank and laye
     ulysses           (2 h + 2 m) (1 - 1/U) u bytes forward, the same backward; nothing hides them
     ring              a hop carries 2 m u bytes, backward also the gradients of as many rows; a step computes n^2 / 2 of
                       the area. Exposed is what the transfer takes longer than the step: hidden once
-                      n >= e F / (G B), G = h / g, F FLOP/s, B bytes/s
+                      n >= e F / (G B), G = h / g, F FLOP/s, B bytes/s. The last gradients come home behind nothing
     merge             every step but the first reads and writes the fp32 output, and in the backward dq
 
+Hops are in the order of the plan (`plan.shifts`): those between nodes first, those inside the node last.
 Times are those of the slowest rank: in zigzag order one receives whole blocks in every step although the mean is 3/4.
 Everything that does not depend on the degrees is kept simple on purpose.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..integers.degrees import split_heads
+from ..integers.plan import ring_per_node, shifts
 from .footprint import Memory, memory, mlp_tokens, param_shards
 from .machines import Machine
 from .sizes import Degrees, Job, ModelShape, check
@@ -149,14 +152,50 @@ def attention(
     tiles = machine.tile(flops * own, length, blocks, causal=True, backward=backward)
     step = machine.tile(flops * other, length, blocks, causal=False, backward=backward) if hops else 0.0
     merge = _merged_bytes(heads, kv_heads, job, backward) * rows * model.head_dim * job.rows / machine.memory_bandwidth
-    block = 2 * kv_heads * foreign * row_bytes * (1 + job.gradients / job.element if backward else 1)
-    span = degrees.cp * stride
-    # A direct exchange reaches further with every hop, either way around; a relay always passes on to its neighbour.
-    reach = [1 if job.relay else min(i, ring - i) for i in range(1, hops + 1)]
-    hop = [machine.hop(block, distance * ulysses * stride, span) for distance in reach]
-    hidden_by = step + merge if job.overlap else 0.0
-    exposed = sum(max(0.0, seconds - hidden_by) for seconds in hop)
-    return Attention(tiles + hops * step, hops * merge, exchange, sum(hop), exposed)
+    block = 2 * kv_heads * foreign * row_bytes
+    home = block * job.gradients / job.element if backward else 0.0
+    stages = [tiles, *[step + merge] * hops]
+    if job.relay:  # always passes on to its neighbour, and the gradients with the keys
+        ring_seconds = [machine.hop(block + home, ulysses * stride, degrees.cp * stride)] * hops
+        exposed = sum(max(0.0, seconds - (stages[-1] if job.overlap else 0.0)) for seconds in ring_seconds)
+    else:
+        of_window = None if window is None or window >= job.tokens else hops
+        away = transfers(degrees, machine, block, of_window)
+        back = transfers(degrees, machine, home, of_window) if backward else []
+        ring_seconds = away + back
+        exposed = exposed_of(stages, away, back) if job.overlap else sum(ring_seconds)
+    return Attention(tiles + hops * step, hops * merge, exchange, sum(ring_seconds), exposed)
+
+
+def transfers(degrees: Degrees, machine: Machine, size: float, of_window: int | None = None) -> list[float]:
+    """Seconds of each of a ring's transfers, in which every rank sends `size` bytes, in the plan's order.
+
+    of_window: neighbours that a window reaches; they are met in the order of ranks. The group is the one that begins
+    with a node; one that lies otherwise on the nodes may cross more edges.
+    """
+    ring, unit, ranks = degrees.ring, degrees.ulysses * degrees.tp, range(0, degrees.cp * degrees.tp, degrees.tp)
+    per_node = 1 if of_window is not None else ring_per_node(ranks, degrees.ulysses, machine.ranks_per_node)
+    seconds = []
+    for far, near in shifts(ring, per_node)[:of_window]:
+        if far:  # either way around; of a node that sends whole nodes further, all ranks cross its edge
+            seconds.append(machine.hop(size, min(far, ring // per_node - far) * per_node * unit, ring * unit))
+        else:
+            seconds.append(machine.hop(size, min(near, per_node - near) * unit, per_node * unit))
+    return seconds
+
+
+def exposed_of(stages: Sequence[float], away: Sequence[float], back: Sequence[float] = ()) -> float:
+    """Seconds that transfers, one after the other, take longer than the stages which they run beside (`core/ring.py`).
+
+    stages: of the rank's own tiles, then of each step's. away [i]: keys and values that stage i + 1 waits for, under
+    way during stage i. back [i]: gradients of stage i + 1 on their way home during stage i + 2; the last ones come home
+    when nothing is left to compute.
+    """
+    beside = [*away, 0.0]
+    for i, seconds in enumerate(back[:-1]):
+        beside[i + 2] += seconds
+    late = sum(max(0.0, moving - computing) for moving, computing in zip(beside, stages, strict=True))
+    return late + (back[-1] if back else 0.0)
 
 
 def _merged_bytes(heads: int, kv_heads: int, job: Job, backward: bool) -> float:

@@ -18,7 +18,7 @@ from ..batch import Layout, MaskKind, make_layout
 from ..errors import UspConfigError
 from ..integers.degrees import HeadShare, check_degrees, choose_ulysses_degree, split_heads
 from ..integers.layout import UNLIMITED, Documents, IntArray, Mask, over_batch
-from ..integers.plan import RingPlan, make_plan
+from ..integers.plan import RingPlan, make_plan, ring_per_node
 from ..mesh import UspMesh
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -107,13 +107,14 @@ def explain(case: Case) -> Explanation:
             reason += f"; ulysses groups cross the edges of nodes of {case.ranks_per_node} ranks"
     ring = case.ranks // ulysses
     shares = split_heads(case.heads, case.kv_heads, ulysses)
-    mesh = UspMesh(ring, ulysses, 0, 0, tuple(range(case.ranks)), None, None, None)
+    per_node = ring_per_node(range(case.ranks), ulysses, case.ranks_per_node or case.ranks)
+    mesh = UspMesh(ring, ulysses, 0, 0, tuple(range(case.ranks)), None, None, None, ring_per_node=per_node)
     starts = np.concatenate(([0], np.cumsum(case.documents or (case.tokens,))))[:-1]
     rows = np.arange(case.batch)[:, None] * case.tokens
     documents = Documents.from_bounds(np.append((rows + starts).ravel(), case.batch * case.tokens))
     layout = make_layout(documents, case.batch, case.tokens, mesh, case.order, (case.kind,))
     mask, shards = layout.mask(case.kind), over_batch(layout.shards, layout.batch, layout.padded)
-    plans = [make_plan(shards, mask, rank) for rank in range(ring)]
+    plans = [make_plan(shards, mask, rank, per_node) for rank in range(ring)]
     return Explanation(case, layout, reason, mask, shards, plans, shares, count_traffic(plans, shares, case))
 
 

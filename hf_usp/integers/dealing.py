@@ -19,6 +19,8 @@ from .layout import ORDERS, IntArray, Mask, deal, find_runs, over_batch, rows_be
 
 BALANCED = "balanced"
 ALL_ORDERS = (*ORDERS, BALANCED)
+# The fixed orders that "auto" chooses from; others are taken where they are asked for by name.
+PATTERNS = ("contiguous", "zigzag")
 # Chunks for each ring rank that are tried, and the shortest that is worth a kernel call of its own.
 PIECES = (2, 4, 8, 16, 32, 64)
 SHORTEST = 128
@@ -64,13 +66,13 @@ def deal_row(batch: int, num_tokens: int, ring: int, order: str, masks: Sequence
         near = [chunks for chunks in tried if load.busiest(chunks) <= (1 + UNEVEN) * mean]
         best = min(near, key=load.cost) if near else min(tried, key=load.busiest)
         return Dealt(BALANCED, _shards(best))
-    flat = {name: load.busiest(_fixed(num_tokens, ring, name)) for name in ORDERS}
+    flat = {name: load.busiest(_fixed(num_tokens, ring, name)) for name in PATTERNS}
     if abs(flat["contiguous"] - flat["zigzag"]) > WORTH * max(flat.values()):
         given = min(flat, key=lambda name: flat[name])
     elif min(flat.values()) <= (1 + UNEVEN) * mean:
         given = choose_order(batch, num_tokens, ring, masks)
     else:
-        given = min(ORDERS, key=lambda name: load.cost(_fixed(num_tokens, ring, name)))
+        given = min(PATTERNS, key=lambda name: load.cost(_fixed(num_tokens, ring, name)))
     if flat[given] > (1 + UNEVEN) * mean and _is_packed(batch, masks):
         found = [_fixed(num_tokens, ring, given), *_balanced(load, ring, SHORTEST)]
         costs = [load.cost(chunks) for chunks in found]
@@ -97,7 +99,7 @@ class _Chunks(NamedTuple):
 
 
 def _fixed(num_tokens: int, ring: int, order: str) -> _Chunks:
-    """The chunks of a fixed order."""
+    """The chunks of one of `PATTERNS`."""
     owner = np.arange(ring) if order == "contiguous" else np.concatenate((np.arange(ring), np.arange(ring)[::-1]))
     sizes = [len(part) for part in np.array_split(np.empty(num_tokens, dtype=np.int8), len(owner))]
     return _filled(np.concatenate(([0], np.cumsum(sizes))), owner, ring)

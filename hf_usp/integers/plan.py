@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UspConfigError
-from .layout import IntArray, Mask, Runs, Tiles, compact, cut_tiles, find_runs, needed_rows, rows_before
+from .layout import UNLIMITED, IntArray, Mask, Runs, Tiles, compact, cut_tiles, find_runs, needed_rows, rows_before
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,27 +66,47 @@ class RingPlan:
         return sum(step.num_sent > 0 for step in self.steps)
 
 
-def partners(ring: int, per_node: int, rank: int) -> list[tuple[int, int]]:
-    """Source and reader of a ring rank in each step after its own, where every `per_node` ranks in order share a node.
+def ring_per_node(ranks: Sequence[int], ulysses: int, node: int) -> int:
+    """Consecutive ring ranks that share a node of `node` ranks, when `ranks` share a sequence; 1 where that differs.
+
+    Global ranks are numbered node by node, as launchers do; a ring rank is `ulysses` of them in order.
+    """
+    nodes = [rank // node for rank in ranks]
+    together = len(nodes) // len(set(nodes))
+    if together % ulysses or nodes != [it for it in dict.fromkeys(nodes) for _ in range(together)]:
+        return 1
+    return together // ulysses
+
+
+def shifts(ring: int, per_node: int) -> list[tuple[int, int]]:
+    """Nodes and places that each step after a rank's own shifts by, where `per_node` ranks in order share a node.
 
     Transfers between nodes come first: in such a step all ranks of a node send to another node, each over its own
     link and to a rank of its own. Those inside the node come last, so that the one transfer of the backward that
-    nothing hides, the last gradients on their way home, is a short one. On one node, or with one rank on each, step i
-    pairs rank r with r - i and r + i.
+    nothing hides, the last gradients on their way home, is a short one.
+    """
+    nodes = ring // per_node
+    return [(far, near) for far in (*range(1, nodes), 0) for near in range(per_node) if far or near]
+
+
+def partners(ring: int, per_node: int, rank: int) -> list[tuple[int, int]]:
+    """Source and reader of a ring rank in each step after its own, in the order of `shifts`.
+
+    On one node, or with one rank on each, step i pairs rank r with r - i and r + i.
     """
     nodes, (node, place) = ring // per_node, divmod(rank, per_node)
-    shifts = [(far, near) for far in (*range(1, nodes), 0) for near in range(per_node) if far or near]
 
     def at(far: int, near: int) -> int:
         return (node + far) % nodes * per_node + (place + near) % per_node
 
-    return [(at(-far, -near), at(far, near)) for far, near in shifts]
+    return [(at(-far, -near), at(far, near)) for far, near in shifts(ring, per_node)]
 
 
 def make_plan(shards: Sequence[IntArray], mask: Mask, rank: int, per_node: int = 1) -> RingPlan:
     """Plan of ring rank `rank` when rank r holds the ascending global positions `shards[r]`.
 
-    per_node: consecutive ring ranks that share a node (a divisor of their number).
+    per_node: consecutive ring ranks that share a node (a divisor of their number). Under a window a rank meets its
+    neighbours alone; they are the first in the order of ranks, which is kept there.
     """
     if not 0 <= rank < len(shards):
         raise UspConfigError(f"ring rank {rank} of {len(shards)}", rule="ring ranks count from 0")
@@ -96,7 +116,7 @@ def make_plan(shards: Sequence[IntArray], mask: Mask, rank: int, per_node: int =
     nothing = np.zeros((0, 2), dtype=np.int64)
     own = cut_tiles(rows_before(runs[rank], seen[0]), rows_before(runs[rank], seen[1]))
     steps = [Step(rank, rank, nothing, 0, own)]
-    for source, reader in partners(ring, per_node, rank):
+    for source, reader in partners(ring, 1 if _has_window(mask) else per_node, rank):
         send, rows = _rows(runs[rank], mask.reach(runs[reader])), _rows(runs[source], reach)
         tiles = cut_tiles(nothing[:, 0], nothing[:, 1])
         if len(rows):
@@ -104,6 +124,12 @@ def make_plan(shards: Sequence[IntArray], mask: Mask, rank: int, per_node: int =
             tiles = cut_tiles(*compact(lo, hi, rows))
         steps.append(Step(source, reader, send, int((rows[:, 1] - rows[:, 0]).sum()), tiles))
     return RingPlan(rank, len(mine), tuple(steps))
+
+
+def _has_window(mask: Mask) -> bool:
+    """Whether some document is longer than what its queries see before them."""
+    longest = int((mask.documents.last - mask.documents.first).max(initial=0))
+    return UNLIMITED < mask.left < longest - 1
 
 
 def _rows(held: Runs, wanted: IntArray) -> IntArray:

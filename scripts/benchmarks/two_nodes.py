@@ -42,6 +42,7 @@ from hf_usp.costs.roofline import attention  # noqa: E402
 from hf_usp.costs.sizes import Degrees, Job, ModelShape  # noqa: E402
 from hf_usp.integers.degrees import split_heads  # noqa: E402
 from hf_usp.integers.layout import Documents  # noqa: E402
+from hf_usp.integers.plan import ring_per_node  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 64
 SHAPE = ModelShape(1, HEADS * WIDTH, HEADS * WIDTH, HEADS, KV_HEADS, WIDTH, 1)
@@ -204,7 +205,8 @@ def run_rate(nodes: TwoNamespaces, megabits: int, args: argparse.Namespace, fold
 
 def predicted_crossing(ulysses: int, ring: int, tokens: int) -> int:
     """Bytes that the plan sends from the first node to the second in one step, both directions of autograd."""
-    mesh = hf_usp.UspMesh(ring, ulysses, 0, 0, tuple(range(4)), None, None, None)
+    per_node = ring_per_node(range(4), ulysses, 2)
+    mesh = hf_usp.UspMesh(ring, ulysses, 0, 0, tuple(range(4)), None, None, None, ring_per_node=per_node)
     layout = make_layout(Documents.from_bounds([0, tokens]), 1, tokens, mesh)
     shares = split_heads(HEADS, KV_HEADS, ulysses)
     total, unit = 0, WIDTH * 2
@@ -228,7 +230,9 @@ def mesh_plan(layout: Any, rank: int) -> Any:
     from hf_usp.integers.layout import over_batch
     from hf_usp.integers.plan import make_plan
 
-    return make_plan(over_batch(layout.shards, 1, layout.padded), layout.mask(MaskKind()), rank)
+    return make_plan(
+        over_batch(layout.shards, 1, layout.padded), layout.mask(MaskKind()), rank, layout.mesh.ring_per_node
+    )
 
 
 def prediction(way: str, tokens: int, megabits: int, found: dict[str, float]) -> float:

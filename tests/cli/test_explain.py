@@ -111,6 +111,15 @@ def test_the_degrees_are_chosen_with_a_reason_and_inside_a_node(capsys: pytest.C
     assert "cross the edges of nodes of 4 ranks" in capsys.readouterr().out
 
 
+def test_the_steps_are_in_the_order_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 of two nodes of four: the other node first. On one node, or under a window: the order of ranks."""
+    sizes = "explain --tokens 4096 --ranks 8 --heads 8 --ulysses 2 --order zigzag"
+    for more, order in (("--ranks-per-node 4", "0231"), ("", "0321"), ("--ranks-per-node 4 --window 99", "0321")):
+        assert main([*sizes.split(), *more.split()]) == 0
+        (line,) = re.findall("ring rank 0, .*", capsys.readouterr().out)
+        assert re.findall(r"from (\d)", line) == list(order), more
+
+
 def test_uneven_heads_and_padding_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--document-lengths 1000,2000,501 --ranks 4 --heads 14 --kv-heads 2 --ulysses 4"
     assert main(["explain", *sizes.split()]) == 0

@@ -83,6 +83,19 @@ def test_transfers_between_nodes_come_first_and_are_spread(nodes: int, per_node:
         assert everyone[0] == [(-i % ring, i) for i in range(1, ring)]
 
 
+@pytest.mark.parametrize("window", [2, 16, 17, 40, 126, 127, 128, 500])
+def test_a_window_meets_its_neighbours_first_on_any_nodes(window: int) -> None:
+    """No step that carries nothing lies between those that do; a window over the whole row is none."""
+    shards = deal(128, 8, "contiguous")
+    orders = []
+    for per_node in (1, 4):
+        plans = [make_plan(shards, whole(128, window - 1), rank, per_node) for rank in range(8)]
+        orders.append([step.source for step in plans[7].steps])
+        carries = [any(one.receive_rows for one in step) for step in zip(*(p.steps[1:] for p in plans), strict=True)]
+        assert carries == sorted(carries, reverse=True)
+    assert (orders[0] == orders[1]) == (window < 128)
+
+
 @settings(max_examples=30)
 @given(st.integers(2, 9), st.integers(1, 20))
 def test_causal_zigzag_moves_three_quarters_of_the_unpruned_ring(ring: int, half: int) -> None:

@@ -10,9 +10,11 @@ import pytest
 
 from hf_usp.costs.footprint import memory
 from hf_usp.costs.machines import GB, MACHINES, Link, Machine
-from hf_usp.costs.roofline import attention, mask_area, predict
+from hf_usp.costs.roofline import attention, exposed_of, mask_area, predict, transfers
 from hf_usp.costs.sizes import Degrees, Job, ModelShape
 from hf_usp.errors import UspConfigError
+from hf_usp.integers.layout import UNLIMITED, Documents, Mask, deal
+from hf_usp.integers.plan import make_plan, ring_per_node
 
 LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
 # Those who measured relay whole blocks and send fp32 gradients.
@@ -96,8 +98,15 @@ def test_a_hop_is_hidden_from_e_f_over_g_b_rows_on(ulysses: int) -> None:
     per_gpu = 6000 // ulysses
 
     def exposed(tokens: float, *, backward: bool = False, gradients: int = 2) -> float:
+        """But for the last gradients home, which nothing hides where they are no relay's."""
         job = Job(int(tokens) * degrees.ranks, gradients=gradients)
-        return attention(LLAMA3_8B, degrees, job, machine, backward=backward).ring_exposed
+        whole, relayed = (
+            attention(LLAMA3_8B, degrees, replace(job, relay=relay), machine, backward=backward).ring_exposed
+            for relay in (False, True)
+        )
+        last = int(tokens) * degrees.ranks // 8 * 2 * max(1, 8 // ulysses) * 128 * gradients / 50e9 if backward else 0.0
+        assert (relayed > 0) == (whole - last > 1e-12), "the threshold is the same"
+        return max(0.0, whole - last - 1e-12)
 
     assert exposed(per_gpu * 1.01) == 0 < exposed(per_gpu * 0.99)
     assert exposed(per_gpu * 0.81, backward=True) == 0 < exposed(per_gpu * 0.79, backward=True), "bf16 gradients: 0.8"
@@ -131,6 +140,64 @@ def test_a_collective_uses_all_links_of_a_node() -> None:
     one = replace(own, links=(own.links[0], Link(8, 100.0, shared=100.0, latency=0.0)))
     assert one.ring_collective(800, 8) == 800 * 7 / 8 / 100
     assert one.ring_collective(800, 2, stride=4) == 400 / 25, "four such groups at a time"
+
+
+# ranks of a node, tp, ulysses, ring: several nodes with one, some and all of their places, one node, and nodes that the
+# ring fills unevenly, where the plan keeps the order of ranks.
+SHAPES = [
+    (8, 1, 2, 8), (8, 1, 1, 16), (4, 2, 1, 6), (8, 1, 8, 4), (8, 1, 1, 8), (16, 2, 2, 4), (4, 1, 8, 3), (4, 1, 1, 6),
+    (6, 1, 4, 3), (4, 1, 2, 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("node", "tp", "ulysses", "ring"), SHAPES)
+@pytest.mark.parametrize("window", [None, 40])
+def test_transfers_are_those_of_the_plan_in_its_order(
+    node: int, tp: int, ulysses: int, ring: int, window: int | None
+) -> None:
+    """Step by step: how many ranks of a node, and of half a node, send to others at a time, and the rows of a rank."""
+    tokens, parts = 32 * ring, (node // 2, node)
+    per_node = ring_per_node(range(0, ring * ulysses * tp, tp), ulysses, node)
+    mask = Mask(Documents.from_bounds([0, tokens]), UNLIMITED if window is None else window - 1)
+    shards = deal(tokens, ring, "zigzag" if window is None else "contiguous")
+    plans = [make_plan(shards, mask, rank, per_node) for rank in range(ring)]
+    unit, ranks = ulysses * tp, ring * ulysses * tp
+    # Of a shared link that every sender fills alone: seconds are senders, whatever link they leave their part by.
+    levels = [Link(parts[0], 1e30, latency=0.0), Link(parts[1], 1e30, latency=0.0), Link(1 << 10, 1e30, latency=0.0)]
+    steps = [step for step in zip(*(plan.steps[1:] for plan in plans), strict=True)]
+    busy = [i for i, step in enumerate(steps) if any(one.receive_rows for one in step)]
+    assert busy == list(range(len(busy))), "those that carry nothing are the last"
+    assert {max(one.receive_rows for one in steps[i]) for i in busy} <= ({32} if window is None else {32, 7})
+    for level, part in enumerate(parts, start=1):
+        links = [replace(link, shared=1.0) if at == level else link for at, link in enumerate(levels)]
+        machine = replace(ideal(1.0), links=tuple(links))
+        predicted = transfers(Degrees(ulysses, ring, tp), machine, 1.0, None if window is None else len(busy))
+        assert len(predicted) == len(busy)
+        for i, seconds in zip(busy, predicted, strict=True):
+            leaving = [0] * (ranks // part + 1)
+            for rank in range(ranks):
+                reader = steps[i][rank // unit].reader * unit + rank % unit
+                leaving[rank // part] += bool(steps[i][rank // unit].num_sent) and reader // part != rank // part
+            assert round(seconds, 9) >= max(leaving), (i, part)
+            if ranks % part == 0 or ranks <= part:
+                assert round(seconds, 9) == max(leaving), (i, part)
+
+
+def test_gradients_of_the_last_step_come_home_inside_a_node() -> None:
+    """Two nodes of two: two steps between them, one inside; what each stage hides, by hand."""
+    machine = replace(ideal(1.0), links=(Link(2, 10.0, latency=0.0), Link(4, 2.0, latency=0.0)))
+    away = transfers(Degrees(1, 4), machine, 20.0)
+    assert away == [10.0, 10.0, 2.0]
+    assert exposed_of([7.0] * 4, away) == 3 + 3
+    # Beside the four stages: 10; 10; the first gradients and the keys from inside, 12; the second gradients, 10.
+    assert exposed_of([7.0] * 4, away, away) == 3 + 3 + 5 + 3 + 2
+    assert transfers(Degrees(1, 4), machine, 20.0, 3) == [10.0] * 3, "a window's neighbours in the order of ranks"
+    alone = replace(SHAPE_OF_ONE, window=1 << 12)
+    full, wide = (attention(alone, Degrees(1, 4), Job(4096), machine, window, backward=True) for window in (None, 4095))
+    assert full.ring < wide.ring, "a window that is too short by one keeps the order of ranks, too"
+
+
+SHAPE_OF_ONE = ModelShape(1, 64, 64, 1, 1, 64, 1)
 
 
 def test_flops_are_those_of_the_model() -> None:

@@ -15,6 +15,7 @@ import hf_usp
 from hf_usp.batch import cut, make_layout
 from hf_usp.explain.numbers import Case, explain
 from hf_usp.integers.layout import Documents
+from hf_usp.mesh import UspMesh
 
 from ..ranks import Ranks
 
@@ -32,7 +33,12 @@ def two_nodes() -> ModuleType:
 @pytest.mark.parametrize("ulysses", [1, 2, 4])
 def test_what_crosses_between_two_nodes_is_what_explain_says(two_nodes: ModuleType, ulysses: int) -> None:
     sizes = {"heads": two_nodes.HEADS, "kv_heads": two_nodes.KV_HEADS, "head_dim": two_nodes.WIDTH}
-    traffic = explain(Case(tokens=2048, ranks=4, ulysses=ulysses, **sizes)).traffic
+    it = explain(Case(tokens=2048, ranks=4, ulysses=ulysses, ranks_per_node=2, **sizes))
+    traffic = it.traffic
+    mesh = UspMesh(4 // ulysses, ulysses, 0, 0, tuple(range(4)), None, None, None, ring_per_node=max(1, 2 // ulysses))
+    layout = make_layout(Documents.from_bounds([0, 2048]), 1, 2048, mesh)
+    orders = [[step.source for step in plan.steps] for plan in (two_nodes.mesh_plan(layout, 0), it.plans[0])]
+    assert orders[0] == orders[1] == {1: [0, 2, 3, 1], 2: [0, 1], 4: [0]}[ulysses]
     between = (traffic.ring + traffic.ulysses)[:2, 2:]
     assert two_nodes.predicted_crossing(ulysses, 4 // ulysses, 2048) == between.sum() > 0
 
