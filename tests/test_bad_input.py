@@ -130,7 +130,7 @@ CASES: dict[str, Any] = {
     "world": lambda rank: hf_usp.UspMesh.build(ring_degree=3, ulysses_degree=1),
     "unknown kernel": lambda rank: attend(kernel="flash_attn_9"),
     "kernel not installed": lambda rank: attend(kernel="flash_attn"),
-    "unknown order": lambda rank: attend(order="striped"),
+    "unknown order": lambda rank: attend(order="spiral"),
     "shape of a share": lambda rank: attend(wrong=True),
     "unshard of a full tensor": lambda rank: unshard_full(),
 }
@@ -171,7 +171,7 @@ def test_the_rank_with_another_batch_is_named(four_ranks: Ranks) -> None:
         {"cp_size": 8, "ulysses_degree": 3},
         {"cp_size": 0},
         {"cp_size": 4, "ulysses_degree": 0},
-        {"cp_size": 4, "sequence_order": "striped"},
+        {"cp_size": 4, "sequence_order": "spiral"},
         {"cp_size": 2, "sp_size": 2},
         {"cp_size": True},
         {"cp_size": "2"},

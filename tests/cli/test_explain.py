@@ -177,7 +177,7 @@ BASE = ["explain", "--tokens", "4096", "--ranks", "4", "--heads", "8", "--kv-hea
         (["--ulysses", "3"], "choose ulysses_degree from 1, 2, 4"),
         (["--ulysses", "0"], "ulysses_degree=0"),
         (["--kv-heads", "3"], "8 query heads over 3 kv heads"),
-        (["--order", "striped"], "sequence_order='striped'"),
+        (["--order", "spiral"], "sequence_order='spiral'"),
         (["--dtype", "fp8"], "fp8"),
         (["--tokens", "0"], "tokens = 0"),
         (["--tokens", "99999999999"], "up to 67,108,864 in all"),

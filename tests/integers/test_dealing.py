@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_usp.errors import UspConfigError
+from hf_usp.integers import dealing
 from hf_usp.integers.dealing import ALL_ORDERS, UNEVEN, deal_row
 from hf_usp.integers.layout import ORDERS, Documents, IntArray, Mask, deal
 from hf_usp.integers.plan import make_plan
@@ -112,5 +119,29 @@ def test_a_window_over_one_document_moves_its_halo_alone(padding: int) -> None:
 
 
 def test_an_unknown_order_is_refused() -> None:
-    with pytest.raises(UspConfigError, match="striped"):
-        deal_row(1, 8, 1, "striped", [])
+    with pytest.raises(UspConfigError, match="spiral"):
+        deal_row(1, 8, 1, "spiral", [])
+
+
+def test_the_order_of_contributing_md_is_dealt_by_name_and_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    block = re.search(r"```python\n(.*?)```", page, re.S)
+    assert block is not None
+    found: dict[str, Any] = {}
+    exec(textwrap.dedent("   " + block[1].lstrip()), found)
+    masks = [Mask(packed(4096, 700, 1.0, 3)), Mask(Documents.from_bounds([0, 4096])), Mask(packed(4096, 99, 1.0, 1))]
+    before = [deal_row(1, 4096, 4, "auto", [mask]) for mask in masks]
+    monkeypatch.setattr(dealing, "ORDERS", (*ORDERS, "striped"))
+    monkeypatch.setattr(dealing, "ALL_ORDERS", (*ALL_ORDERS, "striped"))
+    monkeypatch.setattr(
+        dealing,
+        "deal",
+        lambda n, ring, order: (found[order] if order == "striped" else partial(deal, order=order))(n, ring),
+    )
+    assert [shard[:2].tolist() for shard in deal_row(1, 4096, 4, "striped", masks).shards] == [
+        [r, r + 4] for r in range(4)
+    ]
+    for mask, old in zip(masks, before, strict=True):
+        new = deal_row(1, 4096, 4, "auto", [mask])
+        assert new.order == old.order
+        assert all(np.array_equal(a, b) for a, b in zip(new.shards, old.shards, strict=True))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_usp.errors import UspConfigError, UspError, UspMaskError
-from hf_usp.integers.dealing import WORTH, balance, choose_order, own_and_rest
+from hf_usp.integers.dealing import PATTERNS, WORTH, balance, choose_order, own_and_rest
 from hf_usp.integers.layout import ORDERS, Documents, Mask, compact, cut_tiles, deal, needed_rows, over_batch, visible
 
 from .dense import Scene, count_pairs, scenes
@@ -125,7 +125,7 @@ def test_published_balance_figures_at_64k_tokens_on_four_ranks() -> None:
     causal, window = Mask(whole(tokens)), Mask(whole(tokens), left=4095)
     figure = {
         (order, name): round(100 * balance(deal(tokens, ring, order), mask))
-        for order in ORDERS
+        for order in PATTERNS
         for name, mask in (("causal", causal), ("window", window))
     }
     assert figure == {
@@ -158,7 +158,7 @@ def test_auto_has_the_least_busy_rank_then_the_shortest_path_then_the_fewest_for
     tokens = scene.mask.documents.num_tokens
     dense = scene.dense()
     work, rank_by = {}, {}
-    for order in ORDERS:
+    for order in PATTERNS:
         shards = deal(tokens, ring, order)
         own = [dense[np.ix_(shard, shard)].sum() for shard in shards]
         rest = [dense[shard].sum() - o for shard, o in zip(shards, own, strict=True)]
@@ -190,8 +190,8 @@ def test_a_window_stays_contiguous_at_any_length() -> None:
 
 
 def test_an_unknown_order_is_refused() -> None:
-    with pytest.raises(UspConfigError, match="striped"):
-        deal(8, 2, "striped")
+    with pytest.raises(UspConfigError, match="spiral"):
+        deal(8, 2, "spiral")
 
 
 @pytest.mark.parametrize("ring", [0, -1])

@@ -164,7 +164,7 @@ def test_transfers_are_those_of_the_plan_in_its_order(
     unit, ranks = ulysses * tp, ring * ulysses * tp
     # Of a shared link that every sender fills alone: seconds are senders, whatever link they leave their part by.
     levels = [Link(parts[0], 1e30, latency=0.0), Link(parts[1], 1e30, latency=0.0), Link(1 << 10, 1e30, latency=0.0)]
-    steps = [step for step in zip(*(plan.steps[1:] for plan in plans), strict=True)]
+    steps = list(zip(*(plan.steps[1:] for plan in plans), strict=True))
     busy = [i for i, step in enumerate(steps) if any(one.receive_rows for one in step)]
     assert busy == list(range(len(busy))), "those that carry nothing are the last"
     assert {max(one.receive_rows for one in steps[i]) for i in busy} <= ({32} if window is None else {32, 7})
