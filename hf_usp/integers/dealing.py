@@ -100,7 +100,8 @@ class _Chunks(NamedTuple):
 
 def _fixed(num_tokens: int, ring: int, order: str) -> _Chunks:
     """The chunks of one of `PATTERNS`."""
-    owner = np.arange(ring) if order == "contiguous" else np.concatenate((np.arange(ring), np.arange(ring)[::-1]))
+    ranks = np.arange(ring)
+    owner = {"contiguous": ranks, "zigzag": np.concatenate((ranks, ranks[::-1]))}[order]
     sizes = [len(part) for part in np.array_split(np.empty(num_tokens, dtype=np.int8), len(owner))]
     return _filled(np.concatenate(([0], np.cumsum(sizes))), owner, ring)
 
