@@ -4,7 +4,7 @@
 # make table        every architecture of Transformers, judged anew: docs/models.md
 # make table-oldest the same with the oldest supported Transformers: docs/versions.md
 # make book         one sequence of 131,072 tokens on 4 processes, in less memory than it needs in one
-# make gpu          every CUDA kernel against the definition, then ten minutes of measurements, on this machine's GPU
+# make gpu          every CUDA kernel against the definition, training against one process, then ten minutes of measurements
 
 PYTHON ?= python3
 PIP_FLAGS ?=

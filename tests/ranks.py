@@ -62,6 +62,11 @@ class Ranks:
             raise RankError(failure)
         return [results[rank] for rank in range(self.size)]
 
+    @property
+    def alive(self) -> bool:
+        """Whether processes wait for work; after a failure the next call starts new ones."""
+        return bool(self._workers)
+
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)

@@ -9,7 +9,7 @@ from hf_usp.models.offload import offload_checkpoints
 
 from ..tiny import largest_difference, tiny_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 
 
 def test_gradients_and_peak() -> None:
