@@ -54,7 +54,11 @@ def usp_attention(
     Source: USP, arXiv 2405.07719, section 3 (Ulysses and Ring composed on a 2D mesh).
     """
     if sliding_window is not None and sliding_window < 1:
-        raise UspModelError(f"sliding_window={sliding_window}", rule="a window holds at least the query itself")
+        raise UspModelError(
+            f"sliding_window={sliding_window}",
+            rule="a window holds at least the query itself",
+            remedy="pass sliding_window=1 or more, or None for no window",
+        )
     left = UNLIMITED if sliding_window is None else sliding_window - 1
     kind = MaskKind(left, 0) if causal else MaskKind(left, left)
     softmax = Softmax(scaling if scaling is not None else q.shape[-1] ** -0.5, softcap)

@@ -118,7 +118,13 @@ def agree(fingerprint: Tensor, error: Exception | None, group: Group, kind: type
         raise on_every_rank(error)
     if any(texts):
         failed = "; ".join(f"rank {ranks[i]}: {text}" for i, text in enumerate(texts) if text)
-        raise on_every_rank(kind(f"another rank of this context-parallel group refused ({failed})"))
+        raise on_every_rank(
+            kind(
+                f"another rank of this context-parallel group refused ({failed})",
+                rule="what one rank of a group cannot compute, none of them begins",
+                remedy="follow the remedy in that rank's message; this rank itself found nothing wrong",
+            )
+        )
     differing = [str(ranks[i]) for i in range(len(ranks)) if not torch.equal(rows[i], rows[0])]
     raise on_every_rank(
         UspBatchError(

@@ -56,7 +56,11 @@ def tokenize(documents: Any, tokenizer: Any, *, column: str = "text", num_proc: 
     options: dict[str, Any] = {} if stream else {"num_proc": num_proc, "desc": "tokenizing"}
     tokens = documents.map(ids, batched=True, remove_columns=columns, features=_features("input_ids"), **options)
     if not stream and len(tokens) == 0:
-        raise UspBatchError(f"{len(documents)} documents without text in {column!r}", rule="a document holds text")
+        raise UspBatchError(
+            f"{len(documents)} documents without text in {column!r}",
+            rule="at least one document holds text",
+            remedy=f"name the column of the texts (one of {', '.join(columns)}) with column=..., or other files",
+        )
     return tokens
 
 
@@ -117,7 +121,11 @@ def whole(documents: Any, *, num_proc: int | None = None) -> Any:
     lengths = _lengths(documents)
     kept = [index for index, tokens in enumerate(lengths) if tokens > 1]
     if not kept:
-        raise UspBatchError("no document has two tokens", rule="a token is predicted from those before it")
+        raise UspBatchError(
+            f"{len(lengths)} documents without two tokens",
+            rule="a token is predicted from those before it",
+            remedy="train on longer texts, or pack the documents into rows (a sequence length)",
+        )
     columns = [name for name in ("input_ids", "labels") if name in documents.column_names]
     source = columns[-1]
 

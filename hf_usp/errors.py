@@ -1,21 +1,29 @@
 """Every refusal of hf_usp: what was found, the rule it breaks, and what to do instead.
 
 All are `ValueError`s, raised before anything is computed. `found` names the value and the place, `rule` the
-constraint, `remedy` the way out.
+constraint, `remedy` the way out: what to type or to change.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class UspError(ValueError):
     """Base of every refusal. `str(error)` reads: ``usp: <found>. Rule: <rule>. Remedy: <remedy>.``"""
 
-    def __init__(self, found: str, *, rule: str = "", remedy: str = "") -> None:
-        text = found if found.startswith("usp: ") else f"usp: {found}"
-        for label, part in (("Rule", rule), ("Remedy", remedy)):
-            if part:
-                text = f"{text.rstrip('.')}. {label}: {part.rstrip('.')}."
-        super().__init__(text)
+    def __init__(self, found: str, *, rule: str, remedy: str) -> None:
+        assert found and rule and remedy, "a refusal says what, where, the rule and the remedy"
+        self.found, self.rule, self.remedy = (part.removesuffix(".") for part in (found, rule, remedy))
+        super().__init__(f"usp: {self.found}. Rule: {self.rule}. Remedy: {self.remedy}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Exceptions are pickled by the arguments of their constructor, which must be given by name here."""
+        return _again, (type(self), self.found, self.rule, self.remedy), self.__dict__
+
+
+def _again(kind: type[UspError], found: str, rule: str, remedy: str) -> UspError:
+    return kind(found, rule=rule, remedy=remedy)
 
 
 class UspConfigError(UspError):

@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .comm import all_gather, connect, group_device
+from .comm import agree, all_gather, connect, group_device
 from .errors import UspConfigError
 from .integers.degrees import check_degrees
 from .integers.plan import ring_per_node
+from .integers.whole import check_whole
+from .options import size_from_environment
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +46,8 @@ class UspMesh:
 
         Without a process group only a mesh of one rank can be built. Raises `UspConfigError` where sizes do not fit.
         """
+        check_whole(required=True, ring_degree=ring_degree, ulysses_degree=ulysses_degree)
         size = ring_degree * ulysses_degree
-        if ring_degree < 1 or ulysses_degree < 1:
-            raise UspConfigError(
-                f"ring_degree={ring_degree}, ulysses_degree={ulysses_degree}", rule="both degrees are at least 1"
-            )
         if not dist.is_initialized():
             if size > 1:
                 raise UspConfigError(
@@ -74,6 +73,7 @@ class UspMesh:
         A device mesh with axes named "ring" and "ulysses" needs no `ulysses_degree`; without either, the whole axis is
         ulysses.
         """
+        check_whole(ulysses_degree=ulysses_degree)
         names = mesh.mesh_dim_names or ()
         if {"ring", "ulysses"} <= set(names):
             return cls._of(tuple(mesh["ring", "ulysses"].mesh.flatten().tolist()), mesh["ulysses"].size())
@@ -133,7 +133,13 @@ def _ring_per_node(ranks: Sequence[int], ulysses_degree: int, group: dist.Proces
     """Consecutive ring ranks that share a node, from LOCAL_WORLD_SIZE of all ranks; they have to agree."""
     if group is None:
         return 1
-    said = torch.tensor([int(os.environ.get("LOCAL_WORLD_SIZE", "0"))], device=group_device(group))
+    size, problem, device = 0, None, group_device(group)
+    try:
+        size = size_from_environment("LOCAL_WORLD_SIZE", os.environ, default=0)
+    except UspConfigError as refusal:
+        problem = refusal
+    agree(torch.zeros(1, dtype=torch.int64, device=device), problem, group, UspConfigError)
+    said = torch.tensor([size], device=device)
     sizes = set(all_gather(said, group).flatten().tolist())
     if len(sizes) > 1 or sizes == {0}:
         return 1

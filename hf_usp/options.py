@@ -9,29 +9,19 @@ from .costs.machines import check_machine
 from .errors import UspConfigError
 from .integers.dealing import ALL_ORDERS
 from .integers.degrees import check_degrees
+from .integers.whole import check_whole
 
 
-def size_from_environment(name: str, environment: Mapping[str, str]) -> int:
-    """The size that this variable of the environment gives, 1 where it is not set; `UspConfigError` for other text."""
-    text = environment.get(name, "1")
+def size_from_environment(name: str, environment: Mapping[str, str], default: int = 1) -> int:
+    """The size that this variable of the environment gives, or the default; `UspConfigError` for other text."""
+    text = environment.get(name, str(default))
     if not text.strip().isdecimal():
         raise UspConfigError(
             f"{name}={text!r} in the environment",
             rule="it is a whole number of at least 1",
-            remedy=f"unset {name}, or set it to the number of ranks",
+            remedy=f"unset {name}, or export {name}={default or 1}, say",
         )
     return int(text)
-
-
-def check_whole(**values: Any) -> None:
-    """Raise `UspConfigError` for what is neither None nor a whole number of at least 1. True is no number."""
-    for name, value in values.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UspConfigError(
-                f"{name}={value!r}",
-                rule="it is a whole number of at least 1, or None",
-                remedy=f"pass {name} as an int, or leave it out",
-            )
 
 
 def check_switches(**values: Any) -> None:

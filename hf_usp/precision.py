@@ -1,4 +1,7 @@
-"""Autocast (`TrainingArguments(bf16=True)` with weights in fp32) around functions that choose their own dtypes."""
+"""Dtypes: their names in commands, and autocast around functions that choose their own.
+
+Autocast is what `TrainingArguments(bf16=True)` turns on for weights in fp32.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import UspConfigError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def check_dtype(name: str) -> None:
+    """Raise `UspConfigError` for a name that is not in `DTYPES`."""
+    if name not in DTYPES:
+        raise UspConfigError(
+            f"dtype {name!r}", rule=f"a dtype is one of {', '.join(DTYPES)}", remedy="pass --dtype bf16, say"
+        )
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -83,6 +83,7 @@ class ContextParallelArguments:
             raise UspConfigError(
                 f"--ulysses-degree-in-cp {self.ulysses_degree_in_cp} with --context-parallel-algo "
                 f"{self.context_parallel_algo}, which means {degree}",
+                rule="only hybrid_cp_algo leaves the ulysses degree open",
                 remedy="choose hybrid_cp_algo, or leave out --ulysses-degree-in-cp",
             )
         return degree

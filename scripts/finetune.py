@@ -57,7 +57,8 @@ class ModelArguments:
         if (self.model_name_or_path is None) == (self.config_name is None):
             raise UspConfigError(
                 f"--model_name_or_path {self.model_name_or_path} and --config_name {self.config_name}",
-                rule="one of the two: a pretrained model, or the shape of a fresh one",
+                rule="a run has one of the two: a pretrained model, or the shape of a fresh one",
+                remedy="pass --model_name_or_path to go on from its weights, or --config_name to start from none",
             )
 
     @property
@@ -88,11 +89,13 @@ class TextArguments:
             raise UspConfigError(
                 f"--train_file {self.train_file} and --dataset_name {self.dataset_name}",
                 rule="text comes from one of the two",
+                remedy="pass --train_file with your files, or --dataset_name with what datasets.load_dataset reads",
             )
         if self.streaming and (not self.dataset_name or self.sequence_length is None):
             raise UspConfigError(
                 "--streaming without --dataset_name and --sequence_length",
                 rule="a stream of documents is packed into rows",
+                remedy="add --dataset_name and --sequence_length, or leave out --streaming",
             )
 
     def documents(self) -> Any:

@@ -44,7 +44,7 @@ ONLY_IN = {
     "datasets": {"data"},
     "filelock": {"data"},
 }
-LONGEST_FILE = 320
+LONGEST_FILE = 318
 CONTAINERS = {"dict", "list", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict", "SimpleNamespace"}
 HIDDEN = {"local", "ContextVar", "cache", "lru_cache", "WeakKeyDictionary", "WeakValueDictionary", "WeakSet"}
 MUTATORS = {
@@ -185,6 +185,22 @@ def test_modules_keep_no_mutable_state(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             names = {called(decorator) for decorator in node.decorator_list}
             assert not names & HIDDEN, f"{node.name} remembers its results in the module"
+
+
+SCRIPTS = sorted((ROOT.parent / "scripts").rglob("*.py"))  # none beside an installed package
+ERRORS = {name for name in vars(hf_usp.errors) if name.startswith("Usp")} | {"kind"}
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda p: p.relative_to(ROOT.parent).as_posix())
+def test_every_refusal_has_a_rule_and_a_remedy(path: Path) -> None:
+    """Required by the constructor too, but most refusals are made where no test goes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and called(node) in ERRORS:
+            said = {keyword.arg: keyword.value for keyword in node.keywords}
+            for part in ("rule", "remedy"):
+                assert part in said, f"line {node.lineno}: a refusal without {part}"
+                text = said[part]
+                assert not (isinstance(text, ast.Constant) and not text.value), f"line {node.lineno}: an empty {part}"
 
 
 @every_source

@@ -19,7 +19,9 @@ import torch.distributed as dist
 
 from ..errors import UspConfigError, UspError
 from ..integers.degrees import check_degrees, choose_ulysses_degree
+from ..integers.whole import check_whole
 from ..mesh import UspMesh
+from ..precision import DTYPES, check_dtype
 from .exact import core_error, model_error, small_config
 from .facts import facts
 from .findings import PROBLEM, Finding, Transfer, differing_versions, shared_devices, slow_links, wrong_placement
@@ -29,7 +31,7 @@ from .results import CheckOptions, Results
 from .stages import Stages
 from .verdict import verdict
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+MOST_MINUTES = 7 * 24 * 60
 
 
 def run(options: CheckOptions) -> int:
@@ -74,16 +76,27 @@ def run(options: CheckOptions) -> int:
 
 
 def _check_options(options: CheckOptions, world: int) -> None:
-    for name in ("cp_size", "ulysses", "heads", "kv_heads", "head_dim", "ranks_per_node", "timeout", "message"):
-        value = getattr(options, name)
-        if value is not None and not value >= 1:
-            raise UspConfigError(f"{name} = {value}", rule=f"{name} is at least 1")
-    if options.dtype not in DTYPES:
-        raise UspConfigError(f"dtype {options.dtype!r}", rule=f"a dtype is one of {', '.join(DTYPES)}")
-    if not 0 <= options.soak_minutes <= 7 * 24 * 60:
-        raise UspConfigError(f"a soak of {options.soak_minutes} minutes", rule="between 0 and a week")
+    names = ("cp_size", "ulysses", "heads", "kv_heads", "head_dim", "ranks_per_node", "message")
+    check_whole(**{name: getattr(options, name) for name in names})
+    check_dtype(options.dtype)
+    if not options.timeout >= 1:
+        raise UspConfigError(
+            f"timeout={options.timeout}",
+            rule="a stage may take at least 1 second",
+            remedy="leave --timeout out (120 seconds), or give it more",
+        )
+    if not 0 <= options.soak_minutes <= MOST_MINUTES:
+        raise UspConfigError(
+            f"a soak of {options.soak_minutes} minutes",
+            rule="a soak lasts between 0 minutes and a week",
+            remedy=f"give it 0 to {MOST_MINUTES:,} minutes, for example --soak-minutes 10",
+        )
     if not 0 < options.slow < 1:
-        raise UspConfigError(f"slow = {options.slow}", rule="a share of the usual bandwidth, between 0 and 1")
+        raise UspConfigError(
+            f"slow={options.slow}",
+            rule="a link is slow below a share of the usual bandwidth, between 0 and 1",
+            remedy="leave --slow out (0.5), or give such a share",
+        )
     size = options.cp_size or world
     if world % size:
         raise UspConfigError(

@@ -136,8 +136,17 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout:
         raise UspModelError(
             f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}",
             rule="keys have the width of the queries, values as many heads as keys",
+            remedy="pass keys and values of the same heads; a latent attention first expands its keys to full heads",
         )
     if not (q.dtype == k.dtype == v.dtype):
-        raise UspModelError(f"queries in {q.dtype}, keys in {k.dtype}, values in {v.dtype}", rule="one dtype")
+        raise UspModelError(
+            f"queries in {q.dtype}, keys in {k.dtype}, values in {v.dtype}",
+            rule="queries, keys and values have one dtype",
+            remedy="cast them, as in k.to(q.dtype); in a model, keep norms and rotary embeddings in the weights' dtype",
+        )
     if sinks is not None and tuple(sinks.shape) != (q.shape[2],):
-        raise UspModelError(f"sinks of shape {tuple(sinks.shape)}", rule=f"one per query head: ({q.shape[2]},)")
+        raise UspModelError(
+            f"sinks of shape {tuple(sinks.shape)}",
+            rule=f"there is one sink per query head: ({q.shape[2]},)",
+            remedy="pass the sinks of all query heads, as a tensor of one dim; hf_usp cuts them itself",
+        )

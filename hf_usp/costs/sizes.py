@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UspConfigError
 from ..integers.degrees import check_degrees
+from ..integers.whole import check_whole
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,9 @@ def check(model: ModelShape, degrees: Degrees, job: Job) -> None:
     for owner in (model, degrees, job):
         for name, value in vars(owner).items():
             least = 0 if name in ("sliding_layers", "optimizer") else 1
-            if isinstance(value, int) and not isinstance(value, bool) and value < least:
-                raise UspConfigError(f"{name} = {value}", rule=f"{name} is a whole number of at least {least}")
+            if isinstance(value, int) and not isinstance(value, bool):
+                size: dict[str, Any] = {name: value}
+                check_whole(least=least, **size)
     check_degrees(degrees.cp, degrees.ulysses)
     if job.mlp_chunk is not None and model.experts > 1:
         raise UspConfigError(
@@ -117,4 +120,5 @@ def check(model: ModelShape, degrees: Degrees, job: Job) -> None:
         raise UspConfigError(
             f"{model.sliding_layers} sliding layers of {model.layers}, window {model.window}",
             rule="sliding layers are some of the layers, and have a window",
+            remedy=f"give sliding_layers 0 to {model.layers} and a window, or leave both out",
         )

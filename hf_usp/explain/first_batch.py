@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import UspConfigError
 
 RULE = "every line is a JSON object with input_ids, and position_ids where rows are packed already"
+REMEDY = "write such lines, as Dataset.to_json(path) does for a tokenized data set"
 
 
 def documents_of(path: str, tokens: int | None) -> tuple[int, ...]:
@@ -25,9 +26,13 @@ def documents_of(path: str, tokens: int | None) -> tuple[int, ...]:
                 if tokens is None or sum(lengths) >= tokens or len(lengths) > number:
                     break
     except (OSError, UnicodeDecodeError) as problem:
-        raise UspConfigError(f"data set {path!r}: {problem}", rule="a file of JSON lines that can be read") from problem
+        raise UspConfigError(
+            f"data set {path!r}: {problem}",
+            rule="a data set is a text file of JSON lines that can be read",
+            remedy="pass the path of such a file, or the lengths themselves with --documents",
+        ) from problem
     if not lengths:
-        raise UspConfigError(f"data set {path!r} is empty", rule=RULE)
+        raise UspConfigError(f"data set {path!r} is empty", rule=RULE, remedy=REMEDY)
     kept: list[int] = []
     for length in lengths:
         room = length if tokens is None else min(length, tokens - sum(kept))
@@ -42,8 +47,10 @@ def _documents(line: str, where: str) -> list[int]:
         positions = row.get("position_ids") or range(count)
         starts = [0, *(i for i in range(1, count) if positions[i] != positions[i - 1] + 1), count]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as problem:
-        raise UspConfigError(f"{where}: {type(problem).__name__} {problem}", rule=RULE) from problem
+        raise UspConfigError(f"{where}: {type(problem).__name__} {problem}", rule=RULE, remedy=REMEDY) from problem
     lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
     if not count or min(lengths) < 1:
-        raise UspConfigError(f"{where}: no tokens", rule=RULE)
+        raise UspConfigError(
+            f"{where}: no tokens", rule="a document has at least one token", remedy="leave out lines without input_ids"
+        )
     return lengths

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ..batch import Layout, MaskKind, make_layout
 from ..errors import UspConfigError
 from ..integers.degrees import HeadShare, check_degrees, choose_ulysses_degree, split_heads
 from ..integers.layout import UNLIMITED, Documents, IntArray, Mask, over_batch
 from ..integers.plan import RingPlan, make_plan, ring_per_node
+from ..integers.whole import check_whole
 from ..mesh import UspMesh
+from ..precision import DTYPES, check_dtype
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 MOST_RANKS_LISTED = 64
 MOST_TOKENS = 1 << 26
 
@@ -120,10 +120,8 @@ def explain(case: Case) -> Explanation:
 
 def check_sizes(case: Case) -> None:
     """Refuse what is not a size, by name."""
-    for name in ("tokens", "ranks", "heads", "kv_heads", "head_dim", "batch", "window", "chunk", "ranks_per_node"):
-        value = getattr(case, name)
-        if value is not None and value < 1:
-            raise UspConfigError(f"{name} = {value}", rule=f"{name} is a whole number of at least 1")
+    names = ("tokens", "ranks", "heads", "kv_heads", "head_dim", "batch", "window", "chunk", "ranks_per_node")
+    check_whole(**{name: getattr(case, name) for name in names})
     if case.tokens * case.batch > MOST_TOKENS:
         raise UspConfigError(
             f"{case.batch} row(s) of {case.tokens:,} tokens",
@@ -137,8 +135,7 @@ def check_sizes(case: Case) -> None:
             rule="every document has a token, and together they fill a row",
             remedy="leave --tokens out, or add a last document for the rest",
         )
-    if case.dtype not in DTYPES:
-        raise UspConfigError(f"dtype {case.dtype!r}", rule=f"a dtype is one of {', '.join(DTYPES)}")
+    check_dtype(case.dtype)
 
 
 def count_traffic(plans: Sequence[RingPlan], shares: Sequence[HeadShare], case: Case) -> Traffic:

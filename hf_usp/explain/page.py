@@ -46,7 +46,11 @@ def write_page(it: Explanation, path: str) -> None:
     try:
         Path(path).write_text(page(it), encoding="utf-8")
     except OSError as error:
-        raise UspConfigError(f"a page to be saved as {path!r}: {error}", rule="the file can be written") from error
+        raise UspConfigError(
+            f"a page to be saved as {path!r}: {error}",
+            rule="the file can be written",
+            remedy="make room on the disk and the file writable, or name another with --output",
+        ) from error
 
 
 def page(it: Explanation) -> str:

@@ -31,7 +31,11 @@ def check_output(path: str) -> None:
             remedy="pip install 'hf_usp[plot]', or leave --output out",
         )  # fmt: skip
     if Path(path).suffix.lower() not in FORMATS:
-        raise UspConfigError(f"a picture named {path!r}", rule=f"its name ends in {', '.join(FORMATS)}")
+        raise UspConfigError(
+            f"a picture named {path!r}",
+            rule=f"its name ends in {', '.join(FORMATS)}",
+            remedy=f"name it {Path(path).stem or 'picture'}.png, say",
+        )
     if not Path(path).resolve().parent.is_dir() or Path(path).is_dir():
         raise UspConfigError(
             f"a picture to be saved as {path!r}", rule="its folder exists", remedy="create the folder, or name another"
@@ -55,7 +59,11 @@ def draw(it: Explanation, path: str) -> None:
     try:
         figure.savefig(path, dpi=130)
     except OSError as error:
-        raise UspConfigError(f"a picture to be saved as {path!r}: {error}", rule="the file can be written") from error
+        raise UspConfigError(
+            f"a picture to be saved as {path!r}: {error}",
+            rule="the file can be written",
+            remedy="make room on the disk and the file writable, or name another with --output",
+        ) from error
 
 
 def _colours(count: int) -> IntArray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UspConfigError
+from .whole import check_whole
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ def split_heads(num_heads: int, num_kv_heads: int, ulysses_degree: int) -> tuple
     undefined (num_heads not a multiple of num_kv_heads).
     """
     _check_heads(num_heads, num_kv_heads)
-    if ulysses_degree < 1:
-        raise UspConfigError(f"ulysses_degree={ulysses_degree}", rule="a degree is a whole number of at least 1")
+    check_whole(required=True, ulysses_degree=ulysses_degree)
     per_kv = num_heads // num_kv_heads
     shares = []
     for rank in range(ulysses_degree):
@@ -106,10 +106,7 @@ def choose_ulysses_degree(
     """
     _check_heads(num_heads, num_kv_heads)
     node = cp_size if ranks_per_node is None else ranks_per_node
-    if cp_size < 1 or node < 1:
-        raise UspConfigError(
-            f"{cp_size} context-parallel ranks, {node} ranks a node", rule="both are whole numbers of at least 1"
-        )
+    check_whole(required=True, cp_size=cp_size, ranks_per_node=node)
     candidates = []
     for degree in even_degrees(cp_size, num_heads):
         if degree == 1 or (degree <= node and node % degree == 0):

@@ -45,6 +45,8 @@ class Documents:
             raise UspBatchError(
                 f"documents with bounds {self.bounds}, visible keys from {self.first} to {self.last}",
                 rule="bounds begin at 0 and never fall, and the visible keys of a document lie inside it",
+                remedy="build them from the edges of the documents, [0, length of the first, ..., tokens in all], with "
+                "Documents.from_bounds",
             )
 
     @classmethod
@@ -63,7 +65,11 @@ class Documents:
         With a `row` length documents inside a row count their chunks from the row's first token.
         """
         if size < 1:
-            raise UspMaskError(f"chunks of {size} tokens", rule="a chunk holds at least one token")
+            raise UspMaskError(
+                f"chunks of {size} tokens",
+                rule="a chunk holds at least one token",
+                remedy="set the config's attention_chunk_size to 1 or more",
+            )
         starts, stops = self.bounds[:-1], self.bounds[1:]
         origin = np.maximum(self.first, starts)
         if row:
@@ -94,6 +100,7 @@ class Mask:
             raise UspMaskError(
                 f"a window of {self.left} keys before and {self.right} after the query",
                 rule=f"a window counts keys: 0 or more, or {UNLIMITED} for no limit",
+                remedy="set the config's sliding_window to 1 or more (the query counts), or to None",
             )
 
     def interval(self, positions: IntArray) -> tuple[IntArray, IntArray]:
@@ -222,7 +229,9 @@ def deal(num_tokens: int, ring: int, order: str) -> list[IntArray]:
             remedy="use sequence_order='auto', which takes the better balanced one",
         )
     if ring < 1:
-        raise UspConfigError(f"a ring of {ring} ranks", rule="a ring has at least one rank")
+        raise UspConfigError(
+            f"a ring of {ring} ranks", rule="a ring has at least one rank", remedy="pass a ring_degree of 1 or more"
+        )
     return contiguous(num_tokens, ring) if order == "contiguous" else zigzag(num_tokens, ring)
 
 

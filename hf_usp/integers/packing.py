@@ -89,9 +89,17 @@ def measure(rows: Iterable[Row], length: int) -> Fill:
 
 def _check(lengths: Sequence[int], length: int, overlong: str) -> None:
     if overlong not in OVERLONG:
-        raise UspConfigError(f"overlong={overlong!r}", rule=f"it is one of {', '.join(OVERLONG)}")
+        raise UspConfigError(
+            f"overlong={overlong!r}",
+            rule=f"it is one of {', '.join(OVERLONG)}",
+            remedy="leave it out to split documents that are longer than a row",
+        )
     if length < 2:
-        raise UspConfigError(f"rows of {length} tokens", rule="a token is predicted from those before it: at least 2")
+        raise UspConfigError(
+            f"rows of {length} tokens",
+            rule="a token is predicted from those before it: a row has at least 2",
+            remedy="give rows the length that the model trains on, such as 4096",
+        )
     longer = sum(n > length for n in lengths)
     if longer and (overlong == "refuse" or (overlong == "whole" and longer == len(lengths))):
         raise UspBatchError(

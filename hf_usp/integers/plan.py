@@ -109,7 +109,11 @@ def make_plan(shards: Sequence[IntArray], mask: Mask, rank: int, per_node: int =
     neighbours alone; they are the first in the order of ranks, which is kept there.
     """
     if not 0 <= rank < len(shards):
-        raise UspConfigError(f"ring rank {rank} of {len(shards)}", rule="ring ranks count from 0")
+        raise UspConfigError(
+            f"ring rank {rank} of {len(shards)}",
+            rule="ring ranks count from 0, and each has a shard",
+            remedy=f"pass a rank from 0 to {len(shards) - 1}, or the shards of all ring ranks",
+        )
     ring, mine = len(shards), shards[rank]
     runs = [find_runs(shard) for shard in shards]
     seen, reach = mask.interval(mine), mask.reach(runs[rank])

@@ -66,7 +66,11 @@ def draw_memory(what: PlanRequest, best: Candidate, path: str) -> None:
     try:
         figure.savefig(path, dpi=130)
     except OSError as error:
-        raise UspConfigError(f"a picture to be saved as {path!r}: {error}", rule="the file can be written") from error
+        raise UspConfigError(
+            f"a picture to be saved as {path!r}: {error}",
+            rule="the file can be written",
+            remedy="make room on the disk and the file writable, or name another with --picture",
+        ) from error
 
 
 def _short(tokens: int) -> str:

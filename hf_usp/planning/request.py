@@ -13,10 +13,11 @@ from transformers import AutoConfig
 from ..costs.machines import MACHINES, Link, Machine, check_machine
 from ..costs.sizes import Job, ModelShape
 from ..errors import UspConfigError
+from ..integers.whole import check_whole
 
 # Of a GPU's memory: the rest goes to the CUDA context, NCCL and fragmentation.
 USABLE = 0.92
-MOST_TOKENS, MOST_GPUS = 1 << 31, 1 << 17
+MOST_TOKENS, MOST_GPUS, MOST_ROWS, MOST_IN_A_NODE = 1 << 31, 1 << 17, 1 << 16, 1 << 10
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,23 @@ def request(
     accumulate: bool = False,
 ) -> PlanRequest:
     """Check every number, find model and machine. Raises `UspConfigError`, naming what is wrong."""
-    sizes = {"tokens": tokens, "gpus": gpus, "gpus_per_node": gpus_per_node, "rows": rows, "tp": most_tp}
-    sizes["mlp_chunk"] = mlp_chunk
-    most = {"tokens": MOST_TOKENS, "gpus": MOST_GPUS, "gpus_per_node": 1024, "rows": 1 << 16, "tp": 1024}
-    most["mlp_chunk"] = MOST_TOKENS
-    for name, value in sizes.items():
-        if value is not None and not 1 <= value <= most[name]:
-            raise UspConfigError(f"{name} = {value}", rule=f"{name} is a whole number from 1 to {most[name]:,}")
+    check_whole(most=MOST_TOKENS, required=True, tokens=tokens)
+    check_whole(most=MOST_GPUS, required=True, gpus=gpus)
+    check_whole(most=MOST_ROWS, required=True, rows=rows)
+    check_whole(most=MOST_IN_A_NODE, gpus_per_node=gpus_per_node, tp=most_tp)
+    check_whole(most=MOST_TOKENS, mlp_chunk=mlp_chunk)
     if memory_gb is not None and not (math.isfinite(memory_gb) and 0 < memory_gb <= 100_000):
         raise UspConfigError(
-            f"memory = {memory_gb} GB", rule="gigabytes of one device, more than 0 and at most 100,000"
+            f"memory = {memory_gb} GB",
+            rule="it is in gigabytes of one device, more than 0 and at most 100,000",
+            remedy="pass --memory 80, say, or leave it out to take the machine's",
         )
     if documents and min(documents) < 1:
-        raise UspConfigError(f"a document of {min(documents)} tokens", rule="every document has a token")
+        raise UspConfigError(
+            f"a document of {min(documents)} tokens",
+            rule="every document has a token",
+            remedy="give --documents lengths of 1 or more",
+        )
     found = find_machine(machine, gpus_per_node)
     if memory_gb is not None:
         found = replace(found, memory=memory_gb * 1e9)
@@ -123,7 +128,11 @@ def _measured(path: str) -> Machine:
             memory_bandwidth=content["memory_bandwidth"], links=_far_enough(links),
         )  # fmt: skip
     except OSError as problem:
-        raise UspConfigError(f"machine {path!r}: {problem.strerror}", rule="the file can be read") from problem
+        raise UspConfigError(
+            f"machine {path!r}: {problem.strerror}",
+            rule="a machine's file can be read",
+            remedy="pass the path that hf-usp check --output wrote, or a preset's name (an unknown one lists them)",
+        ) from problem
     except (ValueError, KeyError, TypeError) as problem:
         raise UspConfigError(
             f"machine {path!r} holds no measured machine", rule="it is the file of hf-usp check --output",
@@ -170,6 +179,8 @@ def shape_of(config: Any) -> ModelShape:
         raise UspConfigError(
             f"a config of type {text.model_type!r} without layers, hidden size, heads or vocabulary",
             rule="hf-usp plan knows decoders of attention and MLP layers",
+            remedy="pass the config.json of a causal language model, with num_hidden_layers, hidden_size, "
+            "num_attention_heads and vocab_size",
         )
     experts = get("num_experts", "num_local_experts", "n_routed_experts") or 1
     width = get("moe_intermediate_size") if experts > 1 else None

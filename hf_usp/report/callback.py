@@ -218,9 +218,17 @@ def _peak_memory(device: torch.device) -> float:
 
 def _check(peak_flops: float | None, profile_step: int | None, trace: str | Path | None) -> None:
     if peak_flops is not None and not peak_flops >= 1:
-        raise UspConfigError(f"peak_flops={peak_flops}", rule="operations a second of one device, such as 989e12")
+        raise UspConfigError(
+            f"peak_flops={peak_flops}",
+            rule="it is the operations a second of one device",
+            remedy="pass what its data sheet says, such as 989e12 for an H100 in bf16, or leave it out",
+        )
     if profile_step is not None and profile_step < 1:
-        raise UspConfigError(f"profile_step={profile_step}", rule="optimizer steps are counted from 1")
+        raise UspConfigError(
+            f"profile_step={profile_step}",
+            rule="optimizer steps are counted from 1",
+            remedy="pass profile_step=3, say, or leave it out",
+        )
     if trace is not None and profile_step is None:
         raise UspConfigError(
             f"trace={str(trace)!r} without profile_step",

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from ..costs.machines import MACHINES, Machine, recognised
 from ..errors import UspConfigError
+from ..options import size_from_environment
 from ..planning import choose_degree, find_machine
 
 logger = logging.getLogger(__name__)
@@ -21,11 +22,10 @@ def chosen_degree(config: Any, model: Any, device: torch.device, ranks: int) -> 
 
     Raises `UspConfigError` on every rank where one of them cannot read the machine's file, or the model has no heads.
     """
-    node = config.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or ranks
-    known = gather_object([(node, _machine(config.machine, device))])
-    for rank, (_, machine) in enumerate(known):
-        if isinstance(machine, str):
-            raise UspConfigError(f"rank {rank}: {machine}")
+    known = gather_object([_known(config, device, ranks)])
+    for rank, word in enumerate(known):
+        if isinstance(word, UspConfigError):
+            raise UspConfigError(f"rank {rank}: {word.found}", rule=word.rule, remedy=word.remedy)
     first = known[0][1]
     alike = all(machine == first for _, machine in known)
     degree, reason = choose_degree(
@@ -36,13 +36,19 @@ def chosen_degree(config: Any, model: Any, device: torch.device, ranks: int) -> 
     return degree
 
 
-def _machine(name: str | None, device: torch.device) -> Machine | str | None:
-    """By its name or file, else by the device's name; None: unknown. A refusal is text, to be told to all ranks."""
+def _known(config: Any, device: torch.device, ranks: int) -> tuple[int, Machine | None] | UspConfigError:
+    """Ranks of this node and its machine, or the refusal of either, to be told to all ranks."""
+    try:
+        node = config.ranks_per_node or size_from_environment("LOCAL_WORLD_SIZE", os.environ, default=0) or ranks
+        return node, _machine(config.machine, device)
+    except UspConfigError as refusal:
+        return refusal
+
+
+def _machine(name: str | None, device: torch.device) -> Machine | None:
+    """By its name or file, else by the device's name; None: unknown."""
     if name is None:
         if device.type == "cpu":
             return MACHINES["cpu"]
         name = recognised(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    try:
-        return None if name is None else find_machine(name)
-    except UspConfigError as refusal:
-        return str(refusal).removeprefix("usp: ")
+    return None if name is None else find_machine(name)

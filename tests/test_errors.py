@@ -1,0 +1,168 @@
+"""Refusals say what was found, the rule and the remedy, and can be pickled; here are those that no other test meets."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedConfig
+
+import hf_usp
+from hf_usp import data
+from hf_usp.check import CheckOptions
+from hf_usp.check.run import run
+from hf_usp.comm import agree
+from hf_usp.costs.sizes import Degrees, Job, ModelShape, check
+from hf_usp.explain import first_batch
+from hf_usp.integers.degrees import choose_ulysses_degree, split_heads
+from hf_usp.integers.layout import Documents, Mask, deal
+from hf_usp.integers.packing import pack
+from hf_usp.integers.plan import make_plan
+from hf_usp.planning.request import shape_of
+from hf_usp.report import UspReport
+
+from .ranks import Ranks
+
+ALL = [getattr(hf_usp, name) for name in hf_usp.__all__ if name.endswith("Error")]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_one_form_that_pickles(kind: type[hf_usp.UspError]) -> None:
+    error = kind("cp_size=3 in a world of 4.", rule="it divides the world", remedy="choose 1, 2 or 4.")
+    assert str(error) == "usp: cp_size=3 in a world of 4. Rule: it divides the world. Remedy: choose 1, 2 or 4."
+    error.on_every_rank = True  # type: ignore[attr-defined]
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind and str(again) == str(error) and vars(again) == vars(error)
+
+
+@pytest.mark.parametrize("parts", [{}, {"rule": "r"}, {"remedy": "r"}])
+def test_rule_and_remedy_are_required(parts: dict[str, str]) -> None:
+    with pytest.raises(TypeError, match="required keyword-only argument"):
+        hf_usp.UspError("found", **parts)
+
+
+def attend(keys: tuple[int, ...] = (1, 8, 2, 4), dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    layout = hf_usp.shard({"input_ids": torch.zeros(1, 8, dtype=torch.long)}, alone())["usp"]
+    q, k, v = torch.zeros(1, 8, 2, 4), torch.zeros(keys), torch.zeros(1, 8, 2, 4, dtype=dtype)
+    hf_usp.usp_attention(q, k, v, layout, **options)
+
+
+def alone() -> hf_usp.UspMesh:
+    return hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1)
+
+
+SHAPE = ModelShape(layers=2, hidden=8, intermediate=8, heads=2, kv_heads=2, head_dim=4, vocab=8)
+# What is done -> what the remedy says.
+CASES: dict[str, tuple[Callable[[], Any], str]] = {
+    "window": (lambda: attend(sliding_window=0), "sliding_window=1 or more"),
+    "widths": (lambda: attend(keys=(1, 8, 2, 6)), "full heads"),
+    "dtypes": (lambda: attend(dtype=torch.float64), "k.to(q.dtype)"),
+    "sinks": (lambda: attend(sinks=torch.zeros(3)), "all query heads"),
+    "mesh of text": (lambda: hf_usp.UspMesh.build(ring_degree="2", ulysses_degree=1), "ring_degree=2, without quotes"),
+    "mesh of a fraction": (lambda: hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1.5), "give ulysses_degree a"),
+    "mesh of nothing": (lambda: hf_usp.UspMesh.build(ring_degree=None, ulysses_degree=1), "give ring_degree a"),
+    "mesh of no ranks": (lambda: hf_usp.UspMesh.build(ring_degree=0, ulysses_degree=1), "give ring_degree a"),
+    "sliding layers": (
+        lambda: check(replace(SHAPE, sliding_layers=1), Degrees(), Job(8)), "0 to 2 and a window",
+    ),
+    "heads of no ranks": (lambda: split_heads(4, 4, 0), "give ulysses_degree a whole number of at least 1"),
+    "no ranks": (lambda: choose_ulysses_degree(0, 4, 4), "give cp_size a whole number of at least 1"),
+    "no ring": (lambda: deal(8, 0, "zigzag"), "ring_degree of 1 or more"),
+    "bounds": (lambda: Documents(np.array([1, 4]), np.array([0]), np.array([4])), "Documents.from_bounds"),
+    "chunks": (lambda: Documents.from_bounds([0, 4]).chunked(0), "attention_chunk_size"),
+    "negative window": (lambda: Mask(Documents.from_bounds([0, 4]), left=-2), "sliding_window to 1 or more"),
+    "overlong": (lambda: pack([3], 4, "cut"), "leave it out to split"),
+    "short rows": (lambda: pack([3], 1), "such as 4096"),
+    "ring rank": (lambda: make_plan([np.arange(4)], Mask(Documents.from_bounds([0, 4])), 1), "a rank from 0 to 0"),
+    "config": (lambda: shape_of(PreTrainedConfig()), "num_attention_heads and vocab_size"),
+    "peak": (lambda: UspReport(None, peak_flops=0), "989e12"),
+    "profile step": (lambda: UspReport(None, profile_step=0), "profile_step=3"),
+    "check dtype": (lambda: run(CheckOptions(dtype="fp8")), "--dtype bf16"),
+    "check timeout": (lambda: run(CheckOptions(timeout=0)), "--timeout"),
+    "check soak": (lambda: run(CheckOptions(soak_minutes=-1)), "--soak-minutes 10"),
+    "check slow": (lambda: run(CheckOptions(slow=2)), "--slow"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_remedy_says_what_to_change(case: str) -> None:
+    refused, remedy = CASES[case]
+    with pytest.raises(hf_usp.UspError) as refusal:
+        refused()
+    assert refusal.value.rule and remedy in refusal.value.remedy, str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [(None, "--documents"), ("", "Dataset.to_json"), ("{}", "Dataset.to_json"), ('{"input_ids": []}', "leave out")],
+)
+def test_a_data_set_that_is_none(content: str | None, remedy: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "data.jsonl").write_text(content and content + "\n")
+    with pytest.raises(hf_usp.UspConfigError) as refusal:
+        first_batch.documents_of(str(tmp_path / "data.jsonl"), None)
+    assert remedy in refusal.value.remedy
+
+
+def test_texts_that_are_none() -> None:
+    from datasets import Dataset
+
+    with pytest.raises(hf_usp.UspBatchError, match=r"'text'.*Remedy: name the column of the texts \(one of text\)"):
+        data.tokenize(Dataset.from_dict({"text": [" ", ""]}), SimpleNamespace(eos_token_id=None))
+    with pytest.raises(hf_usp.UspBatchError, match="Remedy: train on longer texts"):
+        data.whole(Dataset.from_dict({"input_ids": [[1]]}))
+
+
+def meshes_of_a_broken_environment() -> list[str]:
+    """LOCAL_WORLD_SIZE is no number on one rank alone, for a mesh and for a config that chooses its degree."""
+    import os
+
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState, PartialState
+
+    from hf_usp.seams.choice import chosen_degree
+
+    from .tiny import tiny_model
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)  # on CPU it reads that variable, too
+    kept, found = os.environ.get("LOCAL_WORLD_SIZE"), []
+    os.environ["LOCAL_WORLD_SIZE"] = "two" if dist.get_rank() == 1 else "2"
+    config, model = hf_usp.UspParallelismConfig(cp_size=2), tiny_model("llama", "usp")
+    try:
+        for build in (
+            lambda: hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=2),
+            lambda: chosen_degree(config, model, torch.device("cpu"), 2),
+            lambda: agree(torch.zeros(1), pickled() if dist.get_rank() == 1 else None, dist.group.WORLD),
+        ):
+            try:
+                build()
+            except hf_usp.UspError as refusal:
+                found.append(str(refusal))
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+        if kept is not None:
+            os.environ["LOCAL_WORLD_SIZE"] = kept
+    return found
+
+
+def pickled() -> hf_usp.UspError:
+    return hf_usp.UspModelError("a pickle", rule="no pickles", remedy="leave it out")
+
+
+def test_a_broken_environment_of_one_rank_is_told_to_all(two_ranks: Ranks) -> None:
+    first, second = two_ranks.run(meshes_of_a_broken_environment)
+    broken = "LOCAL_WORLD_SIZE='two' in the environment. Rule: it is a whole number of at least 1. Remedy: unset"
+    assert broken in second[0] and "another rank" not in second[0]
+    assert f"another rank of this context-parallel group refused (rank 1: UspConfigError: usp: {broken}" in first[0]
+    assert first[1] == second[1] and first[1].startswith(f"usp: rank 1: {broken}")
+    assert second[2] == str(pickled()) and f"rank 1: UspModelError: {pickled()}" in first[2]
+    for text in (first[0], first[2]):
+        assert text.endswith("Remedy: follow the remedy in that rank's message; this rank itself found nothing wrong.")
