@@ -29,8 +29,8 @@ def plan_for(model: ModelShape, tokens: int, gpus: int) -> PlanRequest:
 
 
 def recipes() -> Iterator[str]:
-    """The fewest GPUs that hold a row, and how."""
-    yield "| model | tokens of a row | H100 80 GB | ulysses x ring | saving memory by | GB at the peak |"
+    """The fewest GPUs that hold a sequence, and how."""
+    yield "| model | tokens of a sequence | H100 80 GB | ulysses x ring | saving memory by | GB at the peak |"
     yield "|---|---|---|---|---|---|"
     for name, model in MODELS.items():
         for thousands in LENGTHS:
@@ -39,7 +39,7 @@ def recipes() -> Iterator[str]:
                 if best.fits:
                     break
             d, it = best.degrees, best.prediction.memory
-            data = f", {d.dp_shard} rows at a time" if d.dp_shard > 1 else ""
+            data = f", {d.dp_shard} sequences at once" if d.dp_shard > 1 else ""
             yield (
                 f"| {name} | {thousands}K | {gpus} | {d.ulysses} x {d.ring}{data} | {best.savings} | "
                 f"{it.total / 1e9:.0f} |"
@@ -47,7 +47,7 @@ def recipes() -> Iterator[str]:
 
 
 def reaches() -> Iterator[str]:
-    """The longest row on some numbers of GPUs, all of which share it."""
+    """The longest sequence on some numbers of GPUs, all of which share it."""
     yield f"| model | {' | '.join(f'{gpus} GPUs' for gpus in GPUS[3:7])} |"
     yield "|---" * 5 + "|"
     for name, model in MODELS.items():

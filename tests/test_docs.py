@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -53,9 +54,33 @@ def test_every_page_is_in_the_menu() -> None:
     assert all(page.name in menu for page in (ROOT / "docs").glob("*.md"))
 
 
+def reference() -> list[str]:
+    """Names in docs/api.md, without the leading hf_usp."""
+    return re.findall(r"^::: hf_usp\.(\S+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+
+
+def told_to_use(text: str) -> set[str]:
+    """Names of ours that a page imports, or mentions with their whole path."""
+    imported = re.findall(r"^ *from hf_usp(\S*) import ([\w, ]+)", text, re.M)
+    whole = {f"{module}.{name.strip()}"[1:] for module, names in imported for name in names.split(",")}
+    return whole | set(re.findall(r"\bhf_usp\.((?:[a-z_]+\.)*\w+)", re.sub(r"from hf_usp\S* import", "", text)))
+
+
+def test_the_reference_has_what_pages_tell_to_use() -> None:
+    """README, all pages but those on the insides (the walk and decisions), and the notebooks."""
+    pages = [page for page in PAGES if page.parent.name != "decisions" and page.name != "walk.md"]
+    texts = {page.name: page.read_text(encoding="utf-8") for page in pages}
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        texts[notebook.name] = "\n".join("".join(cell["source"]) for cell in cells)
+    used = {name: page for page, text in texts.items() for name in told_to_use(text)}
+    assert {"integers.packing.pack", "checkpoint.last_complete", "UspParallelismConfig"} <= set(used)
+    assert not {name: page for name, page in used.items() if name not in reference()}
+
+
 def test_the_reference_has_every_public_name() -> None:
     """And every name there exists: mkdocstrings reads the docstrings."""
-    named = re.findall(r"^::: hf_usp\.(\S+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    named = reference()
     assert set(hf_usp.__all__) <= set(named)
     for name in named:
         module, _, attribute = f"hf_usp.{name}".rpartition(".")
