@@ -31,10 +31,10 @@ from torch import Tensor
 
 from .errors import UspBatchError
 from .integers import packing
+from .shard import IGNORED
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the label that Transformers leaves out of the loss
 PADDING_DOCUMENT = 256  # longest document of padding
 AT_ONCE = 2**20  # tokens that are put together before they are written
 
@@ -222,12 +222,16 @@ def load_rows(
     )
     if length is None:
         return build_once(root / f"whole-{key}", lambda: whole(tokens, num_proc=num_proc))
-    pad = tokenizer.eos_token_id or 0
 
     def rows() -> Any:
-        return _pack_all(tokens, length, overlong, pad, num_proc=num_proc, cached=False)
+        return _pack_all(tokens, length, overlong, pad_id(tokenizer), num_proc=num_proc, cached=False)
 
     return build_once(root / f"rows-{key}-{length}-{overlong}", rows)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills up rows: nobody attends to it, and it is no target."""
+    return tokenizer.eos_token_id or 0
 
 
 def _is_stream(documents: Any) -> bool:

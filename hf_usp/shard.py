@@ -23,7 +23,7 @@ from .mesh import UspMesh
 from .passing import TokenCount
 from .rope import GlobalPositions
 
-IGNORED = -100
+IGNORED = -100  # the label that Transformers leaves out of the loss
 # Per-token inputs; our padding repeats a row's last token. Everything else of a batch must not depend on the sequence.
 PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 # Described by the layout from here on; a model must not see those of the full batch.

@@ -159,18 +159,13 @@ def load_rows(documents: Any, tokenizer: texts.Tokenizer, args: TextArguments, c
     """Rows of `--sequence_length` tokens, or whole documents: made by one process, read by all."""
     if args.streaming:
         tokens = data.tokenize(documents, tokenizer, column=column)
-        return data.pack(tokens, args.sequence_length or 0, overlong=args.overlong, pad_token_id=pad_id(tokenizer))
+        return data.pack(tokens, args.sequence_length or 0, overlong=args.overlong, pad_token_id=data.pad_id(tokenizer))
     rows = data.load_rows(
         documents, tokenizer, args.sequence_length, column=column, overlong=args.overlong, cache_dir=args.cache_dir,
         num_proc=args.preprocessing_processes,
     )  # fmt: skip
     logger.info(rows.info.description)
     return rows
-
-
-def pad_id(tokenizer: texts.Tokenizer) -> int:
-    """What fills up rows; nobody attends to it, and it is no target."""
-    return tokenizer.eos_token_id or 0
 
 
 def takes_any_keyword(model: PreTrainedModel) -> bool:
@@ -227,7 +222,7 @@ def main() -> None:
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=data.Collator(pad_id(tokenizer), cu_seq_lens=takes_any_keyword(model)),
+        data_collator=data.Collator(data.pad_id(tokenizer), cu_seq_lens=takes_any_keyword(model)),
         processing_class=None if isinstance(tokenizer, texts.ByteTokenizer) else tokenizer,
     )
     report.attach(trainer)
