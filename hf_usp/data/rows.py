@@ -1,42 +1,22 @@
-"""Documents of any length -> rows for training on long sequences, with Hugging Face datasets.
-
-A packed row has exactly `length` tokens. Documents follow each other in it, whole where they fit (`packing`), with
-`position_ids` that restart at 0 where a document (or the rest of one) begins:
-
-    input_ids      a0 a1 a2 a3 | b0 b1 b2 | pad pad      labels   -100 a1 a2 a3 | -100 b1 b2 | -100 -100
-    position_ids    0  1  2  3 |  0  1  2 |  0   1
-
-so attention stays inside a document and no token is predicted from another document's last one. The padding of a row
-is more documents, short ones: it costs no attention worth mentioning. Such rows need no collator of their own and no
-attention mask; `Collator` adds `cu_seq_lens` for models that tell documents apart only by those, and pads whole
-documents.
-
-`build_once` keeps what is made of a text in a folder that all processes share: one of them builds, behind a file lock,
-the others wait and map the same files.
-"""
+"""A dataset of texts -> one of token ids -> one of rows."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from .errors import UspBatchError
-from .integers import packing
-from .shard import IGNORED
+from ..errors import UspBatchError
+from ..integers import packing
+from ..shard import IGNORED
+from .collator import pad_id
+from .writing import AT_ONCE, features, pack_batch, write_rows
 
 logger = logging.getLogger(__name__)
-
-PADDING_DOCUMENT = 256  # longest document of padding
-AT_ONCE = 2**20  # tokens that are put together before they are written
 
 
 def tokenize(documents: Any, tokenizer: Any, *, column: str = "text", num_proc: int | None = None) -> Any:
@@ -54,7 +34,7 @@ def tokenize(documents: Any, tokenizer: Any, *, column: str = "text", num_proc: 
 
     stream, columns = _is_stream(documents), _columns(documents)
     options: dict[str, Any] = {} if stream else {"num_proc": num_proc, "desc": "tokenizing"}
-    tokens = documents.map(ids, batched=True, remove_columns=columns, features=_features("input_ids"), **options)
+    tokens = documents.map(ids, batched=True, remove_columns=columns, features=features("input_ids"), **options)
     if not stream and len(tokens) == 0:
         raise UspBatchError(
             f"{len(documents)} documents without text in {column!r}",
@@ -87,8 +67,8 @@ def pack(
     if _is_stream(documents):
         options: Any = {"length": length, "overlong": overlong, "pad_token_id": pad_token_id}
         return documents.map(
-            partial(_pack_batch, **options), batched=True, batch_size=documents_at_once,
-            remove_columns=_columns(documents), features=_features("input_ids", "labels", "position_ids"),
+            partial(pack_batch, **options), batched=True, batch_size=documents_at_once,
+            remove_columns=_columns(documents), features=features("input_ids", "labels", "position_ids"),
         ).with_format("torch")  # fmt: skip
     return _pack_all(documents, length, overlong, pad_token_id, num_proc=num_proc, cached=True)
 
@@ -108,7 +88,7 @@ def _pack_all(
     logger.info("%s", fill)
     columns = [name for name in ("input_ids", "labels") if name in documents.column_names]
     documents = documents.select_columns(columns).with_format("numpy")
-    rows = _write(documents, plan, length, pad_token_id, num_proc, cached)
+    rows = write_rows(documents, plan, length, pad_token_id, num_proc, cached)
     rows.info.description = str(fill)
     return rows
 
@@ -133,46 +113,11 @@ def whole(documents: Any, *, num_proc: int | None = None) -> Any:
         return {"labels": [IGNORED, *row[source][1:]]}
 
     rows = documents.select_columns(columns).select(kept).map(
-        targets, features=_features("input_ids", "labels"), num_proc=num_proc, desc="labels"
+        targets, features=features("input_ids", "labels"), num_proc=num_proc, desc="labels"
     ).with_format("torch")  # fmt: skip
     tokens = sum(lengths[index] for index in kept)
     rows.info.description = f"{len(kept):,} whole documents of {tokens:,} tokens, the longest {max(lengths):,}"
     return rows
-
-
-class Collator:
-    """Batches of rows. Whole documents are filled up on the right; packed rows get no attention mask.
-
-    pad_token_id: id that fills up shorter rows. cu_seq_lens: also describe packed documents as flash attention's
-    flattening collator does (`cu_seq_lens_q/k`, `max_length_q/k`), for models that do not heed restarting
-    `position_ids` (recurrent layers of Transformers in one process).
-    """
-
-    def __init__(self, pad_token_id: int, cu_seq_lens: bool = False) -> None:
-        self.pad_token_id, self.cu_seq_lens = pad_token_id, cu_seq_lens
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One batch [rows, tokens of the longest] of every column."""
-        columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
-        packed = "position_ids" in columns
-        if not packed:
-            columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORED, "position_ids": 0, "attention_mask": 0}
-        pad = torch.nn.utils.rnn.pad_sequence
-        batch: dict[str, Any] = {
-            name: pad(column, batch_first=True, padding_value=fill[name]) for name, column in columns.items()
-        }
-        if packed and self.cu_seq_lens:
-            batch |= _edges(batch["position_ids"])
-        return batch
-
-
-def _edges(position_ids_BS: Tensor) -> dict[str, Any]:
-    """Where documents begin in the flattened batch, as variable-length attention wants it."""
-    starts = (position_ids_BS.flatten() == 0).nonzero().flatten()
-    edges = torch.cat((starts, starts.new_tensor([position_ids_BS.numel()]))).to(torch.int32)
-    longest = int(edges.diff().max())
-    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
 
 
 def build_once(folder: str | os.PathLike[str], build: Callable[[], Any]) -> Any:
@@ -229,11 +174,6 @@ def load_rows(
     return build_once(root / f"rows-{key}-{length}-{overlong}", rows)
 
 
-def pad_id(tokenizer: Any) -> int:
-    """The token that fills up rows: nobody attends to it, and it is no target."""
-    return tokenizer.eos_token_id or 0
-
-
 def _is_stream(documents: Any) -> bool:
     from datasets import IterableDataset
 
@@ -245,77 +185,9 @@ def _columns(documents: Any) -> list[str]:
     return documents.column_names or list(next(iter(documents)))
 
 
-def _features(*names: str) -> Any:
-    from datasets import Features, Sequence, Value
-
-    return Features({name: Sequence(Value("int32")) for name in names})
-
-
 def _lengths(documents: Any) -> list[int]:
     """Tokens of every document, without reading them into Python."""
     import pyarrow.compute as pc
 
     batches = documents.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=AT_ONCE)
     return [n for batch in batches for n in pc.list_value_length(batch["input_ids"]).to_pylist()]
-
-
-def _write(
-    documents: Any, plan: list[packing.Row], length: int, pad_token_id: int, num_proc: int | None, cached: bool
-) -> Any:
-    """The rows of a plan, put together and written a few at a time."""
-    from datasets import Dataset
-    from datasets.fingerprint import Hasher, is_caching_enabled
-
-    parts = ("document", "start", "stop")
-    table = Dataset.from_dict({part: [[getattr(piece, part) for piece in row] for row in plan] for part in parts})
-    fingerprint = Hasher.hash((documents._fingerprint, table._fingerprint, length, pad_token_id))
-    cache = None
-    if cached and documents.cache_files and is_caching_enabled():
-        cache = str(Path(documents.cache_files[0]["filename"]).with_name(f"cache-{fingerprint}.arrow"))
-    at_once = max(1, AT_ONCE // length)
-    return table.map(
-        partial(_gather, documents, length, pad_token_id), batched=True, batch_size=at_once, writer_batch_size=at_once,
-        remove_columns=table.column_names, features=_features("input_ids", "labels", "position_ids"),
-        new_fingerprint=fingerprint, cache_file_name=cache, num_proc=num_proc,
-        desc=f"packing rows of {length:,} tokens",
-    ).with_format("torch")  # fmt: skip
-
-
-def _gather(documents: Any, length: int, pad_token_id: int, plan: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Rows of a stretch of the plan."""
-    rows = []
-    for pieces in zip(plan["document"], plan["start"], plan["stop"], strict=True):
-        found = documents[pieces[0]]
-        parts = [
-            {name: column[at][start:stop] for name, column in found.items()}
-            for at, (_, start, stop) in enumerate(zip(*pieces, strict=True))
-        ]
-        rows.append(_row(parts, length, pad_token_id))
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _pack_batch(batch: Mapping[str, Any], length: int, overlong: str, pad_token_id: int) -> dict[str, list[Any]]:
-    """Rows of some documents of a stream."""
-    names = [name for name in ("input_ids", "labels") if name in batch]
-    rows = [
-        _row([{n: batch[n][p.document][p.start : p.stop] for n in names} for p in pieces], length, pad_token_id)
-        for pieces in packing.pack([len(ids) for ids in batch["input_ids"]], length, overlong)
-    ]
-    return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "position_ids")}
-
-
-def _row(pieces: Sequence[Mapping[str, Any]], length: int, pad_token_id: int) -> dict[str, Any]:
-    """Pieces of documents one after the other, filled up to `length`."""
-    ids = [np.asarray(piece["input_ids"], dtype=np.int32) for piece in pieces]
-    labels = [np.array(piece.get("labels", piece["input_ids"]), dtype=np.int32) for piece in pieces]
-    for targets in labels:
-        targets[0] = IGNORED
-    positions = [np.arange(len(piece), dtype=np.int32) for piece in ids]
-    missing = length - sum(map(len, ids))
-    if missing > 0:
-        ids.append(np.full(missing, pad_token_id, dtype=np.int32))
-        labels.append(np.full(missing, IGNORED, dtype=np.int32))
-        positions.append(np.arange(missing, dtype=np.int32) % PADDING_DOCUMENT)
-    return {
-        "input_ids": np.concatenate(ids), "labels": np.concatenate(labels), "position_ids": np.concatenate(positions)
-    }  # fmt: skip
