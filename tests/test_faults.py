@@ -23,12 +23,14 @@ FAILING, MEMORY = 2, "CUDA out of memory. Tried to allocate 20 GiB (simulated)"
 def fails_at(model: Any, where: str) -> None:
     """Make the second layer raise on one rank, from the third call on: after the self-check, in the middle of a run."""
     layer, calls = model.model.layers[1], [0]
-    kind = hf_usp.UspKernelError if where == "refusal" else torch.OutOfMemoryError
+    problem: Exception = torch.OutOfMemoryError(MEMORY)
+    if where == "refusal":
+        problem = hf_usp.UspKernelError(MEMORY, rule="tiles fit into memory", remedy="take shorter rows")
 
     def fail(*args: Any) -> None:
         calls[0] += where == "backward" or torch.is_grad_enabled()
         if calls[0] >= 3 and dist.get_rank() == FAILING:
-            raise kind(MEMORY)
+            raise problem
 
     if where == "backward":
         layer.mlp.register_full_backward_hook(fail)

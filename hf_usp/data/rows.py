@@ -102,7 +102,7 @@ def whole(documents: Any, *, num_proc: int | None = None) -> Any:
     kept = [index for index, tokens in enumerate(lengths) if tokens > 1]
     if not kept:
         raise UspBatchError(
-            f"{len(lengths)} documents without two tokens",
+            f"no document has two tokens, of {len(lengths)}",
             rule="a token is predicted from those before it",
             remedy="train on longer texts, or pack the documents into rows (a sequence length)",
         )

@@ -261,7 +261,7 @@ def test_data_parallel_shards_weights_and_adds_tokens() -> None:
     ("shape", "degrees", "job", "named"),
     [
         (LLAMA3_8B, Degrees(), Job(0), "tokens=0"),
-        (LLAMA3_8B, Degrees(ulysses=-1), Job(8), "ulysses = -1"),
+        (LLAMA3_8B, Degrees(ulysses=-1), Job(8), "ulysses=-1"),
         (replace(LLAMA3_8B, layers=0), Degrees(), Job(8), "layers=0"),
         (replace(LLAMA3_8B, sliding_layers=4), Degrees(), Job(8), "4 sliding layers of 32, window None"),
         (LLAMA3_8B, Degrees(64, 2), Job(4096), "128 ranks on ideal, which has links for 64"),
