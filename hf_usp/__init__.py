@@ -4,7 +4,7 @@ Importing it registers `attn_implementation="usp"` with Transformers and does no
 """
 
 from .attention import usp_attention
-from .batch import Layout, unshard
+from .batch import Layout
 from .errors import UspBatchError, UspConfigError, UspError, UspKernelError, UspMaskError, UspModelError, UspRankError
 from .mesh import UspMesh
 from .models.modeling import register
@@ -12,6 +12,7 @@ from .models.recurrent import shard_recurrent_layers
 from .parallelism import UspParallelismConfig
 from .recompute import keep_attention
 from .shard import shard
+from .unshard import unshard
 from .versions import check_versions
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Cutting a full batch into this rank's share, and putting shares together again.
+"""Cutting a full batch into this rank's share (`unshard` puts shares together again).
 
 Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
 
@@ -17,14 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .comm import all_gather, all_to_all
 from .errors import UspBatchError
 from .integers.dealing import deal_row
 from .integers.layout import UNLIMITED, Documents, IntArray, Mask, over_batch
 from .integers.plan import RingPlan, make_plan
-from .kernels import accumulation_dtype
 from .mesh import UspMesh
-from .once import differentiated_once
 from .passing import passed_on
 from .work import Work, prepare
 
@@ -264,55 +261,3 @@ def cut(full: Tensor, layout: Layout, fill: float | None = None, dim: int = 1) -
         # Positions ascend, so ours are the last.
         share.narrow(dim, share.shape[dim] - beyond, beyond).fill_(fill)
     return share
-
-
-def unshard(tensor: Tensor, layout: Layout, dim: int = 1) -> Tensor:
-    """The full tensor, in the original order and without our padding, from every rank's share along `dim`.
-
-    The inverse of the cut that `hf_usp.shard` makes. Differentiable: every rank's gradient of its full tensor counts,
-    so with the same loss on all ranks gradients are right after the data-parallel average over ranks.
-    """
-    if layout.mesh.size == 1:
-        return tensor
-    if tensor.shape[dim] != layout.local_length:
-        raise UspBatchError(
-            f"unshard of a tensor of shape {tuple(tensor.shape)} along dim {dim}",
-            rule=f"dim {dim} is this rank's share of the sequence, {layout.local_length} tokens",
-            remedy="pass dim=..., the dim of the sequence",
-        )
-    return _Unshard.apply(tensor, layout, dim)
-
-
-class _Unshard(torch.autograd.Function):
-    """All-gather along the sequence; its adjoint sums what every rank's gradient says of this rank's share."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, layout: Layout, dim: int) -> Tensor:
-        ctx.layout, ctx.dim = layout, dim
-        mesh = layout.mesh
-        assert mesh.group is not None
-        shares = torch.cat(list(all_gather(tensor, mesh.group)), dim=dim)
-        return shares.index_select(dim, _where_from(layout, tensor.device))
-
-    @staticmethod
-    @differentiated_once
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layout, dim = ctx.layout, ctx.dim
-        mesh = layout.mesh
-        shape = list(grads[0].shape)
-        shape[dim] = layout.padded
-        dealt = grads[0].new_zeros(shape).index_copy_(dim, _where_from(layout, grads[0].device), grads[0])
-        blocks = torch.stack(dealt.chunk(mesh.size, dim))
-        sizes = [blocks[0].numel()] * mesh.size
-        received = all_to_all(blocks.view(-1), sizes, sizes, mesh.group).view_as(blocks)
-        return received.sum(0, dtype=accumulation_dtype(received.dtype)).to(received.dtype), None, None
-
-
-def _where_from(layout: Layout, device: torch.device) -> Tensor:
-    """For each position of a row its place in the concatenation of all ranks' shares [S]."""
-
-    def make() -> Tensor:
-        held = layout.held()[:, : layout.local_length]  # of the first row
-        return torch.from_numpy(np.argsort(held.reshape(-1))[: layout.length].copy()).to(device)
-
-    return layout.once(("where_from", device), make)

@@ -139,7 +139,7 @@ def load(folder: str, gate: Any, built: Any) -> list[list[int]]:
             built.value += 1
         return stock(*args, **kwargs)
 
-    data.tokenize = counted
+    data.rows.tokenize = counted
     texts = Dataset.from_dict({"text": ["abcde", "fgh", "ij"] * 40})
     gate.wait()
     return [row["input_ids"].tolist() for row in data.load_rows(texts, Letters(), 16, cache_dir=folder)]

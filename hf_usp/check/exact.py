@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..attention import usp_attention
-from ..batch import cut, unshard
+from ..batch import cut
 from ..comm import all_reduce_sum
 from ..mesh import UspMesh
 from ..models.bodies import mask_kinds
@@ -25,6 +25,7 @@ from ..models.modeling import NAME
 from ..models.prepare import attach
 from ..planning.request import read_config
 from ..shard import ShardOptions, shard
+from ..unshard import unshard
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DOCUMENTS = (5, 1, 3)

@@ -45,8 +45,7 @@ class Documents:
             raise UspBatchError(
                 f"documents with bounds {self.bounds}, visible keys from {self.first} to {self.last}",
                 rule="bounds begin at 0 and never fall, and the visible keys of a document lie inside it",
-                remedy="build them from the edges of the documents, [0, length of the first, ..., tokens in all], with "
-                "Documents.from_bounds",
+                remedy="call Documents.from_bounds with [0, end of the first document, ..., number of tokens]",
             )
 
     @classmethod
@@ -66,9 +65,7 @@ class Documents:
         """
         if size < 1:
             raise UspMaskError(
-                f"chunks of {size} tokens",
-                rule="a chunk holds at least one token",
-                remedy="set the config's attention_chunk_size to 1 or more",
+                f"chunks of {size} tokens", rule="a chunk holds a token", remedy="set attention_chunk_size to 1 or more"
             )
         starts, stops = self.bounds[:-1], self.bounds[1:]
         origin = np.maximum(self.first, starts)

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..batch import CAUSAL, Layout, MaskKind, cut, unshard
+from ..batch import CAUSAL, Layout, MaskKind, cut
 from ..errors import UspBatchError, UspModelError
 from ..integers.layout import UNLIMITED
 from ..mesh import UspMesh
@@ -39,6 +39,7 @@ from ..shard import (
     shifted_labels,
     tokens_of,
 )
+from ..unshard import unshard
 from .modeling import ShardedMask
 
 # Outputs with one entry per token, [B, L, ...] (or tuples of such).

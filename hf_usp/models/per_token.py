@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..batch import Layout, unshard
+from ..batch import Layout
 from ..errors import UspModelError
+from ..unshard import unshard
 from .router import wants_router_logits
 
 FUSED = "fused_lm_head"

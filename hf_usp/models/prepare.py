@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..batch import cut
 from ..errors import UspError, UspModelError
@@ -28,20 +27,20 @@ from ..shard import ShardOptions, tokens_of
 from .bodies import (
     PER_TOKEN_OUTPUTS,
     CutBody,
-    check_surroundings,
     find_body,
     gather_outputs,
     layout_of,
     pool_again,
     share_for,
 )
-from .modeling import NAME, no_attention_weights
+from .modeling import NAME
 from .per_token import FUSED, check_trainer, whole_fields
 from .positions import own_positions, visible_positions
-from .recurrent import RecurrentLayers, has_recurrent_layers
+from .recurrent import RecurrentLayers
+from .refusals import check_call, check_model
 from .router import RouterLoss, wants_router_logits
 from .selfcheck import self_check
-from .tensor_parallel import PartialGradients, check_tensor_parallel
+from .tensor_parallel import PartialGradients
 from .training_check import refuse_scaled_noise, training_check
 
 
@@ -124,7 +123,7 @@ class ShardedForward:
 
     def _check(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         """Refuse what this model cannot do with this batch."""
-        _check_call(model, batch)
+        check_call(model, batch)
         check_trainer(model, batch)
         refuse_scaled_noise(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
@@ -204,37 +203,6 @@ def _is_generation(batch: Mapping[str, Any]) -> bool:
     return batch.get("labels") is None and (batch.get("past_key_values") is not None or wants_some)
 
 
-def _check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    """Refuse what this model cannot do with this batch."""
-    config = model.config
-    if batch.get("past_key_values") is not None or batch.get("logits_to_keep"):
-        raise UspModelError(
-            "past_key_values or logits_to_keep together with labels",
-            rule="a sharded forward sees whole sequences and computes the loss over all of them",
-            remedy="train without a cache (prefix tuning keeps its prefix there) and without logits_to_keep",
-        )
-    if batch.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise no_attention_weights()
-    if batch.get("return_dict") is False:
-        raise UspModelError("return_dict=False", rule="a sharded forward returns a ModelOutput", remedy="leave it out")
-    has_labels = batch.get("labels") is not None or batch.get("shift_labels") is not None
-    if not has_labels and batch.get("num_items_in_batch") is not None:
-        raise UspModelError(
-            "num_items_in_batch without labels: a loss outside the model (label smoothing, compute_loss_func)",
-            rule="the model computes the loss of its share; a loss of whole logits would count once for every rank",
-            remedy="set label_smoothing_factor=0 and no compute_loss_func; or, in your own loop, average a loss of "
-            "gathered logits over ranks (gather_outputs=True)",
-        )
-    if not has_labels:
-        return
-    if model.loss_function is not ForCausalLMLoss and not find_body(model).whole_head:
-        raise UspModelError(
-            f"{type(model).__name__} with labels and the loss {getattr(model.loss_function, '__name__', 'custom')}",
-            rule="a loss is a sum over tokens that takes shift_labels and num_items_in_batch (ForCausalLMLoss)",
-            remedy="use the model's ForCausalLM class with its own loss function",
-        )
-
-
 def attach(
     module: nn.Module, mesh: UspMesh, options: ShardOptions, gather_outputs: bool = False, check: bool = True
 ) -> ShardedForward:
@@ -269,46 +237,3 @@ def sharded_forward(module: nn.Module) -> ShardedForward | None:
             if isinstance(owner, ShardedForward):
                 return owner
     return None
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """Refuse at `prepare` what can be seen without running the model."""
-    name, config = type(model).__name__, model.config
-    implementation = getattr(config.get_text_config(), "_attn_implementation", None)
-    if implementation != NAME:
-        raise UspModelError(
-            f"{name} with attn_implementation={implementation!r} under UspParallelismConfig",
-            rule=f"a model whose sequences are sharded attends with attn_implementation={NAME!r}",
-            remedy=f"from_pretrained(..., attn_implementation={NAME!r})",
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UspModelError(
-            f"{name} is an encoder-decoder model", rule="one sequence of tokens attends to itself",
-            remedy="use a decoder-only model",
-        )  # fmt: skip
-    check_tensor_parallel(model)
-    # A model whose layers all are recurrent has no attention to speak of, and no positions.
-    recurrent = has_recurrent_layers(model)
-    supported = any(getattr(type(model), f"_supports_{way}", False) for way in ("attention_backend", "sdpa"))
-    if not supported and not recurrent:
-        raise UspModelError(
-            f"{name} has attention code of its own",
-            rule="the model's attention goes through Transformers' attention interface",
-            remedy="use an architecture that does (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
-        )
-    body = find_body(model).module
-    if body is not model:
-        check_surroundings(model, body)
-    forward = inspect.signature(type(body).forward).parameters.values()
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward):
-        raise UspModelError(
-            f"{type(body).__name__}.forward takes no further keywords",
-            rule="the layout, shifted labels and num_items_in_batch reach layers and loss through **kwargs",
-            remedy="use an architecture whose forward takes **kwargs",
-        )
-    if "position_ids" not in inspect.signature(type(body.base_model).forward).parameters and not recurrent:
-        raise UspModelError(
-            f"{type(body.base_model).__name__} takes no position_ids",
-            rule="each rank passes the positions of its tokens; a model that counts them itself starts at 0 everywhere",
-            remedy="use an architecture whose forward takes position_ids",
-        )

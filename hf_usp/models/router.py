@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch import Layout, unshard
+from ..batch import Layout
 from ..comm import agree, all_reduce_sum
 from ..errors import UspModelError
 from ..loss import whole_loss
 from ..mesh import UspMesh
+from ..unshard import unshard
 from .bodies import layout_of
 from .comparison import TOLERANCE
 from .selfcheck import unnoticed
