@@ -5,6 +5,8 @@ The cases are data, and the device is an argument: those that can run on CPU are
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 
 import hf_usp
 
+from ..cpu_accelerator import cpu_as_accelerator, cpu_deepspeed
 from ..tiny import HYBRID, rows, tiny_model
 
 MESHES = {"ring": 1, "ulysses": 2}  # ulysses degrees of two processes
@@ -24,12 +27,14 @@ class Case:
 
     limit: how far the weights may be from those of one process with the same arguments, over how far they moved; None
     where one process is not exact either: then twice its distance from one process in fp32. on_cpu: can be rehearsed.
+    sharded: further arguments of the Trainer on the mesh, for FSDP2 or DeepSpeed.
     """
 
     model: tuple[str, dict[str, Any]] = ("qwen2", {})
     arguments: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    sharded: dict[str, Any] = field(default_factory=dict)
     bits: int = 0
     limit: float | None = 1e-4
     on_cpu: bool = True
@@ -40,6 +45,24 @@ class Case:
 
 
 CHECKPOINTS = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+# Adam whose step is nearly the gradient's, so that rounding of small gradients does not turn it round.
+ADAM = {"optim": "adamw_torch", "adam_epsilon": 1.0}
+IN_HOST_MEMORY = {"device": "cpu", "pin_memory": False}
+
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
+    """DeepSpeed, with its own Adam: fused on the GPU, or for what is kept in host memory."""
+    auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    adam = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
+    stages = {"stage": stage, "stage3_param_persistence_threshold": 0, **settings}
+    precision = {"fp16": {"enabled": "auto"}}
+    return {"deepspeed": {**dict.fromkeys(auto, "auto"), "optimizer": adam, "zero_optimization": stages, **precision}}
+
+
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {"fsdp_version": 2, "cpu_offload": True, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]},
+}
 CASES: dict[str, Case] = {
     "fp32": Case(on_cpu=False),  # the rest of the tests are this on CPU
     "bf16": Case(arguments={"bf16": True}, limit=None),
@@ -50,6 +73,21 @@ CASES: dict[str, Case] = {
     ),
     "8 bits": Case(("llama", {}), CHECKPOINTS, needs=("bitsandbytes", "peft"), bits=8, limit=2e-2),
     "4 bits": Case(("llama", {}), CHECKPOINTS, needs=("bitsandbytes", "peft"), bits=4),
+    "FSDP2, weights in host memory": Case(sharded=FSDP2),
+    "DeepSpeed's fused Adam": Case(arguments=ADAM, sharded=zero(1), needs=("deepspeed",), on_cpu=False),
+    "ZeRO-2, fp16, optimizer in host memory": Case(
+        arguments={**ADAM, "fp16": True},
+        sharded=zero(2, offload_optimizer=IN_HOST_MEMORY),
+        needs=("deepspeed",),
+        limit=2e-2,
+        on_cpu=False,
+    ),
+    "ZeRO-3, all in host memory": Case(
+        arguments=ADAM,
+        sharded=zero(3, offload_optimizer=IN_HOST_MEMORY, offload_param=IN_HOST_MEMORY),
+        needs=("deepspeed",),
+        on_cpu=False,
+    ),
     "flash-linear-attention": Case(
         ("qwen3_5_text", HYBRID), {"bf16": True}, needs=("fla", "causal_conv1d"), limit=None, on_cpu=False
     ),
@@ -60,6 +98,10 @@ def model_of(case: Case, device: str, attention: str, folder: str) -> Any:
     """The model, the same everywhere; with an adapter on quantized weights where the case has bits."""
     family, changes = case.model
     model = tiny_model(family, attention, hidden_size=64, intermediate_size=128, **changes)
+    if case.sharded:  # DeepSpeed makes weights on the GPU, whose random numbers are others: all load what one saved
+        if not torch.distributed.is_initialized():
+            model.save_pretrained(folder)
+        return type(model).from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
     if not case.bits:
         return model
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -86,31 +128,62 @@ def train(folder: str, device: str, name: str, ulysses: int | None, exact: bool 
 
     Returns how far each trained weight moved, the losses, and the loss scale if there is one.
     """
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     case = CASES[name]
-    config = None
-    if ulysses is not None:
-        config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=ulysses, **case.config)
-    model = model_of(case, device, "eager" if config is None else "usp", f"{folder}/base")
-    before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
-    args = TrainingArguments(
-        output_dir=folder, report_to=[], use_cpu=device == "cpu", disable_tqdm=True, dataloader_pin_memory=False,
-        parallelism_config=config, per_device_train_batch_size=2, max_steps=3, save_strategy="no", logging_steps=1,
-        learning_rate=0.05, optim="sgd", gradient_accumulation_steps=2, ddp_find_unused_parameters=False,
-        **({} if exact else case.arguments),
-    )  # fmt: skip
-    trainer = Trainer(model=model, args=args, train_dataset=rows(12, 39))
-    trainer.train()
-    scaler = trainer.accelerator.scaler
-    return {
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "moved": {n: p.detach().cpu() - before[n] for n, p in model.named_parameters() if p.requires_grad},
-        "scale": None if scaler is None else scaler.get_scale(),
-    }
+    sharded = case.sharded if ulysses is not None else {}
+    with _accelerator(device, sharded):
+        from accelerate.state import AcceleratorState, GradientState
+        from transformers import Trainer, TrainingArguments
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        config = None
+        if ulysses is not None:
+            config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=ulysses, **case.config)
+        options = {"optim": "sgd"} | ({} if exact else case.arguments) | deepcopy(sharded)
+        if device == "cpu" and "fsdp_config" in options:
+            options["fsdp_config"]["cpu_offload"] = False  # it pins memory; `test_fsdp2.py` goes without
+        args = TrainingArguments(
+            output_dir=folder, report_to=[], use_cpu=device == "cpu" and not sharded, disable_tqdm=True,
+            dataloader_pin_memory=False, parallelism_config=config, per_device_train_batch_size=2, max_steps=3,
+            save_strategy="no", logging_steps=1, learning_rate=0.05, gradient_accumulation_steps=2,
+            ddp_find_unused_parameters=False, **options,
+        )  # fmt: skip
+        # After the arguments: from_pretrained then partitions for ZeRO-3.
+        model = model_of(case, device, "eager" if config is None else "usp", f"{folder}/base")
+        before = trained(model)
+        trainer = Trainer(model=model, args=args, train_dataset=rows(12, 39))
+        trainer.train()
+        scaler = trainer.accelerator.scaler
+        return {
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "moved": {n: p - before[n] for n, p in trained(model).items()},
+            "scale": None if scaler is None else scaler.get_scale(),
+        }
+
+
+def _accelerator(device: str, sharded: dict[str, Any]) -> AbstractContextManager[None]:
+    """Accelerate shards on an accelerator alone; a rehearsal says that the CPU is one."""
+    if device != "cpu" or not sharded:
+        return nullcontext()
+    return cpu_deepspeed() if "deepspeed" in sharded else cpu_as_accelerator()
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    """Whole copies of the weights that are trained, in CPU memory."""
+    return {n: _whole(p).float().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _whole(weight: Any) -> torch.Tensor:
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+    if not hasattr(weight, "to_local"):
+        return weight.detach()
+    rows = [torch.empty(0)] * torch.distributed.get_world_size()  # FSDP2 deals them out
+    torch.distributed.all_gather_object(rows, weight.detach().to_local().cpu())
+    return torch.cat(rows)
 
 
 def distance(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -131,6 +204,6 @@ def compare(mine: dict[str, Any], one: dict[str, Any], exact: dict[str, Any], ca
     )
     found = distance(mine["moved"], reference["moved"])
     assert found <= limit, f"{found} of {limit}"
-    assert mine["scale"] == one["scale"]
+    assert case.sharded or mine["scale"] == one["scale"]  # DeepSpeed has a scale of its own
     assert len(mine["losses"]) == 3
     return found
