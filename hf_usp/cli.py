@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from .errors import UspConfigError, UspError
+from .options import check_writable
 
 BAD_INPUT = 2
 
@@ -165,18 +166,6 @@ def _plan(options: argparse.Namespace) -> None:
         from .planning.chart import draw_memory
 
         draw_memory(what, found[0], picture)
-
-
-def check_writable(path: str) -> None:
-    """Refuse a result file that cannot be written, before anything is computed."""
-    try:
-        with open(path, "a", encoding="utf-8"):
-            pass
-    except OSError as problem:
-        raise UspConfigError(
-            f"a result file {path!r}: {problem.strerror}", rule="the file can be written",
-            remedy="create its folder, or name another",
-        ) from problem  # fmt: skip
 
 
 def _check(options: argparse.Namespace) -> int:

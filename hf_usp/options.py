@@ -1,4 +1,4 @@
-"""The options of a `UspParallelismConfig` that can be checked by themselves."""
+"""What a user sets that can be checked by itself: options of a `UspParallelismConfig`, files for results."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ def check_switches(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
             raise UspConfigError(f"{name}={value!r}", rule="it is True or False", remedy=f"pass {name} as a bool")
+
+
+def check_writable(path: str) -> None:
+    """Refuse a result file that cannot be written, before anything is computed."""
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as problem:
+        raise UspConfigError(
+            f"a result file {path!r}: {problem.strerror}",
+            rule="the file can be written",
+            remedy="create its folder, or name another file",
+        ) from problem
 
 
 def check_options(

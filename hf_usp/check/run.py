@@ -21,6 +21,7 @@ from ..errors import UspConfigError, UspError
 from ..integers.degrees import check_degrees, choose_ulysses_degree
 from ..integers.whole import check_whole
 from ..mesh import UspMesh
+from ..options import check_writable
 from ..precision import DTYPES, check_dtype
 from .exact import core_error, model_error, small_config
 from .facts import facts
@@ -106,18 +107,7 @@ def _check_options(options: CheckOptions, world: int) -> None:
     if options.ulysses is not None:
         check_degrees(size, options.ulysses)
     if options.output is not None and int(os.environ.get("RANK", "0")) == 0:
-        _check_writable(options.output)
-
-
-def _check_writable(path: str) -> None:
-    try:
-        with open(path, "a", encoding="utf-8"):
-            pass
-    except OSError as problem:
-        raise UspConfigError(
-            f"a result file {path!r}: {problem.strerror}", rule="the file can be written",
-            remedy="create its folder, or name another with --output",
-        ) from problem  # fmt: skip
+        check_writable(options.output)
 
 
 def _heads(options: CheckOptions, config: Any) -> tuple[int, int, int]:
