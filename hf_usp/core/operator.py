@@ -74,7 +74,7 @@ def _attend(
 
 @_attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, sinks: Any, ticket: Any, kind: Any, scale: Any, softcap: Any, place: Any) -> Any:
-    degree, rank = place
+    degree, rank = (int(number) for number in place)  # symbols, where models on several meshes are compiled
     mine = split_heads(q.shape[2], k.shape[2], degree)[rank]
     tokens, width, value_width = q.shape[0] * q.shape[1] * degree, q.shape[3], v.shape[3]
     lse_hT = q.new_empty(mine.num_query, tokens, dtype=accumulation_dtype(q.dtype))
