@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from .costs.machines import check_machine
@@ -41,6 +42,19 @@ def check_writable(path: str) -> None:
             f"a result file {path!r}: {problem.strerror}",
             rule="the file can be written",
             remedy="create its folder, or name another file",
+        ) from problem
+
+
+@contextmanager
+def writing(what: str, path: str, option: str) -> Iterator[None]:
+    """Make an `OSError` of the block, which saves `what` in a file that `option` names, a `UspConfigError`."""
+    try:
+        yield
+    except OSError as problem:
+        raise UspConfigError(
+            f"{what} to be saved as {path!r}: {problem}",
+            rule="the file can be written",
+            remedy=f"make room on the disk and the file writable, or name another with {option}",
         ) from problem
 
 

@@ -16,7 +16,6 @@ A run that was cut off: the same flags with --resume_from_checkpoint last, on an
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from dataclasses import dataclass, field, replace
@@ -38,6 +37,7 @@ from transformers import (
 
 from hf_usp import checkpoint, data
 from hf_usp.errors import UspConfigError
+from hf_usp.models.bodies import takes_any_keyword
 from hf_usp.report import UspReport
 from hf_usp.resume import SameRun
 
@@ -168,12 +168,6 @@ def load_rows(documents: Any, tokenizer: texts.Tokenizer, args: TextArguments, c
     return rows
 
 
-def takes_any_keyword(model: PreTrainedModel) -> bool:
-    """Whether batches may hold `cu_seq_lens`: many models do not tell documents apart by `position_ids` alone."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-
-
 def checkpoint_to_continue(args: TrainingArguments) -> str | None:
     """`--resume_from_checkpoint last`: the newest complete one in the output folder, if any. A path must be one."""
     if args.resume_from_checkpoint is None or args.output_dir is None:
@@ -217,12 +211,14 @@ def main() -> None:
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     logger.info("%d processes: %s", args.world_size, cp.describe(config.num_attention_heads, kv_heads))
     model = load_model(model_args, config, cp.distributed_config())
+    # Many models do not tell packed documents apart by position_ids alone.
+    collator = data.Collator(data.pad_id(tokenizer), cu_seq_lens=takes_any_keyword(model.forward))
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
-        data_collator=data.Collator(data.pad_id(tokenizer), cu_seq_lens=takes_any_keyword(model)),
+        data_collator=collator,
         processing_class=None if isinstance(tokenizer, texts.ByteTokenizer) else tokenizer,
     )
     report.attach(trainer)

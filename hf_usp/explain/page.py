@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UspConfigError
+from ..options import writing
 from .numbers import Explanation
 from .text import describe_mask, readable, report, title
 
@@ -43,14 +43,8 @@ pre { background: var(--pale); padding: 1rem; white-space: pre-wrap; font-size: 
 
 def write_page(it: Explanation, path: str) -> None:
     """Save the page. Raises `UspConfigError` when the file cannot be written."""
-    try:
+    with writing("a page", path, "--output"):
         Path(path).write_text(page(it), encoding="utf-8")
-    except OSError as error:
-        raise UspConfigError(
-            f"a page to be saved as {path!r}: {error}",
-            rule="the file can be written",
-            remedy="make room on the disk and the file writable, or name another with --output",
-        ) from error
 
 
 def page(it: Explanation) -> str:

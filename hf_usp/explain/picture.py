@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import UspConfigError
 from ..integers.layout import IntArray
+from ..options import writing
 from .numbers import Explanation
 from .text import describe_mask, readable, title
 
@@ -56,14 +57,8 @@ def draw(it: Explanation, path: str) -> None:
     _draw_work(work_axes, it, colours)
     _draw_bytes(bytes_axes, it)
     figure.suptitle(f"{title(it.case)}\n{describe_mask(it)}; {it.layout.order} order", fontsize=12)
-    try:
+    with writing("a picture", path, "--output"):
         figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise UspConfigError(
-            f"a picture to be saved as {path!r}: {error}",
-            rule="the file can be written",
-            remedy="make room on the disk and the file writable, or name another with --output",
-        ) from error
 
 
 def _colours(count: int) -> IntArray:

@@ -76,11 +76,16 @@ def find_body(model: PreTrainedModel) -> Body:
     return Body(base if is_head and isinstance(base, PreTrainedModel) else model, token_loss, is_head)
 
 
+def takes_any_keyword(forward: Callable[..., Any]) -> bool:
+    """Whether a forward ends in **kwargs."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+
+
 def check_surroundings(model: PreTrainedModel, body: PreTrainedModel) -> None:
     """Refuse a model around a body that could not send it the layout."""
-    parameters = inspect.signature(type(model).forward).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    if takes_any_keyword(type(model).forward):
         return
+    parameters = inspect.signature(type(model).forward).parameters
     for name in ("attention_mask", "position_ids"):
         if name not in parameters:
             raise UspModelError(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..errors import UspModelError
-from .bodies import check_surroundings, find_body
+from .bodies import check_surroundings, find_body, takes_any_keyword
 from .modeling import NAME, no_attention_weights
 from .recurrent import has_recurrent_layers
 from .tensor_parallel import check_tensor_parallel
@@ -44,8 +44,7 @@ def check_model(model: PreTrainedModel) -> None:
     body = find_body(model).module
     if body is not model:
         check_surroundings(model, body)
-    forward = inspect.signature(type(body).forward).parameters.values()
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward):
+    if not takes_any_keyword(type(body).forward):
         raise UspModelError(
             f"{type(body).__name__}.forward takes no further keywords",
             rule="the layout, shifted labels and num_items_in_batch reach layers and loss through **kwargs",

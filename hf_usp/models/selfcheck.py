@@ -29,7 +29,7 @@ from ..mesh import UspMesh
 from ..precision import no_autocast
 from ..rope import length_dependent_ropes
 from ..shard import IGNORED, ShardOptions
-from .bodies import find_body
+from .bodies import find_body, takes_any_keyword
 from .comparison import compare
 from .positions import may_count_visible, temperature_tuned, visible_positions
 from .recurrent import has_recurrent_layers
@@ -52,7 +52,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     first = length // 2 + 1
     packed = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
     kinds = []
-    exact, autocast = without_autocast(options, device)
+    exact = without_autocast(options, device)
 
     def differs(batch: dict[str, Any], options: ShardOptions = exact, pass_states: bool = False) -> bool:
         """Whether a batch differs on any rank of the mesh."""
@@ -63,7 +63,7 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
         try:
             found = compare(model, batch, mesh, exact)
             if exact is not options:
-                with autocast:  # on every rank: it communicates
+                with torch.autocast(device.type):  # again, in its dtype; on every rank: it communicates
                     coarse = compare(model, batch, mesh, options)
                 found = found or coarse
         except UspError:
@@ -85,14 +85,13 @@ def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, dev
     return frozenset(kinds)
 
 
-def without_autocast(options: ShardOptions, device: torch.device) -> tuple[ShardOptions, torch.autocast]:
-    """Options for a comparison in the dtype of the weights, and the autocast in which the run itself computes.
+def without_autocast(options: ShardOptions, device: torch.device) -> ShardOptions:
+    """Options for a comparison in the dtype of the weights: the same ones where no autocast is on.
 
-    Where autocast is on, numbers are too coarse to compare (PEFT's wrapper, a loop of one's own). In the dtype of the
-    weights any kernel does, for the run's may not know it; that one is compared as well, as coarse as its dtype.
+    Under autocast numbers are too coarse to compare (PEFT's wrapper, a loop of one's own). In the dtype of the weights
+    any kernel does, for the run's may not know it; that one is compared as well, as coarse as its dtype.
     """
-    autocast = torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type))
-    return replace(options, kernel="eager") if torch.is_autocast_enabled(device.type) else options, autocast
+    return replace(options, kernel="eager") if torch.is_autocast_enabled(device.type) else options
 
 
 def refusal(model: PreTrainedModel, found: str) -> UspModelError:
@@ -134,8 +133,8 @@ def random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) ->
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=generator)
     batch: dict[str, Any] = {"input_ids": ids.to(device)}
-    forward = inspect.signature(type(model).forward).parameters
-    if "use_cache" in forward or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward.values()):
+    forward = type(model).forward
+    if "use_cache" in inspect.signature(forward).parameters or takes_any_keyword(forward):
         batch["use_cache"] = False
     if ropes := length_dependent_ropes(model):
         # Around the length at which their frequencies change.

@@ -29,7 +29,7 @@ def training_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions,
     once for several tokens: the ranks that share them would draw differently.
     """
     assert mesh.group is not None
-    batch, (options, _) = random_batch(model, mesh, device), without_autocast(options, device)
+    batch, options = random_batch(model, mesh, device), without_autocast(options, device)
     with unnoticed(model, device, training=True) as overwritten:
         before, seen = _python_draws(), Steady()
         try:

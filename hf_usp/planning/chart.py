@@ -8,7 +8,7 @@ from typing import Any
 
 from ..costs.footprint import KINDS, memory
 from ..costs.sizes import Job
-from ..errors import UspConfigError
+from ..options import writing
 from .request import PlanRequest
 from .search import Candidate, jobs, longest, savings
 
@@ -63,14 +63,8 @@ def draw_memory(what: PlanRequest, best: Candidate, path: str) -> None:
     figure.legend(
         handles=lines, loc="outside lower center", ncols=1 if len(lines) < 4 else 2, fontsize=9, frameon=False
     )
-    try:
+    with writing("a picture", path, "--picture"):
         figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise UspConfigError(
-            f"a picture to be saved as {path!r}: {error}",
-            rule="the file can be written",
-            remedy="make room on the disk and the file writable, or name another with --picture",
-        ) from error
 
 
 def _short(tokens: int) -> str:
