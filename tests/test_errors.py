@@ -166,3 +166,16 @@ def test_a_broken_environment_of_one_rank_is_told_to_all(two_ranks: Ranks) -> No
     assert second[2] == str(pickled()) and f"rank 1: UspModelError: {pickled()}" in first[2]
     for text in (first[0], first[2]):
         assert text.endswith("Remedy: follow the remedy in that rank's message; this rank itself found nothing wrong.")
+
+
+@pytest.mark.parametrize("ending", ["html", "png"])
+def test_what_cannot_be_saved_in_the_end_is_refused(tmp_path: Path, ending: str) -> None:
+    """A full disk: the file can be opened."""
+    from hf_usp.explain.numbers import Case, explain
+    from hf_usp.explain.page import write_page
+    from hf_usp.explain.picture import draw
+
+    full = tmp_path / f"full.{ending}"
+    full.symlink_to("/dev/full")
+    with pytest.raises(hf_usp.UspConfigError, match=r"to be saved as .*No space left.*--output"):
+        (write_page if ending == "html" else draw)(explain(Case(tokens=16, ranks=2, heads=2, kv_heads=2)), str(full))
