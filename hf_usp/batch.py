@@ -65,8 +65,7 @@ class Layout:
     were appended so that every rank holds equally many. order: name of the assignment of tokens to ring ranks. shards:
     positions of a row that each ring rank holds. kernel: the one asked for by name, or None. calls: how many layers
     have used this layout, recomputed ones again; used: the same by shape; dtype: what attention last computed in.
-    items_given, shifted: whether the caller passed `num_items_in_batch`, `shift_labels`; router_logits: whether those
-    were asked for. by_hand: whether `hf_usp.shard` made it for a hand-written loop, whose model nobody prepared.
+    shifted: whether the caller passed `shift_labels`; router_logits: whether those were asked for. by_hand: whether `hf_usp.shard` made it for a hand-written loop, whose model nobody prepared.
     pass_states: whether recurrent layers pass states between ranks or exchange heads for tokens, where they can do
     both; None: what costs less. positions: of a full batch that has no position_ids [B, S], or None.
     """
@@ -82,7 +81,6 @@ class Layout:
     calls: int = 0
     used: Counter[CallShape] = field(default_factory=Counter, repr=False)
     dtype: torch.dtype = torch.float32
-    items_given: bool = False
     shifted: bool = False
     by_hand: bool = False
     pass_states: bool | None = None

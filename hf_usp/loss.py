@@ -24,29 +24,26 @@ from .comm import Group, all_gather, all_reduce_sum
 from .once import differentiated_once
 
 
-def whole_loss(share: Tensor, group: Group, ranks: int, items_given: bool) -> Tensor:
+def whole_loss(share: Tensor, group: Group, ranks: int) -> Tensor:
     """The loss of the whole batch [] on every rank, from this rank's share.
 
     Args:
-        share: (sum of local token losses) / n.
+        share: (sum of local token losses) / n; n counts the tokens of the whole batch, or is `num_items_in_batch`.
         ranks: P, the size of `group`.
-        items_given: whether n is the caller's `num_items_in_batch`. Then the result is the whole loss / P: a caller who
-            counts tokens over all processes, as the Trainer does, multiplies by the number of processes himself
-            (`loss *= num_processes`), which counts the P ranks that share one batch P times.
     """
-    return _WholeLoss.apply(share, group, ranks, 1 / ranks if items_given else 1.0)
+    return _WholeLoss.apply(share, group, ranks)
 
 
 class _WholeLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, share: Tensor, group: Group, ranks: int, weight: float) -> Tensor:
-        ctx.factor = ranks * weight
-        return all_reduce_sum(share, group) * weight
+    def forward(ctx: Any, share: Tensor, group: Group, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return all_reduce_sum(share, group)
 
     @staticmethod
     @differentiated_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0] * ctx.factor, None, None, None
+        return grads[0] * ctx.ranks, None, None
 
 
 @dataclass(frozen=True, eq=False)

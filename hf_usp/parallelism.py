@@ -8,6 +8,7 @@ gives all ranks of that axis the same batch, the Trainer counts tokens and steps
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from accelerate import Accelerator, ParallelismConfig
@@ -19,7 +20,6 @@ from .kernels import KERNELS
 from .mesh import DeviceMesh
 from .options import check_choice, check_chunks, check_options, check_switches, size_from_environment
 from .seams.accelerator import AcceleratorSeam
-from .seams.token_counts import Copies
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 # What a config has beside the sizes of its axes, by the names of the constructor's parameters.
@@ -138,9 +138,9 @@ class UspParallelismConfig(ParallelismConfig):
     def dp_cp_dim_names(self) -> list[str]:
         return super().dp_cp_dim_names + (["cp"] if self.cp_size > 1 else [])
 
-    @property
-    def non_data_parallel_size(self) -> int:
-        return Copies(super().non_data_parallel_size)
+    def of_groups(self) -> UspParallelismConfig:
+        """This config as an accelerator tells of it, whose processes are groups of cp_size ranks."""
+        return _OfGroups(self)
 
     def to_json(self) -> dict[str, Any]:
         """The sizes and options as `TrainingArguments` writes them: arguments that make such a config again.
@@ -183,6 +183,23 @@ class UspParallelismConfig(ParallelismConfig):
             raise _wrong_world(self, accelerator.num_processes)
         if self.cp_size > 1 or self.loss_chunk or self.mlp_chunk or self.offload_checkpoints:
             AcceleratorSeam(accelerator, self)
+
+
+class _OfGroups(UspParallelismConfig):
+    """A config with the attributes of another one, but a `cp_size` of 1."""
+
+    def __init__(self, config: UspParallelismConfig) -> None:
+        self.__dict__ = config.__dict__
+
+    @property
+    def cp_size(self) -> int:  # type: ignore[override]
+        """1: the Trainer divides by it what it gathers, and that counts a group once.
+
+        Only `Trainer.get_total_train_batch_size`, which the Trainer logs, divides the number of all processes by it
+        (`args.world_size`, which nobody can set). It is told the size.
+        """
+        asked = sys._getframe(2).f_code.co_name
+        return self.__dict__["cp_size"] if asked == "get_total_train_batch_size" else 1
 
 
 def _wrong_world(config: UspParallelismConfig, world: int) -> UspConfigError:

@@ -1,14 +1,9 @@
 """Outputs of TRL's fused LM head (`model(..., fused_lm_head=True)`) under sharding: one number per token and field.
 
 The fields come back whole [B, S], as one process returns them, so that trainers may sum, mask and compare them; they
-are small. One of them carries gradients, `log_probs`, and there the two trainers that are supported differ:
-
-- `DPOTrainer` computes a loss from whole sequences, the same on every rank; the gradient of the whole field is right.
-- `SFTTrainer` sums `log_probs` over its tokens, divides by the token count of all processes and multiplies by their
-  number, as the Trainer does with a loss. Each rank must then sum its own tokens once: it keeps its share [B, L].
-
-TRL marks the models that its trainers train (`model.model_tags`), which tells the two apart; other trainers of TRL are
-refused where gradients flow.
+are small. One of them carries gradients, `log_probs`: a loss of it is the same on every rank, and the average of its
+gradients over ranks is right. That is shown for the trainers below; other trainers of TRL, which marks the models that
+its trainers train (`model.model_tags`), are refused where gradients flow.
 
 Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank, F fields.
 """
@@ -51,19 +46,14 @@ def check_trainer(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
 
 
 def whole_fields(output: Any, layout: Layout, shifted: bool) -> Any:
-    """The fields of a fused output made whole [B, S - 1] (or [B, S] where the caller passed `shift_labels`).
-
-    In `SFTTrainer`'s training step `log_probs` stays this rank's share [B, L], see above.
-    """
+    """The fields of a fused output made whole [B, S - 1] (or [B, S] where the caller passed `shift_labels`)."""
     names = [name for name in FIELDS if output.get(name) is not None]
-    sums = torch.is_grad_enabled() and output.get("mean_logits") is None  # SFTTrainer; DPOTrainer wants mean_logits
     fields_BLF = torch.stack([_as_float(output[name]).detach() for name in names], dim=-1)
     whole_BSF = unshard(fields_BLF, layout)
     last = layout.length if shifted else layout.length - 1
     for i, name in enumerate(names):
         if name == "log_probs" and torch.is_grad_enabled():
-            if not sums:
-                output[name] = unshard(output[name], layout)[:, :last]
+            output[name] = unshard(output[name], layout)[:, :last]
         else:
             output[name] = whole_BSF[:, :last, i].to(output[name].dtype)
     return output

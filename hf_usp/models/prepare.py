@@ -113,7 +113,7 @@ class ShardedForward:
         num_labels = share.pop("num_labels", None)
         if num_labels is not None:
             share["num_items_in_batch"] = num_labels if items is None else items
-        layout.items_given, layout.shifted = items is not None, batch.get("shift_labels") is not None
+        layout.shifted = batch.get("shift_labels") is not None
         layout.pass_states = False if "states" in self.inexact else None
         layout.router_logits = self._wants_router_logits(model, batch)
         if layout.router_logits:
@@ -174,16 +174,13 @@ class ShardedForward:
                 "UspParallelismConfig, or use an architecture that supports attn_implementation='sdpa' as a function",
             )
         if self.whole_head:
-            if output.get("loss") is not None and layout.items_given:
-                # Whole already, on every rank; the caller's factor counts each of them (see `whole_loss`).
-                output["loss"] = output["loss"] / self.mesh.size
             return output
         if layout.router_logits:
             mask = kwargs["attention_mask"].as_subclass(Tensor)
             output = self.router.add(output, layout, cut(mask, layout, 0) if self.inside else mask, self.gather_outputs)
         if output.get("loss") is not None:
             assert self.mesh.group is not None
-            output["loss"] = whole_loss(output["loss"], self.mesh.group, self.mesh.size, layout.items_given)
+            output["loss"] = whole_loss(output["loss"], self.mesh.group, self.mesh.size)
         if kwargs.get(FUSED):
             return whole_fields(output, layout, layout.shifted)
         if not self.inside:

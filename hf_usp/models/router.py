@@ -122,7 +122,7 @@ class RouterLoss:
             sums = add_up(logits, mask_BL, self.balance.chosen)
             counts = all_reduce_sum(torch.cat([sums.choices, sums.tokens[None]]), mesh.group)
             share = sums.share(counts[:-1], counts[-1])
-            changed["aux_loss"] = whole_loss(share, mesh.group, mesh.size, items_given=False)
+            changed["aux_loss"] = whole_loss(share, mesh.group, mesh.size)
             if output.get("loss") is not None:
                 changed["loss"] = output["loss"] + self.balance.coefficient * share.to(output["loss"].device)
         if gather and logits:

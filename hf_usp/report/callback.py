@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
@@ -171,7 +173,7 @@ class UspReport(TrainerCallback):
         self._skip_time()
 
     def _figures(self, args: TrainingArguments) -> dict[str, float]:
-        counts, world = self.counts, self.accelerator.num_processes
+        counts, world = self.counts, args.world_size
         copies = self._copies()
         exposed = -1.0 if self.exposed is None else self.exposed
         mine = (
@@ -180,7 +182,7 @@ class UspReport(TrainerCallback):
         )  # fmt: skip
         # MPS has no fp64; sums of these few numbers do not need it there.
         dtype = torch.float32 if args.device.type == "mps" else torch.float64
-        rows = self.accelerator.gather(torch.tensor([mine], dtype=dtype, device=args.device)).cpu()
+        rows = gather(torch.tensor([mine], dtype=dtype, device=args.device)).cpu()
         tokens, places, pairs, path = rows[:, :4].sum(0).tolist()
         sent, memory, exposed, seconds = rows[:, 4:].max(0).values.tolist()
         # A pair costs one product with a key and one with a value, forward; twice that backward.
@@ -198,7 +200,7 @@ class UspReport(TrainerCallback):
 
     def _copies(self) -> int:
         """Ranks that see the same batch: tensor-parallel ones and those of a context-parallel group."""
-        config = self.accelerator.parallelism_config
+        config = AcceleratorState().parallelism_config  # that of an accelerator tells of groups
         return 1 if config is None else config.cp_size * config.tp_size
 
 

@@ -24,17 +24,18 @@ from ..rope import length_dependent_ropes
 from ..shard import ShardOptions
 from .choice import chosen_degree
 from .feed import same_rows
-from .gathering import gather_once, refuse_shares
-from .token_counts import gather_seen_once
+from .gathering import Gathering, refuse_shares
+from .groups import GroupState, all_processes, count_for_groups, keep_full_states_on_first_rank, step_for_groups
 from .zero import prepare_for_deepspeed, under_deepspeed
 
 
 class AcceleratorSeam:
     """What an `Accelerator` made with our config does differently, set on that one instance.
 
-    `prepare` and `prepare_model` attach the sharding hooks to models; `gather_for_metrics` counts ranks that share a
-    batch once, and refuses logits of which every rank holds a share, as `pad_across_processes` does (gathering.py);
-    `prepare_data_loader` gives these ranks the same rows (feed.py); `backward` tells the other ranks what ended it
+    `prepare` and `prepare_model` attach the sharding hooks to models; its state, `gather`, `reduce`,
+    `gather_for_metrics` and the schedulers of `prepare_scheduler` count ranks that share a batch once (groups.py,
+    gathering.py); `gather_for_metrics` and `pad_across_processes` refuse logits of which every rank holds a share;
+    `prepare_data_loader` gives ranks of a group the same rows (feed.py); `backward` tells the other ranks what ended it
     (faults.py). config: the `UspParallelismConfig`.
     """
 
@@ -44,7 +45,8 @@ class AcceleratorSeam:
         self.prepared: list[ShardedForward] = []
         self.meshes: dict[int, UspMesh] = {}
         stock = (
-            "prepare", "prepare_model", "prepare_data_loader", "pad_across_processes", "gather_for_metrics", "backward"
+            "prepare", "prepare_model", "prepare_data_loader", "prepare_scheduler", "pad_across_processes",
+            "gather_for_metrics", "backward",
         )  # fmt: skip
         self.stock = {name: getattr(accelerator, name) for name in stock}
         for name in self.stock:
@@ -52,22 +54,38 @@ class AcceleratorSeam:
             setattr(accelerator, name, method)
         if config.cp_size > 1 and under_deepspeed(accelerator):
             prepare_for_deepspeed(accelerator, config.cp_size, config.tp_size)
-        accelerator.gather = gather_seen_once(accelerator.gather, config.cp_size * config.tp_size)
+        stock_gather, stock_reduce = accelerator.gather, accelerator.reduce
+        self.gathering = Gathering(accelerator, config.cp_size, config.tp_size, stock_gather, stock_reduce)
+        if config.cp_size > 1:
+            keep_full_states_on_first_rank(accelerator)
+            accelerator.state = GroupState(accelerator.state)
+            accelerator.gather, accelerator.reduce = self.gathering.gather, self.gathering.reduce
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         for module in args:
             if isinstance(module, torch.nn.Module):
                 self.shard(module)
-        return self.stock["prepare"](*args, **kwargs)
+        given = [count_for_groups(x, self.config.cp_size) for x in args]
+        with all_processes(self.accelerator):
+            prepared = self.stock["prepare"](*given, **kwargs)
+        step_for_groups(self.accelerator)
+        return prepared
 
     def prepare_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.shard(model)
-        return self.stock["prepare_model"](model, *args, **kwargs)
+        with all_processes(self.accelerator):
+            return self.stock["prepare_model"](model, *args, **kwargs)
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        prepared = self.stock["prepare_scheduler"](scheduler)
+        step_for_groups(self.accelerator)
+        return prepared
 
     def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
         if self.config.cp_size > 1 and not getattr(data_loader, "_is_accelerate_prepared", False):
             same_rows(self.accelerator, data_loader, self.config.cp_size * self.config.tp_size)
-        return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+        with all_processes(self.accelerator):
+            return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
         with telling(self.prepared):
@@ -93,7 +111,7 @@ class AcceleratorSeam:
         config, model = self.config, find_model(module)
         self._check_compilation(module, model)
         if config.ulysses_degree is None:
-            device, ranks = self.accelerator.device, self.accelerator.num_processes
+            device, ranks = self.accelerator.device, config.total_size
             config.ulysses_degree = chosen_degree(config, model, device, ranks)
         degree = config.ulysses_degree
         if degree not in self.meshes:
@@ -121,10 +139,9 @@ class AcceleratorSeam:
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         refuse_shares(input_data, self.prepared)
-        copies = self.config.cp_size * self.config.tp_size
-        if copies == 1:
+        if self.config.cp_size == 1:
             return self.stock["gather_for_metrics"](input_data, use_gather_object)
-        return gather_once(self.accelerator, input_data, copies, use_gather_object)
+        return self.gathering.gather_for_metrics(input_data, use_gather_object)
 
     def pad_across_processes(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(tensor, tuple) and not tensor and self.config.loss_chunk is not None:

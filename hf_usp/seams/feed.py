@@ -4,7 +4,7 @@ Accelerate already reads the mesh: ranks along "cp" and "tp" get the same part o
 do not look at the mesh, and are told here, before the loader is prepared:
 
 - Loaders of iterable datasets are by default read by the first process, which deals their rows to all ranks. Here every
-  rank reads for itself, as it does with any other dataset.
+  rank reads for itself, as it does with any other dataset (streams.py).
 - `train_sampling_strategy="batch_rebalance"` deals rows to ranks on its own, by the number of processes.
 - Workers of the Trainer's loaders are seeded by rank: random collators would differ between ranks of a group.
 """
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ..errors import UspConfigError
+from .streams import count_rows
 
 
 def same_rows(accelerator: Accelerator, loader: DataLoader, copies: int) -> None:
@@ -37,6 +38,7 @@ def same_rows(accelerator: Accelerator, loader: DataLoader, copies: int) -> None
     if accelerator.dispatch_batches is None:
         accelerator.dataloader_config = copy.copy(accelerator.dataloader_config)
         accelerator.dataloader_config.dispatch_batches = False
+    count_rows(loader)
     from transformers import trainer_pt_utils  # with the Trainer's own imports, too many for `import hf_usp`
     from transformers.trainer_utils import seed_worker
 
