@@ -65,7 +65,8 @@ class Layout:
     were appended so that every rank holds equally many. order: name of the assignment of tokens to ring ranks. shards:
     positions of a row that each ring rank holds. kernel: the one asked for by name, or None. calls: how many layers
     have used this layout, recomputed ones again; used: the same by shape; dtype: what attention last computed in.
-    shifted: whether the caller passed `shift_labels`; router_logits: whether those were asked for. by_hand: whether `hf_usp.shard` made it for a hand-written loop, whose model nobody prepared.
+    shifted: whether the caller passed `shift_labels`; router_logits: whether those were asked for. by_hand: whether
+    `hf_usp.shard` made it for a hand-written loop, whose model nobody prepared.
     pass_states: whether recurrent layers pass states between ranks or exchange heads for tokens, where they can do
     both; None: what costs less. positions: of a full batch that has no position_ids [B, S], or None.
     """

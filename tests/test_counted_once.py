@@ -170,7 +170,7 @@ def test_numbers_and_rows_under_tensor_parallelism() -> None:
 
 
 def test_deepspeeds_schedule_has_the_steps_of_groups() -> None:
-    """Accelerate divides them by the number of all processes; a script multiplied them by that of groups, or did not."""
+    """Accelerate divides its number of steps by the number of all processes."""
     from accelerate.utils import DummyScheduler
 
     from hf_usp.seams.groups import count_for_groups

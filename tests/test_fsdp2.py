@@ -26,12 +26,12 @@ def train(
     model = tiny_model(family, "usp" if sizes else "eager", tie_word_embeddings=False, **changes or {})
     if sizes is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
-        return _steps(model, optimizer, [rows(4, 33) for _ in range(4)], lambda loss: loss.backward())
+        return _steps(model, optimizer, [rows(4, 33) for _ in range(4)])
     with cpu_as_accelerator():
         accelerator = fsdp2(model, sizes, **plugin)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
         prepared, optimizer = accelerator.prepare(model, optimizer)
-        result = _steps(prepared, optimizer, share_of_rows(accelerator), accelerator.backward)
+        result = _steps(prepared, optimizer, share_of_rows(accelerator), accelerator)
         result["sharded"] = all(type(p).__name__ == "DTensor" for p in prepared.parameters())
         result["weights"] = {k: v.full_tensor() for k, v in prepared.state_dict().items()}
         return result
@@ -56,23 +56,22 @@ def fsdp2(model: Any, sizes: dict[str, Any], precision: str = "no", offload: boo
 
 def share_of_rows(accelerator: Any, steps: int = 4) -> list[list[dict[str, Any]]]:
     """The rows of this data-parallel rank, for each step."""
-    config = accelerator.parallelism_config
-    per_rank = 4 // (config.dp_shard_size * config.dp_replicate_size)
-    mine = (dist.get_rank() // config.cp_size) * per_rank
+    per_rank = 4 // accelerator.num_processes
+    mine = (dist.get_rank() * accelerator.num_processes // dist.get_world_size()) * per_rank
     return [rows(4, 33)[mine : mine + per_rank] for _ in range(steps)]
 
 
-def _steps(model: Any, optimizer: Any, batches: Any, backward: Any) -> dict[str, Any]:
+def _steps(model: Any, optimizer: Any, batches: Any, accelerator: Any = None) -> dict[str, Any]:
     losses, norms = [], []
-    world = dist.get_world_size() if dist.is_initialized() else 1
     for batch in batches:
         tensors = {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
         # Every row has another number of labels: a loss that is a mean over ranks needs the common count.
         everything = torch.tensor([row["labels"] for row in rows(4, 33)])
         items = (everything[:, 1:] != -100).sum()
-        # What the Trainer does: a loss over the tokens of all processes counts once per process.
-        loss = model(**tensors, num_items_in_batch=items, use_cache=False).loss * world
-        backward(loss)
+        # What the Trainer does: a loss over the tokens of all processes counts once for each of `num_processes`.
+        loss = model(**tensors, num_items_in_batch=items, use_cache=False).loss
+        loss = loss * (1 if accelerator is None else accelerator.num_processes)
+        (torch.Tensor.backward if accelerator is None else accelerator.backward)(loss)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         norms.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item())
         optimizer.step()
@@ -160,7 +159,7 @@ def save(folder: str, sizes: dict[str, Any], kind: str) -> None:
         model = tiny_model("qwen2", "usp", tie_word_embeddings=False)
         accelerator = fsdp2(model, sizes, state_dict_type=kind)
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.003))
-        _steps(model, optimizer, share_of_rows(accelerator, 2), accelerator.backward)
+        _steps(model, optimizer, share_of_rows(accelerator, 2), accelerator)
         accelerator.save_state(f"{folder}/state")
         accelerator.save_model(model, f"{folder}/whole")
 
@@ -174,7 +173,7 @@ def go_on(folder: str, sizes: dict[str, Any], kind: str) -> dict[str, Any]:
         accelerator = fsdp2(model, sizes, state_dict_type=kind)
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.003))
         accelerator.load_state(f"{folder}/state")
-        result = _steps(model, optimizer, share_of_rows(accelerator, 2), accelerator.backward)
+        result = _steps(model, optimizer, share_of_rows(accelerator, 2), accelerator)
         result["sharded"] = all(type(p).__name__ == "DTensor" for p in model.parameters())
         result["weights"] = {k: v.full_tensor() for k, v in model.state_dict().items()}
         return result
@@ -189,10 +188,11 @@ def test_saved_on_one_mesh_and_continued_on_another(four_ranks: Ranks, tmp_path:
     last = {name: values[2:] if name != "weights" else values for name, values in reference.items()}
     other = {"cp_size": 2, "ulysses_degree": 1, "dp_shard_size": 2}
     compare(four_ranks.run(go_on, str(tmp_path), other, kind), last)
+    compare(four_ranks.run(go_on, str(tmp_path), {"cp_size": 4, "ulysses_degree": 2}, kind), last)
     # The whole weights are those of one process after two steps: its third loss comes from them.
     model = tiny_model("qwen2", "eager", tie_word_embeddings=False)
     model.load_state_dict(load_file(tmp_path / "whole" / "model.safetensors"))
-    result = _steps(model, torch.optim.AdamW(model.parameters()), [rows(4, 33)], lambda loss: loss.backward())
+    result = _steps(model, torch.optim.AdamW(model.parameters()), [rows(4, 33)])
     assert result["losses"] == pytest.approx(reference["losses"][2:3], abs=1e-5)
 
 

@@ -85,12 +85,12 @@ def prepared_errors(ring_ulysses: tuple[int, int], kind: str, as_embeddings: boo
         batch["inputs_embeds"] = model.get_input_embeddings().weight.detach()[batch.pop("input_ids")]
     items = (batch["labels"][:, 1:] != -100).sum() if with_items else None
     out = prepared(**batch, output_hidden_states=True, **({"num_items_in_batch": items} if with_items else {}))
-    accelerator.backward(out.loss * (cp_size if with_items else 1))
+    accelerator.backward(out.loss)
     seen = batch.get("attention_mask", torch.ones_like(batch["labels"])).bool()
     names = [n for n, p in model.named_parameters() if p.grad is not None and "embed_tokens" not in n]
     grads = {n: (p.grad, dict(reference.named_parameters())[n].grad) for n, p in model.named_parameters() if n in names}
     return {
-        "loss": abs(out.loss.item() * (cp_size if with_items else 1) - expected.loss.item()),
+        "loss": abs(out.loss.item() - expected.loss.item()),
         "logits": relative(out.logits.detach()[seen], expected.logits.detach()[seen]),
         "hidden": relative(out.hidden_states[1].detach()[seen], expected.hidden_states[1].detach()[seen]),
         "gradients": max(relative(a, b) for a, b in grads.values()),

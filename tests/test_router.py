@@ -47,7 +47,7 @@ def router_errors(ring: int, ulysses: int, form: str, with_items: bool) -> dict[
     items = {"num_items_in_batch": (batch["labels"][:, 1:] != -100).sum() + 5} if with_items else {}
     expected, got = reference(**batch, **items, use_cache=False), model(**batch, **items)
     assert list(got) == list(expected)
-    loss = got.loss * (ring * ulysses if with_items else 1)
+    loss = got.loss
     expected.loss.backward()
     loss.backward()
     pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), reference.parameters(), strict=True)]

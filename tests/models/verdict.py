@@ -145,8 +145,6 @@ def _try(verdict: Verdict, form: str, model: Any, expected: Step | None, batch: 
         verdict.add(form, CRASH, _words(problem))
         return
     got.average_gradients()
-    if form == "plain":
-        got.scale(dist.get_world_size())  # a token count of the caller's counts the ranks of a mesh, see `whole_loss`
     if form == "packed":
         verdict.packed_by = "cu_seq_lens" if batch else "position_ids"
     if expected is not None:
@@ -225,11 +223,6 @@ class Step:
         dist.all_reduce(flat)
         parts = (flat / dist.get_world_size()).split([gradient.numel() for gradient in self.gradients])
         self.gradients = [part.view_as(old) for part, old in zip(parts, self.gradients, strict=True)]
-
-    def scale(self, factor: float) -> None:
-        """Loss and gradients times a number."""
-        self.loss = self.loss * factor
-        self.gradients = [gradient * factor for gradient in self.gradients]
 
     def largest_error(self, other: Step) -> float:
         """The largest relative error in `other`; gradients next to nothing are measured against all of them."""
