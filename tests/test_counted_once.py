@@ -46,7 +46,7 @@ def loop(processes: int) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(rows(8, 20), batch_size=4 // groups, collate_fn=default_data_collator)
     schedules = [
-        get_linear_schedule_with_warmup(optimizer, 2, len(loader) * 3),
+        get_linear_schedule_with_warmup(optimizer, len(loader), len(loader) * 3),
         get_linear_schedule_with_warmup(optimizer, 2 * groups, 6 * groups),
     ]
     model, optimizer, loader, *schedules = accelerator.prepare(model, optimizer, loader, *schedules)

@@ -95,5 +95,5 @@ class FirstRankOnly(FullStateDictConfig):
 def keep_full_states_on_first_rank(accelerator: Accelerator) -> None:
     """Before an accelerator under FSDP tells of groups."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and isinstance(plugin.state_dict_config, FullStateDictConfig):
+    if plugin is not None and plugin.fsdp_version == 2 and isinstance(plugin.state_dict_config, FullStateDictConfig):
         plugin.state_dict_config = FirstRankOnly()

@@ -57,7 +57,7 @@ def rows_of_last_step(state: Any) -> int | None:
     stream = shard.dataset if isinstance(shard, IterableDatasetShard) else shard
     if not isinstance(stream, CountedRows):
         return state.remainder if state.remainder > 0 else None
-    if loader.batch_size is None or len(stream.counts) > 1:
+    if loader.batch_size is None or loader.drop_last or len(stream.counts) > 1:
         return None
     step = loader.batch_size
     if shard is not stream:
