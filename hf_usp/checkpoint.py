@@ -1,8 +1,8 @@
 """Which checkpoint of a run may be continued.
 
-The Trainer writes `trainer_state.json` after weights, optimizer and scheduler, but without waiting for the random states
-of the other ranks. A run that is killed while it saves leaves a checkpoint without one of them, or with half of it;
-`Trainer.train(resume_from_checkpoint=True)` would take that one, and goes on silently without a file that is missing.
+The Trainer writes `trainer_state.json` after weights, optimizer and scheduler, but without waiting for the random
+states of the other ranks. A run that is killed while it saves leaves a checkpoint without one of them, or with half of
+it; `Trainer.train(resume_from_checkpoint=True)` would take that one, and goes on silently where a file is missing.
 
 `hf_usp.resume.SameRun` records names and sizes of the files and the number of ranks (`describe_files`). Compared are
 these, and what formats tell by themselves: safetensors and zip archives that end where they say, JSON that can be
