@@ -76,7 +76,8 @@ def usp_attention(
         )
     left = UNLIMITED if sliding_window is None else sliding_window - 1
     kind = MaskKind(left, 0) if causal else MaskKind(left, left)
-    softmax = Softmax(scaling if scaling is not None else q.shape[-1] ** -0.5, softcap)
+    width = q.shape[-1] if q.ndim and q.shape[-1] else 1  # other shapes are refused further down
+    softmax = Softmax(width**-0.5 if scaling is None else scaling, softcap)
     return attend((q, k, v, sinks), layout, kind, softmax)
 
 

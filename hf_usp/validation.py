@@ -16,7 +16,7 @@ PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 # Described by the layout from here on; a model must not see those of the full batch.
 DESCRIBED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 TENSORS = {*PER_TOKEN, "labels", "shift_labels", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k"}
-WHOLE = {"labels", "shift_labels", "token_type_ids", "input_ids"}
+WHOLE = TENSORS - {"attention_mask", "inputs_embeds"}
 
 
 def check_entries(batch: Mapping[str, Any], rows: int, length: int) -> None:
@@ -66,6 +66,8 @@ def _check_kind(name: str, value: Tensor) -> None:
     whole = not (value.is_floating_point() or value.is_complex())
     if value.layout != torch.strided or value.is_meta or value.is_complex():
         found = f"{name}, {value.dtype} and {value.layout}, on {value.device}"
+    elif value.dtype in (torch.bool, torch.uint8) and name in ("input_ids", "labels", "shift_labels"):
+        found = f"{name} in {value.dtype}"  # which holds no IGNORED, or no vocabulary
     elif not whole and name in WHOLE or (not value.is_floating_point() and name == "inputs_embeds"):
         found = f"{name} in {value.dtype}"
     else:

@@ -67,6 +67,10 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]]:
     for name in rows[0]:
         for row in rows:
             columns.setdefault(name, []).append(_tokens(name, row))
+    if not any(map(len, columns["input_ids"])):
+        raise UspBatchError(
+            f"{len(rows)} row(s) without a token", rule="a batch has a token", remedy="leave out rows without input_ids"
+        )
     return columns
 
 

@@ -97,7 +97,7 @@ def _check(lengths: Sequence[int], length: int, overlong: str) -> None:
             rule=f"it is one of {', '.join(OVERLONG)}",
             remedy="leave it out to split documents that are longer than a row",
         )
-    check_whole(required=True, length=length)
+    check_whole(least=2, required=True, length=length)
     given: Sequence[Any] = lengths
     for number, tokens in enumerate(given):
         if type(tokens) is bool or not isinstance(tokens, Integral) or tokens < 0:
@@ -106,12 +106,6 @@ def _check(lengths: Sequence[int], length: int, overlong: str) -> None:
                 rule="lengths are whole numbers of at least 0",
                 remedy="pass [len(ids) for ids in documents]",
             )
-    if length < 2:
-        raise UspConfigError(
-            f"rows of {length} tokens",
-            rule="a token is predicted from those before it: a row has at least 2",
-            remedy="give rows the length that the model trains on, such as 4096",
-        )
     longer = sum(n > length for n in lengths)
     if longer and (overlong == "refuse" or (overlong == "whole" and longer == len(lengths))):
         raise UspBatchError(

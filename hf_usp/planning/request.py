@@ -256,10 +256,12 @@ def shape_of(config: Any) -> ModelShape:
 def text_config(config: Any) -> Any:
     """The decoder's part of a config. Raises `UspConfigError` where there are several."""
     try:
-        return config.get_text_config()
-    except ValueError as problem:
+        text = config.get_text_config()
+        text.model_type  # noqa: B018
+        return text
+    except (ValueError, TypeError, AttributeError) as problem:
         raise UspConfigError(
-            f"a config of type {config.model_type!r} with several language models",
+            f"a config of type {config.model_type!r} with several language models, or none",
             rule="one decoder is planned for", remedy="pass the config of that decoder",
         ) from problem  # fmt: skip
 
