@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import Layout, MaskKind
-from .core.attend import AttentionCall, Inputs, backward, begin, forward, needed_inputs
+from .core.attend import AttentionCall, Inputs, backward, begin, check_tensors, forward, needed_inputs
 from .core.operator import attend_by_operator, wants_operator
 from .core.tickets import make_ticket
 from .core.ulysses import Heads, tokens_to_heads, tokens_to_heads_backward
@@ -19,6 +19,7 @@ from .errors import UspModelError
 from .integers.layout import UNLIMITED
 from .kernels import Softmax
 from .once import differentiated_once
+from .options import check_switches
 
 
 def usp_attention(
@@ -53,6 +54,20 @@ def usp_attention(
 
     Source: USP, arXiv 2405.07719, section 3 (Ulysses and Ring composed on a 2D mesh).
     """
+    check_tensors(q, k, v, sinks)
+    check_switches(causal=causal)
+    if not isinstance(layout, Layout):
+        raise UspModelError(
+            f"layout={layout!r:.100}",
+            rule="the layout says which tokens this rank holds",
+            remedy='pass hf_usp.shard(batch, mesh)["usp"]',
+        )
+    if sliding_window is not None and (isinstance(sliding_window, bool) or not isinstance(sliding_window, int)):
+        raise UspModelError(
+            f"sliding_window={sliding_window!r}",
+            rule="a window is a whole number of keys",
+            remedy="pass sliding_window=1 or more as an int, or None for no window",
+        )
     if sliding_window is not None and sliding_window < 1:
         raise UspModelError(
             f"sliding_window={sliding_window}",
@@ -61,7 +76,8 @@ def usp_attention(
         )
     left = UNLIMITED if sliding_window is None else sliding_window - 1
     kind = MaskKind(left, 0) if causal else MaskKind(left, left)
-    softmax = Softmax(scaling if scaling is not None else q.shape[-1] ** -0.5, softcap)
+    width = q.shape[-1] if q.ndim and q.shape[-1] else 1  # other shapes are refused further down
+    softmax = Softmax(width**-0.5 if scaling is None else scaling, softcap)
     return attend((q, k, v, sinks), layout, kind, softmax)
 
 

@@ -111,11 +111,15 @@ class Layout:
         return self.once(("plan", kind), make)
 
     def mask(self, kind: MaskKind = CAUSAL) -> Mask:
-        """The mask over the whole batch, positions flattened."""
+        """The mask over the whole batch, positions flattened.
+
+        A window or chunk of all tokens is none; wider ones may not fit the integers of positions.
+        """
         documents = self.documents
+        most = documents.num_tokens
         if kind.chunk:
-            documents = documents.chunked(kind.chunk, self.padded if kind.by_row else 0)
-        return Mask(documents, kind.left, kind.right)
+            documents = documents.chunked(min(kind.chunk, most), self.padded if kind.by_row else 0)
+        return Mask(documents, min(kind.left, most), min(kind.right, most))
 
     def work(self, kind: MaskKind, device: torch.device) -> Work:
         """The plan on a device; made once."""
@@ -201,6 +205,12 @@ def find_documents(
     or at the edges `cu_seq_lens` of the flattened batch. Raises `UspBatchError` for anything else.
     """
     starts = np.arange(batch + 1, dtype=np.int64) * length
+    if cu_seq_lens is not None and (cu_seq_lens.ndim != 1 or len(cu_seq_lens) < 2):
+        raise UspBatchError(
+            f"cu_seq_lens of shape {tuple(cu_seq_lens.shape)}",
+            rule="they are the edges of documents: one dim, from 0 to the number of tokens",
+            remedy="build them with DataCollatorWithFlattening",
+        )
     if attention_mask_BS is not None:
         if cu_seq_lens is not None and not np.isin(cu_seq_lens.cpu().numpy(), starts).all():
             raise UspBatchError(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from .errors import UspConfigError, UspError
+from .errors import UspConfigError, UspError, printable
 from .options import check_writable
 
 BAD_INPUT = 2
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-usp: {refusal}", file=sys.stderr)
         return BAD_INPUT
     except OSError as problem:  # a disk that is full, say: that files can be opened was seen before
-        print(f"hf-usp: usp: a result could not be written: {problem}", file=sys.stderr)
+        print(printable(f"hf-usp: usp: a result could not be written: {problem}"), file=sys.stderr)
         return BAD_INPUT
 
 
@@ -156,10 +156,16 @@ def _plan(options: argparse.Namespace) -> None:
         check_output(picture)
     if config is not None:
         check_writable(config)
+        if not config.isprintable():  # the file begins with the launch line, a comment, in which it stands
+            raise UspConfigError(
+                f"--config {config!r}", rule="its name stands in the launch line",
+                remedy="choose a name without line breaks and control characters",
+            )  # fmt: skip
     found = ranked(what)
     check_possible(what, found)
     yaml = accelerate_config(what, found[0], config or "plan.yaml")
-    print(json.dumps(as_json(what, found), indent=1) if options.json else f"{table(what, found)}\n\n{yaml}")
+    text = json.dumps(as_json(what, found), indent=1) if options.json else f"{table(what, found)}\n\n{yaml}"
+    print(printable(text))
     if config is not None:
         Path(config).write_text(yaml, encoding="utf-8")
     if picture is not None:
@@ -207,13 +213,13 @@ def _explain(options: argparse.Namespace) -> None:
     sizes.setdefault("tokens", sum(given.get("documents", ())))
     sizes.setdefault("kv_heads", options.heads)
     explanation = explain(Case(**sizes, causal=not options.bidirectional))
-    print(report(explanation))
+    print(printable(report(explanation)))
     if output is not None:
         if page:
             write_page(explanation, output)
         else:
             draw(explanation, output)
-        print(f"\npicture saved to {output}")
+        print(printable(f"\npicture saved to {output}"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ constraint, `remedy` the way out: what to type or to change.
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 
@@ -14,7 +15,7 @@ class UspError(ValueError):
 
     def __init__(self, found: str, *, rule: str, remedy: str) -> None:
         assert found and rule and remedy, "a refusal says what, where, the rule and the remedy"
-        self.found, self.rule, self.remedy = (part.removesuffix(".") for part in (found, rule, remedy))
+        self.found, self.rule, self.remedy = (printable(part).removesuffix(".") for part in (found, rule, remedy))
         super().__init__(f"usp: {self.found}. Rule: {self.rule}. Remedy: {self.remedy}.")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -24,6 +25,14 @@ class UspError(ValueError):
 
 def _again(kind: type[UspError], found: str, rule: str, remedy: str) -> UspError:
     return kind(found, rule=rule, remedy=remedy)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal would obey, and what is no text, as escapes."""
+    kept = "\n\t"
+    return "".join(
+        c if c in kept or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class UspConfigError(UspError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,17 +12,20 @@ from .costs.machines import check_machine
 from .errors import UspConfigError
 from .integers.dealing import ALL_ORDERS
 from .integers.degrees import check_degrees
-from .integers.whole import check_whole
+from .integers.whole import DIGITS, check_whole
 
 
-def size_from_environment(name: str, environment: Mapping[str, str], default: int = 1) -> int:
-    """The size that this variable of the environment gives, or the default; `UspConfigError` for other text."""
+def size_from_environment(
+    name: str, environment: Mapping[str, str], default: int = 1, *, least: int = 0, most: int | None = None
+) -> int:
+    """The number that this variable of the environment gives, or the default; `UspConfigError` for other text."""
     text = environment.get(name, str(default))
-    if not text.strip().isdecimal():
+    whole = text.strip().isdecimal() and len(text) < DIGITS
+    if not (whole and least <= int(text) and (most is None or int(text) <= most)):
         raise UspConfigError(
-            f"{name}={text!r} in the environment",
-            rule="it is a whole number of at least 1",
-            remedy=f"unset {name}, or export {name}={default or 1}, say",
+            f"{name}={text!r:.100} in the environment",
+            rule="it is a whole number " + ("of at least 1" if most is None else f"from {least} to {most:,}"),
+            remedy=f"unset {name}, or export {name}={default or least or 1}, say",
         )
     return int(text)
 
@@ -37,11 +42,25 @@ def check_writable(path: str) -> None:
     try:
         with open(path, "a", encoding="utf-8"):
             pass
-    except OSError as problem:
+    except (OSError, ValueError) as problem:
         raise UspConfigError(
-            f"a result file {path!r}: {problem.strerror}",
+            f"a result file {path!r}: {getattr(problem, 'strerror', problem)}",
             rule="the file can be written",
             remedy="create its folder, or name another file",
+        ) from problem
+
+
+def check_folder(path: str, option: str) -> None:
+    """Refuse a folder for results that cannot be made or written into, before anything is computed."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, ValueError) as problem:
+        raise UspConfigError(
+            f"{option} {path!r}: {problem}",
+            rule="it is a folder that can be made and written into",
+            remedy=f"name another folder with {option}, or make room and give yourself the right to write there",
         ) from problem
 
 

@@ -13,15 +13,19 @@ checkpoint starts with some that are random.
 from __future__ import annotations
 
 import json
+import os
 import zlib
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from .checkpoint import describe_files
 from .errors import UspConfigError
 from .models.prepare import find_model
+from .options import size_from_environment
 
 LOOKED_AT = 16
 # Settings of a model's configuration that may change between two runs of the same model.
@@ -41,13 +45,25 @@ class SameRun(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.run: dict[str, Any] | None = None
+        self.saving: tuple[Any, Any] | None = None  # arguments and state of the Trainer while it trains
 
     def state(self) -> dict[str, Any]:
-        """As the Trainer writes it into `trainer_state.json`."""
-        return {"args": {}, "attributes": {}, "run": self.run}
+        """As the Trainer writes it into `trainer_state.json`: it asks when all other files of this rank are written."""
+        return {"args": {}, "attributes": {}, "run": self.run, "files": self._files()}
+
+    def _files(self) -> dict[str, int] | None:
+        """Of the checkpoint that is being saved; None before the training begins, and in a search's folders."""
+        if self.saving is None:
+            return None
+        args, state = self.saving
+        each = args.save_on_each_node
+        count = size_from_environment("LOCAL_WORLD_SIZE", os.environ) if each else args.world_size
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        return describe_files(folder, range(args.process_index, args.process_index + count))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer has read the state of the checkpoint, if there is one."""
+        self.saving = args, state
         self.run = describe(kwargs["model"], kwargs["train_dataloader"], args.gradient_accumulation_steps)
         saved = (state.stateful_callbacks.get(type(self).__name__) or {}).get("run")
         found = [] if saved is None else differences(saved, self.run)

@@ -22,12 +22,9 @@ from .kernels import check_installed
 from .mesh import UspMesh
 from .passing import TokenCount
 from .rope import GlobalPositions
+from .validation import DESCRIBED, PER_TOKEN, check_count, check_entries
 
 IGNORED = -100  # the label that Transformers leaves out of the loss
-# Per-token inputs; our padding repeats a row's last token. Everything else of a batch must not depend on the sequence.
-PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
-# Described by the layout from here on; a model must not see those of the full batch.
-DESCRIBED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @dataclass(frozen=True)
@@ -144,11 +141,9 @@ def agree_on_layout(
     try:
         if check is not None:
             check(batch)
-        _check_count(batch.get("num_items_in_batch"))
+        check_count(batch.get("num_items_in_batch"))
         layout = _layout({n: x for n, x in batch.items() if names is None or n in names}, mesh, options)
-        device = tokens_of(batch).device
-        if device.type != "cpu":  # else it may still be on its way to where it is computed
-            check_installed(options.kernel, device)
+        check_installed(options.kernel, tokens_of(batch).device)
         fingerprint = _fingerprint(batch)
     except Exception as problem:  # every rank must hear of it, whatever it is
         error = problem
@@ -184,9 +179,7 @@ def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> L
             rule="a batch has at least one row of one token",
             remedy="drop empty examples from the dataset",
         )
-    for name, value in batch.items():
-        if isinstance(value, Tensor):
-            _check_tensor(name, value, rows, length)
+    check_entries(batch, rows, length)
     seq_lens = batch.get("cu_seq_lens_q")
     positions = batch.get("position_ids")
     if positions is not None and positions.ndim == 3 and len(positions) == 4:
@@ -196,43 +189,6 @@ def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> L
     layout.kernel, layout.positions = options.kernel, options.positions
     layout.largest_position = options.largest_position
     return layout
-
-
-def _check_count(count: Any) -> None:
-    """Refuse a count of tokens that has been cast, by a wrapper for example: bf16 knows no whole number above 256."""
-    if isinstance(count, Tensor) and count.dtype in (torch.bfloat16, torch.float16):
-        raise UspBatchError(
-            f"num_items_in_batch in {count.dtype}",
-            rule="a count of tokens is a whole number or at least fp32; FSDP2 with mixed precision casts every "
-            "floating-point tensor that a model gets",
-            remedy="pass it as an integer tensor or as a Python number",
-        )
-
-
-def _check_tensor(name: str, value: Tensor, rows: int, length: int) -> None:
-    """Refuse tensors that do not fit the tokens, or that we do not know how to cut."""
-    per_token = {*PER_TOKEN, "labels", "shift_labels", "attention_mask"}
-    if name in per_token:
-        dims = value.shape[-2:] if name == "position_ids" else value.shape[:2]
-        if name == "attention_mask" and value.ndim == 4:
-            raise UspBatchError(
-                f"attention_mask of shape {tuple(value.shape)}",
-                rule="an attention mask marks padding, [batch, tokens]; an arbitrary 4D mask cannot be sharded exactly",
-                remedy="describe documents with position_ids that restart, and padding with a 2D attention_mask",
-            )
-        fits = tuple(dims) == (rows, length) or (name == "position_ids" and tuple(dims) == (1, length))
-        if not fits or (value.ndim != 2 and name not in ("inputs_embeds", "position_ids")):
-            raise UspBatchError(
-                f"{name} of shape {tuple(value.shape)} for {rows} row(s) of {length} tokens",
-                rule=f"{name} has one entry per token: ({rows}, {length})",
-                remedy=f"build {name} from the same rows as the tokens, with the same padding and truncation",
-            )
-    elif name not in DESCRIBED and value.ndim > 0 and name != "num_items_in_batch":
-        raise UspBatchError(
-            f"a tensor {name} of shape {tuple(value.shape)} in the batch",
-            rule="hf_usp cuts " + ", ".join(sorted(per_token)) + "; it does not guess how to cut anything else",
-            remedy=f"remove {name} from the batch (Trainer: remove_unused_columns=True, or a data collator)",
-        )
 
 
 def _fingerprint(batch: Mapping[str, Any]) -> Tensor:

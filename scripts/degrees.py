@@ -90,7 +90,8 @@ class ContextParallelArguments:
 
     def parallelism_config(self) -> hf_usp.UspParallelismConfig | None:
         """None where there is nothing to share: one process per sequence is what the Trainer does by itself."""
-        if self.context_parallel_size == 1 and not (self.loss_chunk or self.mlp_chunk or self.offload_checkpoints):
+        chunks = self.loss_chunk is not None or self.mlp_chunk is not None
+        if self.context_parallel_size == 1 and not (chunks or self.offload_checkpoints):
             return None
         return hf_usp.UspParallelismConfig(
             cp_size=self.context_parallel_size, ulysses_degree=self.ulysses_degree, loss_chunk=self.loss_chunk,

@@ -25,7 +25,6 @@ import texts
 from degrees import ContextParallelArguments
 from ending import end_process_groups
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
@@ -38,10 +37,14 @@ from transformers import (
 from hf_usp import checkpoint, data
 from hf_usp.errors import UspConfigError
 from hf_usp.models.bodies import takes_any_keyword
+from hf_usp.options import check_folder
+from hf_usp.planning.request import read_config
 from hf_usp.report import UspReport
 from hf_usp.resume import SameRun
 
 logger = logging.getLogger("finetune")
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass
@@ -59,6 +62,10 @@ class ModelArguments:
                 f"--model_name_or_path {self.model_name_or_path} and --config_name {self.config_name}",
                 rule="a run has one of the two: a pretrained model, or the shape of a fresh one",
                 remedy="pass --model_name_or_path to go on from its weights, or --config_name to start from none",
+            )
+        if self.dtype not in DTYPES:
+            raise UspConfigError(
+                f"--dtype {self.dtype}", rule=f"it is one of {', '.join(DTYPES)}", remedy="leave it out for float32"
             )
 
     @property
@@ -136,7 +143,16 @@ class ReportArguments:
 def load_tokenizer(args: ModelArguments) -> Any:
     """The model's own tokenizer, or plain bytes (also for a fresh model that names none)."""
     name = args.tokenizer_name or args.model_name_or_path or "bytes"
-    return texts.ByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+    if name == "bytes":
+        return texts.ByteTokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as problem:  # whatever its files hold
+        raise UspConfigError(
+            f"the tokenizer {name!r}: {type(problem).__name__}: {problem}",
+            rule="--tokenizer_name is a folder or hub name with a tokenizer's files, or 'bytes'",
+            remedy="check the name, or pass --tokenizer_name bytes",
+        ) from problem
 
 
 def load_model(args: ModelArguments, config: Any, split: Any) -> PreTrainedModel:
@@ -152,6 +168,8 @@ def load_model(args: ModelArguments, config: Any, split: Any) -> PreTrainedModel
         options["distributed_config"] = split
     if args.model_name_or_path is not None:
         return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, config=config, **options)
+    if args.dtype == "auto":
+        options["dtype"] = config.dtype or "float32"
     return AutoModelForCausalLM.from_config(config, **options)
 
 
@@ -194,6 +212,10 @@ def main() -> None:
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
     set_seed(args.seed)
 
+    config = read_config(model_args.source, local=False)
+    check_folder(args.output_dir or ".", "--output_dir")
+    if text_args.cache_dir is not None:
+        check_folder(text_args.cache_dir, "--cache_dir")
     tokenizer = load_tokenizer(model_args)
     train_rows = load_rows(text_args.documents(), tokenizer, text_args, text_args.column)
     eval_rows = None
@@ -201,7 +223,6 @@ def main() -> None:
         whole_eval = replace(text_args, streaming=False)
         eval_rows = load_rows(texts.file_documents(text_args.eval_file), tokenizer, whole_eval, "text")
 
-    config = AutoConfig.from_pretrained(model_args.source)
     if len(tokenizer) > config.vocab_size:
         raise UspConfigError(
             f"{len(tokenizer)} token ids for a vocabulary of {config.vocab_size}",

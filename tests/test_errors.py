@@ -21,6 +21,7 @@ from hf_usp.check.run import run
 from hf_usp.comm import agree
 from hf_usp.costs.sizes import Degrees, Job, ModelShape, check
 from hf_usp.explain import first_batch
+from hf_usp.explain.numbers import Case, explain
 from hf_usp.integers.degrees import choose_ulysses_degree, split_heads
 from hf_usp.integers.layout import Documents, Mask, deal
 from hf_usp.integers.packing import pack
@@ -48,10 +49,18 @@ def test_rule_and_remedy_are_required(parts: dict[str, str]) -> None:
         hf_usp.UspError("found", **parts)
 
 
-def attend(keys: tuple[int, ...] = (1, 8, 2, 4), dtype: torch.dtype = torch.float32, **options: Any) -> None:
-    layout = hf_usp.shard({"input_ids": torch.zeros(1, 8, dtype=torch.long)}, alone())["usp"]
+def attend(
+    keys: tuple[int, ...] = (1, 8, 2, 4), dtype: torch.dtype = torch.float32, whole: bool = False, **options: Any
+) -> None:
     q, k, v = torch.zeros(1, 8, 2, 4), torch.zeros(keys), torch.zeros(1, 8, 2, 4, dtype=dtype)
-    hf_usp.usp_attention(q, k, v, layout, **options)
+    if whole:
+        q, k, v = q.long(), k.long(), v.long()
+    layout = options.pop("layout", sharded({})["usp"])
+    hf_usp.usp_attention(options.pop("q", q), k, v, layout, **options)
+
+
+def sharded(batch: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return hf_usp.shard({"input_ids": torch.zeros(1, 8, dtype=torch.long), **batch}, alone(), **options)
 
 
 def alone() -> hf_usp.UspMesh:
@@ -79,11 +88,34 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "chunks": (lambda: Documents.from_bounds([0, 4]).chunked(0), "attention_chunk_size"),
     "negative window": (lambda: Mask(Documents.from_bounds([0, 4]), left=-2), "sliding_window to 1 or more"),
     "overlong": (lambda: pack([3], 4, "cut"), "leave it out to split"),
-    "short rows": (lambda: pack([3], 1), "such as 4096"),
+    "short rows": (lambda: pack([3], 1), "give length a whole number of at least 2"),
     "ring rank": (lambda: make_plan([np.arange(4)], Mask(Documents.from_bounds([0, 4])), 1), "a rank from 0 to 0"),
     "config": (lambda: shape_of(PreTrainedConfig()), "num_attention_heads and vocab_size"),
     "peak": (lambda: UspReport(None, peak_flops=0), "989e12"),
     "profile step": (lambda: UspReport(None, profile_step=0), "profile_step=3"),
+    "whole numbers": (lambda: attend(keys=(1, 8, 2, 4), whole=True), "q.to(torch.bfloat16)"),
+    "no tensor": (lambda: attend(q=[1.0]), "torch.as_tensor"),
+    "no layout": (lambda: attend(layout=None), '["usp"]'),
+    "causal as text": (lambda: attend(causal="no"), "pass causal as a bool"),
+    "window True": (lambda: attend(sliding_window=True), "as an int"),
+    "scaling NaN": (lambda: attend(scaling=float("nan")), "D ** -0.5"),
+    "softcap 0": (lambda: attend(softcap=0.0), "None for no softcap"),
+    "softcap NaN": (lambda: attend(softcap=float("nan")), "None for no softcap"),
+    "kernel on CPU": (lambda: sharded({}, kernel="spiral"), "leave kernel=None"),
+    "no items": (lambda: sharded({"num_items_in_batch": 0}), "or leave it out"),
+    "items NaN": (lambda: sharded({"num_items_in_batch": torch.tensor(float("nan"))}), "or leave it out"),
+    "items as text": (lambda: sharded({"num_items_in_batch": "3"}), "or leave it out"),
+    "labels as lists": (lambda: sharded({"labels": [[1] * 8]}), "torch.as_tensor(labels)"),
+    "labels without a sign": (lambda: sharded({"labels": torch.zeros(1, 8, dtype=torch.uint8)}), "x.long()"),
+    "no edges": (lambda: sharded({"cu_seq_lens_q": torch.zeros(0, dtype=torch.int32)}), "DataCollatorWithFlattening"),
+    "no rows": (lambda: data.Collator(0)([]), "dataset.select_columns"),
+    "another column": (lambda: data.Collator(0)([{"input_ids": [1], "length": 1}]), "dataset.select_columns"),
+    "short labels in a batch": (
+        lambda: data.Collator(0)([{"input_ids": [1, 2], "labels": [1]}]), "the length of the tokens",
+    ),
+    "fraction of a token": (lambda: pack([2.5], 8), "len(ids)"),  # type: ignore[list-item]
+    "many ranks": (lambda: explain(Case(1 << 16, 256, 1, 1)), "hf-usp plan takes any"),
+    "machine that is none": (lambda: hf_usp.UspParallelismConfig(machine=[]), "hf-usp check"),  # type: ignore[arg-type]
     "check dtype": (lambda: run(CheckOptions(dtype="fp8")), "--dtype bf16"),
     "check timeout": (lambda: run(CheckOptions(timeout=0)), "--timeout"),
     "check soak": (lambda: run(CheckOptions(soak_minutes=-1)), "--soak-minutes 10"),
@@ -109,6 +141,32 @@ def test_a_data_set_that_is_none(content: str | None, remedy: str, tmp_path: Pat
     with pytest.raises(hf_usp.UspConfigError) as refusal:
         first_batch.documents_of(str(tmp_path / "data.jsonl"), None)
     assert remedy in refusal.value.remedy
+
+
+def test_windows_of_any_width_are_exact() -> None:
+    layout = sharded({})["usp"]
+    q, k, v = torch.randn(3, 1, 8, 2, 4).unbind()
+    for causal in (True, False):
+        every = hf_usp.usp_attention(q, k, v, layout, causal=causal)
+        for window in (8, 2**63 - 1, 10**30):
+            assert torch.equal(hf_usp.usp_attention(q, k, v, layout, causal=causal, sliding_window=window), every)
+
+
+def test_labels_that_are_shorter_than_their_tokens() -> None:
+    from datasets import Dataset
+
+    documents = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]], "labels": [[1, 2, 3], [4, 5]]})
+    for make in (
+        lambda: data.pack(documents, 4), lambda: data.whole(documents),
+        lambda: list(data.pack(documents.to_iterable_dataset(), 4)),
+    ):  # fmt: skip
+        with pytest.raises(hf_usp.UspBatchError, match=r"3 and 2 in document 1.*IGNORED \(-100\)"):
+            make()
+
+
+def test_control_characters_are_harmless() -> None:
+    error = hf_usp.UspError("a name \x1b[31m \ud800\n", rule="no \x07", remedy="Größe 文件")
+    assert "\\x1b[31m \\ud800\n" in str(error) and "\\x07" in error.rule and error.remedy == "Größe 文件"
 
 
 def test_texts_that_are_none() -> None:
@@ -171,7 +229,6 @@ def test_a_broken_environment_of_one_rank_is_told_to_all(two_ranks: Ranks) -> No
 @pytest.mark.parametrize("ending", ["html", "png"])
 def test_what_cannot_be_saved_in_the_end_is_refused(tmp_path: Path, ending: str) -> None:
     """A full disk: the file can be opened."""
-    from hf_usp.explain.numbers import Case, explain
     from hf_usp.explain.page import write_page
     from hf_usp.explain.picture import draw
 

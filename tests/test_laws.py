@@ -22,7 +22,7 @@ FLOORS = {
     0: ("errors", "versions", "checkpoint", "ranges", "passing", "once"),
     1: ("integers", "costs", "options", "faults", "comm", "precision", "rope"),
     2: ("kernels", "mesh", "work"),
-    3: ("batch", "loss", "core", "shard", "unshard"),
+    3: ("batch", "loss", "core", "shard", "unshard", "validation"),
     4: ("attention", "recompute", "recurrence"),
     5: ("models", "planning"),
     6: ("seams", "parallelism"),

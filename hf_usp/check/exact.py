@@ -23,7 +23,7 @@ from ..mesh import UspMesh
 from ..models.bodies import mask_kinds
 from ..models.modeling import NAME
 from ..models.prepare import attach
-from ..planning.request import read_config
+from ..planning.request import read_config, shape_of
 from ..shard import ShardOptions, shard
 from ..unshard import unshard
 
@@ -102,7 +102,9 @@ def small_config(name: str) -> PretrainedConfig:
 
     Raises `UspConfigError` where it cannot be found without the network.
     """
-    return shrink(read_config(name))
+    config = read_config(name)
+    shape_of(config)  # refuses sizes that no model has
+    return shrink(config)
 
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
@@ -141,7 +143,7 @@ def model_error(config: PretrainedConfig, mesh: UspMesh, device: torch.device, d
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
         model = model.to(device=device, dtype=kind)
-        if over is not None:
+        if over is not None and over.size > 1:  # a single rank has nothing to shard: "usp" as one process has it
             attach(model, over, ShardOptions("auto", mask_kinds(model)))
         loss = model(**batch, use_cache=False).loss
         loss.backward()

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import UspConfigError, UspError
+from ..errors import UspConfigError, UspError, printable
 from ..integers.degrees import check_degrees, choose_ulysses_degree
 from ..integers.whole import check_whole
 from ..mesh import UspMesh
-from ..options import check_writable
+from ..options import check_writable, size_from_environment
+from ..planning.request import shape_of
 from ..precision import DTYPES, check_dtype
 from .exact import core_error, model_error, small_config
 from .facts import facts
@@ -33,6 +34,7 @@ from .stages import Stages
 from .verdict import verdict
 
 MOST_MINUTES = 7 * 24 * 60
+MOST_RANKS = 1 << 20
 
 
 def run(options: CheckOptions) -> int:
@@ -40,9 +42,10 @@ def run(options: CheckOptions) -> int:
 
     Raises `UspConfigError`, before any rank talks to another, for options that fit nothing.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    world = size_from_environment("WORLD_SIZE", os.environ, least=1, most=MOST_RANKS)
+    rank = size_from_environment("RANK", os.environ, 0, most=world - 1)
     results = Results(command=" ".join(sys.argv), world=world)
-    _check_options(options, world)
+    _check_options(options, rank, world)
     config = None if options.model is None else small_config(options.model)
     heads = _heads(options, config)
 
@@ -76,14 +79,15 @@ def run(options: CheckOptions) -> int:
     return results.exit_code
 
 
-def _check_options(options: CheckOptions, world: int) -> None:
-    names = ("cp_size", "ulysses", "heads", "kv_heads", "head_dim", "ranks_per_node", "message")
-    check_whole(**{name: getattr(options, name) for name in names})
+def _check_options(options: CheckOptions, rank: int, world: int) -> None:
+    names = {"cp_size": 20, "ulysses": 20, "heads": 16, "kv_heads": 16, "head_dim": 14, "ranks_per_node": 20}
+    for name, bits in {**names, "message": 36}.items():
+        check_whole(most=1 << bits, **{name: getattr(options, name)})
     check_dtype(options.dtype)
-    if not options.timeout >= 1:
+    if not 1 <= options.timeout <= MOST_MINUTES * 60:
         raise UspConfigError(
             f"timeout={options.timeout}",
-            rule="a stage may take at least 1 second",
+            rule="a stage may take 1 second to a week",
             remedy="leave --timeout out (120 seconds), or give it more",
         )
     if not 0 <= options.soak_minutes <= MOST_MINUTES:
@@ -106,7 +110,7 @@ def _check_options(options: CheckOptions, world: int) -> None:
         )  # fmt: skip
     if options.ulysses is not None:
         check_degrees(size, options.ulysses)
-    if options.output is not None and int(os.environ.get("RANK", "0")) == 0:
+    if options.output is not None and rank == 0:
         check_writable(options.output)
 
 
@@ -114,16 +118,14 @@ def _heads(options: CheckOptions, config: Any) -> tuple[int, int, int]:
     """Query heads, kv heads, width: the model's where there is one."""
     if config is None:
         return options.heads, options.kv_heads, options.head_dim
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return heads, getattr(text, "num_key_value_heads", None) or heads, width
+    shape = shape_of(config)
+    return shape.heads, shape.kv_heads, shape.head_dim
 
 
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(size_from_environment("LOCAL_RANK", os.environ, 0, most=torch.cuda.device_count() - 1))
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -250,7 +252,7 @@ def _soak(
 
 def _tell(results: Results, options: CheckOptions) -> None:
     """The verdict on the screen, everything in the file."""
-    print(verdict(results, options.slow), flush=True)
+    print(printable(verdict(results, options.slow)), flush=True)
     if options.output is not None:
         content = {
             "hf_usp check": 1,

@@ -18,6 +18,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from ..errors import UspConfigError
+from ..options import size_from_environment
+
 HANGS = 3
 GRACE = 5.0
 # Of a call to the store itself; stages have a clock of their own.
@@ -40,11 +43,21 @@ class Stages:
 
     def _connect(self, hosts: bool = True) -> dist.Store:
         """The launcher's store, or one that rank 0 holds."""
-        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        port = size_from_environment("MASTER_PORT", os.environ, 29500, most=65535)
         of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         start_time = timedelta(seconds=self.timeout)
         mine = hosts and self.rank == 0 and not of_agent
-        store = dist.TCPStore(address, port, None, mine, start_time, wait_for_workers=False)
+        try:
+            store = dist.TCPStore(address, port, None, mine, start_time, wait_for_workers=False)
+        except (RuntimeError, OSError) as problem:
+            reason = f"{problem} ".splitlines()[0]
+            raise UspConfigError(
+                f"no meeting point at {address}:{port} (MASTER_ADDR, MASTER_PORT): {reason}",
+                rule="rank 0 listens there, on a free port of its host, and all other ranks reach it",
+                remedy="start the ranks with torchrun or accelerate launch, or export the name of rank 0's host and a "
+                "free port on every rank",
+            ) from problem
         store.set_timeout(PATIENCE)
         return dist.PrefixStore(f"hf-usp-check-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

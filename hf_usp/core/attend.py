@@ -10,9 +10,11 @@ width, E value width, X all columns of a message; lower case h, g: the heads tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..batch import CallShape, Layout, MaskKind
@@ -56,6 +58,7 @@ def begin(inputs: Inputs, layout: Layout, kind: MaskKind, softmax: Softmax) -> A
     """
     q_BLHD, k_BLGD, v_BLGE, sinks_H = inputs
     _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, layout)
+    _check_softmax(softmax)
     sizes = Sizes(q_BLHD.shape[2], k_BLGD.shape[2], q_BLHD.shape[3], v_BLGE.shape[3])
     layout.calls, layout.dtype = layout.calls + 1, q_BLHD.dtype
     layout.used[CallShape(kind, *sizes, q_BLHD.element_size())] += 1
@@ -122,6 +125,33 @@ def _at_hand(inputs: KeptInputs, arrived_TX: Tensor | None, heads: Heads) -> Inp
     return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), sinks_h
 
 
+def check_tensors(q: Any, k: Any, v: Any, sinks: Any) -> None:
+    """Raise `UspModelError` for what are no tensors of a device that computes."""
+    for name, x in (("queries", q), ("keys", k), ("values", v), ("sinks", sinks)):
+        if x is None and name == "sinks":
+            continue
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta:
+            kind = f"a {x.layout} tensor on {x.device}" if isinstance(x, Tensor) else repr(x)
+            raise UspModelError(
+                f"{name}: {kind:.100}",
+                rule="attention takes dense tensors with values",
+                remedy=f"pass {name} as such a tensor (torch.as_tensor, x.to_dense())",
+            )
+
+
+def _check_softmax(softmax: Softmax) -> None:
+    for name, value in (("scaling", softmax.scale), ("softcap", softmax.softcap)):
+        if value is None and name == "softcap":
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (name == "softcap" and not float(value or 0) > 0):
+            raise UspModelError(
+                f"{name}={value!r:.100}",
+                rule="scaling is a finite number; softcap is one above 0, or None",
+                remedy="leave scaling out for D ** -0.5" if name == "scaling" else "pass None for no softcap",
+            )
+
+
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Layout) -> None:
     expected = (layout.batch, layout.local_length)
     for name, x in (("queries", q), ("keys", k), ("values", v)):
@@ -137,6 +167,19 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout:
             f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}",
             rule="keys have the width of the queries, values as many heads as keys",
             remedy="pass keys and values of the same heads; a latent attention first expands its keys to full heads",
+        )
+    if min(q.shape[2:]) == 0 or min(k.shape[2:]) == 0 or v.shape[3] == 0:
+        raise UspModelError(
+            f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}",
+            rule="there is at least one head, of a width of at least 1",
+            remedy="pass tensors [batch, local tokens, heads, width] that are not empty",
+        )
+    if not all(x.is_floating_point() for x in (q, k, v, q if sinks is None else sinks)):
+        raise UspModelError(
+            f"queries in {q.dtype}, keys in {k.dtype}, values in {v.dtype}"
+            + ("" if sinks is None else f", sinks in {sinks.dtype}"),
+            rule="attention is computed in floating point",
+            remedy="cast them, as in q.to(torch.bfloat16); quantized weights are dequantized before attention",
         )
     if not (q.dtype == k.dtype == v.dtype):
         raise UspModelError(

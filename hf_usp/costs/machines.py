@@ -185,8 +185,8 @@ def recognised(device_name: str) -> str | None:
 
 def check_machine(name: str) -> None:
     """Refuse a name that no preset has."""
-    if name not in MACHINES:
+    if not isinstance(name, str) or name not in MACHINES:
         raise UspConfigError(
-            f"machine {name!r}", rule=f"a machine is one of {', '.join(MACHINES)}",
+            f"machine {name!r:.100}", rule=f"a machine is one of {', '.join(MACHINES)}",
             remedy="or measure yours: hf-usp check --output check.json, then name check.json as the machine",
         )  # fmt: skip

@@ -16,7 +16,8 @@ the others wait and map the same files.
 """
 
 from .collator import Collator, pad_id
-from .rows import build_once, load_rows, pack, tokenize, whole
+from .once import build_once
+from .rows import load_rows, pack, tokenize, whole
 from .writing import PADDING_DOCUMENT
 
 __all__ = ["PADDING_DOCUMENT", "Collator", "build_once", "load_rows", "pack", "pad_id", "tokenize", "whole"]

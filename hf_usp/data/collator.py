@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UspBatchError
+from ..integers.whole import check_whole
+from ..options import check_switches
 from ..shard import IGNORED
+
+COLUMNS = {"input_ids", "labels", "position_ids", "attention_mask"}
+MOST_TOKEN = (1 << 31) - 1  # rows are kept as int32
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -25,13 +31,18 @@ class Collator:
     """
 
     def __init__(self, pad_token_id: int, cu_seq_lens: bool = False) -> None:
+        check_whole(least=0, most=MOST_TOKEN, required=True, pad_token_id=pad_token_id)
+        check_switches(cu_seq_lens=cu_seq_lens)
         self.pad_token_id, self.cu_seq_lens = pad_token_id, cu_seq_lens
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One batch [rows, tokens of the longest] of every column."""
-        columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
+        """One batch [rows, tokens of the longest] of every column.
+
+        Raises `UspBatchError` for rows that are not alike, and for columns that are not one whole number per token.
+        """
+        columns = _columns(rows)
         packed = "position_ids" in columns
-        if not packed:
+        if not packed and "attention_mask" not in columns:
             columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED, "position_ids": 0, "attention_mask": 0}
         pad = torch.nn.utils.rnn.pad_sequence
@@ -41,6 +52,42 @@ class Collator:
         if packed and self.cu_seq_lens:
             batch |= _edges(batch["position_ids"])
         return batch
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]]:
+    """The rows' columns as tensors [tokens of the row]."""
+    names = set().union(*rows) if rows else set()
+    if "input_ids" not in names or not names <= COLUMNS or any(set(row) != names for row in rows):
+        raise UspBatchError(
+            f"{len(rows)} row(s) with the columns {', '.join(sorted(map(str, names))) or 'of nothing'}",
+            rule=f"there is a row; all have input_ids, and the same ones of {', '.join(sorted(COLUMNS))}",
+            remedy="keep only these with dataset.select_columns, or write a collator of your own",
+        )
+    columns: dict[str, list[Tensor]] = {}
+    for name in rows[0]:
+        for row in rows:
+            columns.setdefault(name, []).append(_tokens(name, row))
+    if not any(map(len, columns["input_ids"])):
+        raise UspBatchError(
+            f"{len(rows)} row(s) without a token", rule="a batch has a token", remedy="leave out rows without input_ids"
+        )
+    return columns
+
+
+def _tokens(name: str, row: Mapping[str, Any]) -> Tensor:
+    """One column of a row [tokens], as long as its `input_ids`."""
+    try:
+        values, tokens = torch.as_tensor(row[name]), len(row["input_ids"])
+    except (TypeError, ValueError, RuntimeError):
+        values, tokens = torch.zeros(()), -1
+    whole = not values.is_floating_point() and not values.is_complex() or values.numel() == 0
+    if values.ndim != 1 or len(values) != tokens or not whole:
+        raise UspBatchError(
+            f"a row with {name}={row[name]!r:.60}",
+            rule=f"{name} is one whole number for each of the row's input_ids",
+            remedy="tokenize texts first (hf_usp.data.tokenize), and build labels with the length of the tokens",
+        )
+    return values.long()
 
 
 def _edges(position_ids_BS: Tensor) -> dict[str, Any]:

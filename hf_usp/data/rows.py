@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import UspBatchError
 from ..integers import packing
+from ..integers.whole import check_whole
 from ..shard import IGNORED
-from .collator import pad_id
-from .writing import AT_ONCE, features, pack_batch, write_rows
+from .collator import MOST_TOKEN, pad_id
+from .once import build_once
+from .writing import AT_ONCE, check_labels, features, pack_batch, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,9 @@ def pack(
     Raises:
         UspConfigError, UspBatchError: as `packing.pack`; and where all documents together do not fill one row.
     """
+    check_whole(least=0, most=MOST_TOKEN, required=True, pad_token_id=pad_token_id)
+    check_whole(required=True, length=length, documents_at_once=documents_at_once)
+    check_whole(num_proc=num_proc)
     if _is_stream(documents):
         options: Any = {"length": length, "overlong": overlong, "pad_token_id": pad_token_id}
         return documents.map(
@@ -120,28 +124,6 @@ def whole(documents: Any, *, num_proc: int | None = None) -> Any:
     return rows
 
 
-def build_once(folder: str | os.PathLike[str], build: Callable[[], Any]) -> Any:
-    """The dataset that `build` makes, kept in `folder`: built by the first process that asks, read by all others.
-
-    A file lock beside the folder makes them wait, however long it takes, with or without a process group; it is freed
-    where the builder dies, and the next one builds. The folder appears when it is complete. Processes that do not
-    share a file system build one each.
-    """
-    from datasets import load_from_disk
-    from filelock import FileLock
-
-    folder = Path(folder)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                unfinished = folder.with_name(f"{folder.name}.unfinished")
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that died here
-                build().save_to_disk(unfinished)
-                os.replace(unfinished, folder)
-    return load_from_disk(str(folder))
-
-
 def load_rows(
     documents: Any,
     tokenizer: Any,
@@ -186,8 +168,31 @@ def _columns(documents: Any) -> list[str]:
 
 
 def _lengths(documents: Any) -> list[int]:
-    """Tokens of every document, without reading them into Python."""
+    """Tokens of every document, as many as its labels. Raises `UspBatchError` for columns that hold something else."""
+    tokens = _lengths_of(documents, "input_ids")
+    if "labels" in documents.column_names:
+        check_labels(tokens, _lengths_of(documents, "labels"))
+    return tokens
+
+
+def _lengths_of(documents: Any, name: str) -> list[int]:
+    """Entries of a column of lists, without reading them into Python."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    batches = documents.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=AT_ONCE)
-    return [n for batch in batches for n in pc.list_value_length(batch["input_ids"]).to_pylist()]
+    lengths: list[int] = []
+    if name in documents.column_names:
+        batches = documents.select_columns([name]).with_format("arrow").iter(batch_size=AT_ONCE)
+        for column in (batch[name] for batch in batches):
+            # A column without any entry has no type.
+            kind = getattr(column.type, "value_type", pa.string())
+            if column.null_count or not (pa.types.is_integer(kind) or pa.types.is_null(kind)):
+                break
+            lengths += pc.list_value_length(column).to_pylist()
+    if len(lengths) != len(documents) or not lengths:
+        raise UspBatchError(
+            f"{len(documents)} documents with the columns {', '.join(documents.column_names) or 'of nothing'}",
+            rule=f"there are documents, whose {name} are lists of whole numbers",
+            remedy="tokenize texts first: hf_usp.data.tokenize(documents, tokenizer)",
+        )
+    return lengths

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UspBatchError
 from ..integers import packing
 from ..shard import IGNORED
 
@@ -57,9 +58,24 @@ def _gather(documents: Any, length: int, pad_token_id: int, plan: Mapping[str, A
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def check_labels(tokens: Sequence[int], labels: Sequence[int]) -> None:
+    """Refuse documents whose labels are not as many as their tokens: the rest of a row would be trained on others."""
+    differing = [i for i, (n, m) in enumerate(zip(tokens, labels, strict=True)) if n != m]
+    if differing:
+        i = differing[0]
+        raise UspBatchError(
+            f"{len(differing)} document(s) with other numbers of tokens and labels: {tokens[i]} and {labels[i]} in "
+            f"document {i}",
+            rule="every token has a label, IGNORED (-100) where it is no target",
+            remedy="build labels from the same ids as the tokens, with the same truncation; or leave them out",
+        )
+
+
 def pack_batch(batch: Mapping[str, Any], length: int, overlong: str, pad_token_id: int) -> dict[str, list[Any]]:
     """Rows of some documents of a stream."""
     names = [name for name in ("input_ids", "labels") if name in batch]
+    if "labels" in names:
+        check_labels(*([len(x) for x in batch[name]] for name in names))
     rows = [
         _row([{n: batch[n][p.document][p.start : p.stop] for n in names} for p in pieces], length, pad_token_id)
         for pieces in packing.pack([len(ids) for ids in batch["input_ids"]], length, overlong)

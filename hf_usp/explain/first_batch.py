@@ -25,7 +25,9 @@ def documents_of(path: str, tokens: int | None) -> tuple[int, ...]:
                 lengths += _documents(line, f"{path}, line {number}")
                 if tokens is None or sum(lengths) >= tokens or len(lengths) > number:
                     break
-    except (OSError, UnicodeDecodeError) as problem:
+    except UspConfigError:
+        raise
+    except (OSError, ValueError) as problem:
         raise UspConfigError(
             f"data set {path!r}: {problem}",
             rule="a data set is a text file of JSON lines that can be read",
@@ -46,7 +48,7 @@ def _documents(line: str, where: str) -> list[int]:
         count = len(row["input_ids"])
         positions = row.get("position_ids") or range(count)
         starts = [0, *(i for i in range(1, count) if positions[i] != positions[i - 1] + 1), count]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as problem:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as problem:
         raise UspConfigError(f"{where}: {type(problem).__name__} {problem}", rule=RULE, remedy=REMEDY) from problem
     lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
     if not count or min(lengths) < 1:

@@ -24,6 +24,7 @@ from ..precision import DTYPES, check_dtype
 
 MOST_RANKS_LISTED = 64
 MOST_TOKENS = 1 << 26
+MOST_RING, MOST_RANKS, MOST_HEADS = 128, 1024, 4096  # every pair of ring ranks is looked at, in every order
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,13 @@ def explain(case: Case) -> Explanation:
         if case.ranks_per_node is not None and case.ranks_per_node % ulysses:
             reason += f"; ulysses groups cross the edges of nodes of {case.ranks_per_node} ranks"
     ring = case.ranks // ulysses
+    if ring > MOST_RING:
+        raise UspConfigError(
+            f"ulysses {ulysses} x ring {ring} ({reason})",
+            rule=f"every pair of ring ranks is looked at, up to a ring of {MOST_RING}",
+            remedy=f"take fewer ranks, or --ulysses of at least {-(-case.ranks // MOST_RING)}; hf-usp plan takes any "
+            "number of GPUs",
+        )
     shares = split_heads(case.heads, case.kv_heads, ulysses)
     per_node = ring_per_node(range(case.ranks), ulysses, case.ranks_per_node or case.ranks)
     mesh = UspMesh(ring, ulysses, 0, 0, tuple(range(case.ranks)), None, None, None, ring_per_node=per_node)
@@ -122,6 +130,9 @@ def check_sizes(case: Case) -> None:
     """Refuse what is not a size, by name."""
     names = ("tokens", "ranks", "heads", "kv_heads", "head_dim", "batch", "window", "chunk", "ranks_per_node")
     check_whole(**{name: getattr(case, name) for name in names})
+    check_whole(most=MOST_RANKS, ranks=case.ranks)
+    check_whole(most=MOST_HEADS, heads=case.heads, kv_heads=case.kv_heads)
+    check_whole(most=1 << 20, head_dim=case.head_dim)
     if case.tokens * case.batch > MOST_TOKENS:
         raise UspConfigError(
             f"{case.batch} row(s) of {case.tokens:,} tokens",

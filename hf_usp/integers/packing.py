@@ -13,8 +13,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 from ..errors import UspBatchError, UspConfigError
+from .whole import check_whole
 
 OVERLONG = ("split", "whole", "refuse")
 
@@ -88,18 +91,21 @@ def measure(rows: Iterable[Row], length: int) -> Fill:
 
 
 def _check(lengths: Sequence[int], length: int, overlong: str) -> None:
-    if overlong not in OVERLONG:
+    if not isinstance(overlong, str) or overlong not in OVERLONG:
         raise UspConfigError(
             f"overlong={overlong!r}",
             rule=f"it is one of {', '.join(OVERLONG)}",
             remedy="leave it out to split documents that are longer than a row",
         )
-    if length < 2:
-        raise UspConfigError(
-            f"rows of {length} tokens",
-            rule="a token is predicted from those before it: a row has at least 2",
-            remedy="give rows the length that the model trains on, such as 4096",
-        )
+    check_whole(least=2, required=True, length=length)
+    given: Sequence[Any] = lengths
+    for number, tokens in enumerate(given):
+        if type(tokens) is bool or not isinstance(tokens, Integral) or tokens < 0:
+            raise UspBatchError(
+                f"document {number} of {tokens!r:.60} tokens",
+                rule="lengths are whole numbers of at least 0",
+                remedy="pass [len(ids) for ids in documents]",
+            )
     longer = sum(n > length for n in lengths)
     if longer and (overlong == "refuse" or (overlong == "whole" and longer == len(lengths))):
         raise UspBatchError(

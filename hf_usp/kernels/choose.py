@@ -31,7 +31,7 @@ def choose_kernel(
         if kernel.name == EagerKernel.name and device.type != "cpu":
             _warn_of_eager(device, dtype, head_dim, softmax)
         return kernel
-    if name not in KERNELS:
+    if not isinstance(name, str) or name not in KERNELS:
         raise UspKernelError(
             f"kernel={name!r}",
             rule=f"a kernel is one of {', '.join(KERNELS)}",
@@ -57,11 +57,17 @@ def _warn_of_eager(device: torch.device, dtype: torch.dtype, head_dim: int, soft
 
 
 def check_installed(name: str | None, device: torch.device) -> None:
-    """Refuse a named kernel that this machine cannot run in any dtype; `UspKernelError`."""
+    """Refuse a kernel that has no such name, or that this machine cannot run in any dtype; `UspKernelError`.
+
+    A batch on the CPU may still be on its way to where it is computed: there the name alone is looked at.
+    """
     if name is None:
         return
     softmax, dtypes = Softmax(1.0), (torch.bfloat16, torch.float32)
-    if name not in KERNELS or all(KERNELS[name].why_not(device, dtype, 8, softmax) for dtype in dtypes):
+    unknown = not isinstance(name, str) or name not in KERNELS
+    if device.type == "cpu" and not unknown:
+        return
+    if unknown or all(KERNELS[name].why_not(device, dtype, 8, softmax) for dtype in dtypes):
         choose_kernel(device, dtypes[0], 8, softmax, name)  # says why
 
 

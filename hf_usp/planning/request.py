@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from ..costs.machines import MACHINES, Link, Machine, check_machine
 from ..costs.sizes import Job, ModelShape
-from ..errors import UspConfigError
-from ..integers.whole import check_whole
+from ..errors import UspConfigError, UspError, printable
+from ..integers.whole import check_number, check_whole
 
 # Of a GPU's memory: the rest goes to the CUDA context, NCCL and fragmentation.
 USABLE = 0.92
+MOST_SIZE = 1 << 32  # of whatever a config counts
 MOST_TOKENS, MOST_GPUS, MOST_ROWS, MOST_IN_A_NODE = 1 << 31, 1 << 17, 1 << 16, 1 << 10
 
 
@@ -76,6 +84,13 @@ def request(
             rule="it is in gigabytes of one device, more than 0 and at most 100,000",
             remedy="pass --memory 80, say, or leave it out to take the machine's",
         )
+    if not model.isprintable():
+        raise UspConfigError(
+            f"a model {model!r}",
+            rule="its name stands in the launch line",
+            remedy="rename the folder: letters without line breaks and control characters",
+        )
+    check_whole(most=MOST_TOKENS, documents=max(documents, default=1))
     if documents and min(documents) < 1:
         raise UspConfigError(
             f"a document of {min(documents)} tokens",
@@ -119,12 +134,17 @@ def with_nodes_of(found: Machine, gpus_per_node: int) -> Machine:
 def _measured(path: str) -> Machine:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))["machine"]
+        name = str(content["name"])
+        check_number(**{key: content[key] for key in ("matmul_flops", "memory", "memory_bandwidth")})
+        for link in content["links"]:
+            check_whole(required=True, most=MOST_GPUS, ranks=link["ranks"])
+            check_number(bandwidth=link["bandwidth"], latency=link["latency"])
         links = tuple(Link(link["ranks"], link["bandwidth"], None, link["latency"]) for link in content["links"])
         # The roofline asks for the peak and knows what long products reach of it.
         share = MACHINES["cpu"].matmul
         return replace(
-            MACHINES["cpu" if content["name"].startswith("cpu") else "h100-nvlink"],
-            name=content["name"], flops=content["matmul_flops"] / share, memory=float(content["memory"]),
+            MACHINES["cpu" if name.startswith("cpu") else "h100-nvlink"],
+            name=printable(name), flops=content["matmul_flops"] / share, memory=float(content["memory"]),
             memory_bandwidth=content["memory_bandwidth"], links=_far_enough(links),
         )  # fmt: skip
     except OSError as problem:
@@ -133,42 +153,68 @@ def _measured(path: str) -> Machine:
             rule="a machine's file can be read",
             remedy="pass the path that hf-usp check --output wrote, or a preset's name (an unknown one lists them)",
         ) from problem
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        found = f" ({problem.found})" if isinstance(problem, UspError) else ""
         raise UspConfigError(
-            f"machine {path!r} holds no measured machine", rule="it is the file of hf-usp check --output",
+            f"machine {path!r} holds no measured machine{found}", rule="it is the file of hf-usp check --output",
             remedy="run hf-usp check --output check.json on several ranks",
         ) from problem  # fmt: skip
 
 
 def _far_enough(links: tuple[Link, ...]) -> tuple[Link, ...]:
     """More nodes of the same kind: the outermost link reaches them."""
-    if not links:
-        raise ValueError("no links")
+    if not links or any(a.ranks >= b.ranks for a, b in pairwise(links)):
+        raise ValueError("no links, or not from the inside to the outside")
     outer = replace(links[-1], ranks=MOST_GPUS)
     return (*links[:-1], outer) if len(links) > 1 else (links[0], outer)
 
 
 def read_model(name: str) -> ModelShape:
-    """Sizes of a model: a folder, a config.json, or a hub name in the local cache (the network is never asked)."""
-    return shape_of(read_config(name))
+    """Sizes of a decoder: a folder, a config.json, or a hub name in the local cache (the network is never asked)."""
+    config = read_config(name)
+    check_decoder(config)
+    return shape_of(config)
 
 
-def read_config(name: str) -> Any:
-    """The config of such a model. Raises `UspConfigError` where it is not on this machine, or cannot be read."""
+def read_config(name: str, *, local: bool = True) -> Any:
+    """The config of such a model; with `local=False` it may also be downloaded. Code of a model is never run.
+
+    Raises `UspConfigError` where it is not there, holds what Transformers does not take, or needs code of its own.
+    """
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as problem:
-        local = Path(name).exists()
+        return AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as problem:  # a config holds whatever somebody wrote; Transformers looks at some of it only
+        reason = printable(str(problem).strip().split("\n")[0][:200])
+        if "trust_remote_code" in str(problem):
+            raise UspConfigError(
+                f"{name!r} has code of its own (auto_map in its config.json)",
+                rule="a model's code is not run here, only architectures of Transformers are known",
+                remedy="pass a config.json whose model_type is the architecture of Transformers that it is like",
+            ) from problem
+        missing = isinstance(problem, OSError) and not os.path.exists(name)
+        what = "no config of" if missing else "no config that Transformers takes in"
         raise UspConfigError(
-            f"no config of {name!r} on this machine ({str(problem).splitlines()[0]})",
+            f"{what} {name!r:.200} on this machine ({type(problem).__name__}: {reason})",
             rule="a model is a folder, a config.json, or a hub name in the local cache",
-            remedy="mend its config.json" if local else f"hf download {name} config.json, or pass a path",
+            remedy=f"hf download {name:.200} config.json, or pass a path" if missing else "mend its config.json",
         ) from problem
+
+
+def check_decoder(config: Any) -> None:
+    """Raise `UspConfigError` for encoders, and for what reads one sequence and writes another."""
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or getattr(config, "is_encoder_decoder", False) or config.model_type not in known:
+        raise UspConfigError(
+            f"a config of type {config.model_type!r}",
+            rule="hf-usp plan knows decoders: causal language models",
+            remedy="pass the config.json of one; UspParallelismConfig(ulysses_degree=...) itself takes encoders, too",
+        )
 
 
 def shape_of(config: Any) -> ModelShape:
     """Sizes of a config. Layers with a state along the sequence count as layers with full attention; sizes that differ
-    between layers count with their mean."""
+    between layers count with their mean. Raises `UspConfigError` for sizes that no model has."""
     text = text_config(config)
 
     def get(*names: str) -> Any:
@@ -182,7 +228,14 @@ def shape_of(config: Any) -> ModelShape:
             remedy="pass the config.json of a causal language model, with num_hidden_layers, hidden_size, "
             "num_attention_heads and vocab_size",
         )
-    experts = get("num_experts", "num_local_experts", "n_routed_experts") or 1
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_key_value_heads")
+    inner = ("intermediate_size", "moe_intermediate_size", "num_experts_per_tok")
+    check_whole(most=MOST_SIZE, **{name: get(name) for name in (*names, *inner)})
+    # 0 where a family has none: experts, a window, one width for keys and values of latent attention.
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    check_whole(least=0, most=MOST_SIZE, **{name: get(name) for name in (*counts, "sliding_window")})
+    check_whole(least=0 if get("kv_lora_rank") else 1, most=MOST_SIZE, head_dim=get("head_dim"))
+    experts = get(*counts) or 1
     width = get("moe_intermediate_size") if experts > 1 else None
     types = getattr(text, "layer_types", None) or []
     window = get("sliding_window")
@@ -203,10 +256,12 @@ def shape_of(config: Any) -> ModelShape:
 def text_config(config: Any) -> Any:
     """The decoder's part of a config. Raises `UspConfigError` where there are several."""
     try:
-        return config.get_text_config()
-    except ValueError as problem:
+        text = config.get_text_config()
+        text.model_type  # noqa: B018
+        return text
+    except (ValueError, TypeError, AttributeError) as problem:
         raise UspConfigError(
-            f"a config of type {config.model_type!r} with several language models",
+            f"a config of type {config.model_type!r} with several language models, or none",
             rule="one decoder is planned for", remedy="pass the config of that decoder",
         ) from problem  # fmt: skip
 

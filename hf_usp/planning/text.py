@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from shlex import quote
 from typing import Any
 
 from .request import PlanRequest
@@ -45,10 +46,10 @@ def table(what: PlanRequest, found: list[Candidate]) -> str:
 def accelerate_config(what: PlanRequest, best: Candidate, path: str = "plan.yaml") -> str:
     """A config file for `accelerate launch`, its launch line in its head."""
     nodes = max(1, what.gpus // what.node)
-    line = [f"accelerate launch --config_file {path}"]
+    line = [f"accelerate launch --config_file {quote(path)}"]
     if nodes > 1:
         line[0] += " --machine_rank 0 --main_process_ip 10.0.0.1"
-    line.append(f"scripts/finetune.py {' '.join(flags(what, best))}")
+    line.append(f"scripts/finetune.py {' '.join(map(quote, flags(what, best)))}")
     shared = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "MULTI_GPU" if best.degrees.tp > 1 or what.gpus == 1 else "FSDP",

@@ -91,5 +91,5 @@ def test_wrong_arguments() -> None:
     with pytest.raises(UspConfigError, match="one of " + ", ".join(OVERLONG)):
         pack([3], 8, "drop")
     for length in (-1, 0, 1):
-        with pytest.raises(UspConfigError, match=f"rows of {length} tokens.*at least 2"):
+        with pytest.raises(UspConfigError, match=f"length={length}.*at least 2"):
             pack([3], length)
