@@ -32,7 +32,7 @@ def keep_attention() -> dict[str, Any]:
 def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """The two contexts of `keep_attention`, around the forward and around the recomputation of a layer."""
     ops = torch.ops.hf_usp
-    return create_selective_checkpoint_contexts([ops.attend.default, ops.exchange.default])
+    return create_selective_checkpoint_contexts([ops.usp_flash_attn.default, ops.exchange.default])
 
 
 class KeepAttention(str):
