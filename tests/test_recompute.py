@@ -116,8 +116,8 @@ def test_recurrent_layers_do_not_exchange_again(four_ranks: Ranks) -> None:
         assert selective["forwards"] == none["forwards"] and largest_difference(others, gradients) < 1e-6
 
 
-# Options of checkpointing under the stock Trainer. With what attention needs kept, a step's messages and kernel calls are
-# those of none, whichever layers are checkpointed and wherever Transformers keeps their inputs.
+# Options of checkpointing under the stock Trainer. Where what attention needs is kept, messages and kernel calls of a
+# step are those of none, whichever layers are checkpointed and wherever Transformers keeps their inputs.
 OPTIONS: dict[str, dict[str, Any]] = {
     "all layers": {}, "every second layer": {"every_n_layers": 2}, "inputs on the host": {"offload": True},
 }  # fmt: skip

@@ -1,7 +1,8 @@
-"""Attention as a registered operator, `torch.ops.hf_usp.usp_flash_attn`, and the exchange of recurrent layers as another.
+"""Attention as an operator, `torch.ops.hf_usp.usp_flash_attn`, and the exchange of recurrent layers as another.
 
 Selective checkpointing decides over operators, and `torch.compile` puts operators into its graphs without looking
 inside. Everywhere else attention is an autograd function, whose parts stay visible to profilers and dispatch modes.
+Policies of others know attention by names: TRL's selective checkpointing keeps operators with `flash_attn` in theirs.
 
 The layout of the batch reaches the operator with a ticket (`tickets`).
 

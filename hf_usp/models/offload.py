@@ -141,10 +141,10 @@ class OffloadedCheckpoints:
         new = {function for function in new if not isinstance(function, Offloaded)}
         if not all(_saves_to_outer_hooks(function) for function in new):
             raise UspModelError(
-                f"offload_checkpoints, and {type(model).__name__}'s checkpointing keeps the inputs of its layers elsewhere",
+                f"offload_checkpoints with {type(model).__name__}, whose checkpointing moves inputs itself",
                 rule="one of the two moves them: hooks nearer to a layer come first, and ours would move nothing",
-                remedy=f"leave offload=True out of {CHECKPOINTING}_kwargs (offload_checkpoints does the same, and copies "
-                "while layers compute), or leave out offload_checkpoints",
+                remedy=f"leave offload=True out of {CHECKPOINTING}_kwargs, or offload_checkpoints (which copies "
+                "while layers compute)",
             )
         for layer in layers:
             if layer._gradient_checkpointing_func in new:
