@@ -3,6 +3,7 @@
 # make long         one sequence of 32,768 tokens through a small fresh Qwen3, the same comparison
 # make table        every architecture of Transformers, judged anew: docs/models.md
 # make table-oldest the same with the oldest supported Transformers: docs/versions.md
+# make test-torch   the tests that depend on torch with another one (TORCH=2.11.0, the oldest; 5 GB): docs/versions.md
 # make book         one sequence of 131,072 tokens on 4 processes, in less memory than it needs in one
 # make fuzz         35,000 random inputs to functions and commands: refused or accepted, never a raw error
 # make gpu          every CUDA kernel against the definition, training against one process, then ten minutes of measurements
@@ -13,11 +14,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
+TORCH ?= 2.11.0
+OF_TORCH := tests/kernels tests/integers tests/test_core.py tests/test_models.py tests/test_recurrent.py \
+  tests/test_recompute.py tests/test_offload.py tests/test_compile.py tests/test_trainer.py tests/test_fsdp2.py \
+  tests/test_tensor_parallel.py tests/test_precision.py tests/test_comm.py tests/test_once.py tests/test_counts.py \
+  tests/test_overlap.py tests/test_prepared.py
 MODEL := models/SmolLM2-135M-Instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart long book test fuzz table table-oldest lint format gpu docs clean
+.PHONY: setup quickstart long book test test-torch fuzz table table-oldest lint format gpu docs clean
 
 setup: $(STAMP)
 
@@ -53,6 +59,11 @@ table: $(STAMP)
 
 table-oldest: $(STAMP)
 	PYTHONPATH=$(OLDEST):. $(BIN)/python -m tests.models.write_table
+
+# PyPI's builds of torch bring CUDA libraries; they run without a GPU as well.
+test-torch: $(STAMP)
+	test -d $(VENV)/torch-$(TORCH) || $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --target $(VENV)/torch-$(TORCH) torch==$(TORCH)
+	PYTHONPATH=$(VENV)/torch-$(TORCH):. $(BIN)/python -m pytest $(OF_TORCH)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -21,10 +21,11 @@ from .core import operator  # noqa: F401  registers the operators
 def keep_attention() -> dict[str, Any]:
     """Keywords of activation checkpointing under which attention is computed and exchanged once.
 
-    `TrainingArguments(gradient_checkpointing=True, gradient_checkpointing_kwargs=hf_usp.keep_attention())`, or
-    `model.gradient_checkpointing_enable(hf_usp.keep_attention())`; also as keywords of `torch.utils.checkpoint.
-    checkpoint`. Only for the kind without reentrance (torch refuses `context_fn` with `use_reentrant=True`). With
-    layers that you compile in a loop of your own pass `context_fn=hf_usp.recompute.contexts`.
+    `TrainingArguments(activation_checkpointing=True, activation_checkpointing_kwargs=hf_usp.keep_attention())`, or
+    `model.activation_checkpointing_enable(hf_usp.keep_attention())`; older Transformers call both
+    `gradient_checkpointing`. Also as keywords of `torch.utils.checkpoint.checkpoint`. Only for the kind without
+    reentrance (torch refuses `context_fn` with `use_reentrant=True`). With layers that you compile in a loop of your
+    own pass `context_fn=hf_usp.recompute.contexts`.
     """
     return {"use_reentrant": False, "context_fn": KeepAttention("hf_usp.keep_attention")}
 
@@ -32,7 +33,7 @@ def keep_attention() -> dict[str, Any]:
 def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """The two contexts of `keep_attention`, around the forward and around the recomputation of a layer."""
     ops = torch.ops.hf_usp
-    return create_selective_checkpoint_contexts([ops.attend.default, ops.exchange.default])
+    return create_selective_checkpoint_contexts([ops.usp_flash_attn.default, ops.exchange.default])
 
 
 class KeepAttention(str):

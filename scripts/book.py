@@ -49,8 +49,8 @@ def train(way: str, tokens: int, steps: int, limit_mb: int, folder: Path) -> Non
     options: dict[str, Any] = {} if way == "plain" else SAVING
     parallelism = hf_usp.UspParallelismConfig(cp_size=world, ulysses_degree=min(2, world), **options)
     saving: dict[str, Any] = {
-        "parallelism_config": parallelism, "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": hf_usp.keep_attention(),
+        "parallelism_config": parallelism, "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": hf_usp.keep_attention(),
     }  # fmt: skip
     args = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, learning_rate=4e-3, use_cpu=True,

@@ -7,6 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from .ranks import Ranks
+from .versions import part_of_the_range
+
+
+def pytest_report_header() -> list[str]:
+    """At the head of a run: which part of the supported range it covers."""
+    return part_of_the_range()
 
 
 @pytest.fixture(scope="module")

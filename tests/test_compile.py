@@ -161,9 +161,9 @@ def test_a_copied_ticket_is_refused() -> None:
     ticket = hf_usp.shard(batch_of("plain"), mesh)["attention_mask"].usp_ticket
     q = torch.randn(2, 37, 4, 16)
     arguments = ([-1, 0, 0, 0], 0.25, None, [1, 0])
-    torch.ops.hf_usp.attend(q, q, q, None, ticket, *arguments)
+    torch.ops.hf_usp.usp_flash_attn(q, q, q, None, ticket, *arguments)
     with pytest.raises(hf_usp.UspModelError, match="a copy of the tensor"):
-        torch.ops.hf_usp.attend(q, q, q, None, ticket.clone(), *arguments)
+        torch.ops.hf_usp.usp_flash_attn(q, q, q, None, ticket.clone(), *arguments)
 
 
 def test_without_a_mesh_a_layer_is_one_graph() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hf_usp
-from hf_usp.models.offload import Garage, Parked, offload_checkpoints
+from hf_usp.models.offload import CHECKPOINTING, Garage, Parked, offload_checkpoints
 
 from .test_chunked_loss import step
 from .tiny import batch_of, largest_difference, tiny_model
@@ -81,10 +81,10 @@ class StandIn(Garage):
         return tensor.as_subclass(Tensor)
 
 
-def checkpointed(kind: str) -> Any:
+def checkpointed(kind: str, **options: Any) -> Any:
     model = tiny_model(attention="usp" if kind == "keep_attention" else "eager", num_hidden_layers=3).train()
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(hf_usp.keep_attention() if kind == "keep_attention" else {"use_reentrant": kind == "reentrant"})
+    enable = getattr(model, f"{CHECKPOINTING}_enable")
+    enable(hf_usp.keep_attention() if kind == "keep_attention" else {"use_reentrant": kind == "reentrant"}, **options)
     return model
 
 
@@ -124,8 +124,33 @@ def test_without_checkpointing_there_is_nothing_to_park() -> None:
     with torch.no_grad():
         model(**batch_of("plain"))
     model.eval()(**batch_of("plain"))
-    with pytest.raises(hf_usp.UspModelError, match="none of whose layers is checkpointed.*gradient_checkpointing"):
+    with pytest.raises(hf_usp.UspModelError, match=f"none of whose layers is checkpointed.*{CHECKPOINTING}=True"):
         model.train()(**batch_of("plain"))
+    getattr(model, f"{CHECKPOINTING}_enable")()  # the remedy
+    model(**batch_of("plain")).loss.backward()
+
+
+def test_every_second_layer() -> None:
+    model, batch = checkpointed("non_reentrant", every_n_layers=2), batch_of("plain")
+    loss, gradients, _ = step(tiny_model(attention="eager", num_hidden_layers=3).train(), **batch)
+    garage = StandIn()
+    offload_checkpoints(model, garage)
+    mine, mine_gradients, _ = step(model, **batch)
+    assert mine == loss and largest_difference(mine_gradients, gradients) < 1e-7
+    assert (garage.shapes, garage.alive) == ([(2, 37, 32)] * 2, 0)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant", "keep_attention"])
+def test_two_that_offload_are_one_too_many(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers' own hooks are nearer to the layer: the option would do nothing."""
+    monkeypatch.setattr(torch.cpu, "is_available", lambda: False)  # its copies are pinned, which needs a GPU
+    model, garage = checkpointed(kind, offload=True), StandIn()
+    offload_checkpoints(model, garage)
+    with pytest.raises(hf_usp.UspModelError, match=f"leave offload=True out of {CHECKPOINTING}_kwargs"):
+        model(**batch_of("plain"))
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": kind == "reentrant"})  # the remedy
+    model(**batch_of("plain")).loss.backward()
+    assert garage.shapes == [(2, 37, 32)] * 3
 
 
 def test_on_cpu_tensors_stay_where_they_are() -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from trl.models import enable_selective_activation_checkpointing
 
 import hf_usp
 from hf_usp.kernels.cpu_flash import CpuFlashKernel
+from hf_usp.models.offload import CHECKPOINTING
 
 from .ranks import Ranks
 from .test_trainer import compare
@@ -55,6 +57,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "reentrant": {"use_reentrant": True},
     "plain": {"use_reentrant": False},
     "keep": hf_usp.keep_attention(),
+    "selective": {},  # TRL's policy, which knows attention by the names of operators
 }
 
 
@@ -63,7 +66,10 @@ def step(family: str, changes: dict[str, Any], degrees: tuple[int, int], way: st
     mesh = hf_usp.UspMesh.build(ring_degree=degrees[0], ulysses_degree=degrees[1])
     model = tiny_model(family, **changes).train()
     recurrent = hf_usp.shard_recurrent_layers(model) if changes == HYBRID else None
-    if WAYS[way] is not None:
+    if way == "selective":
+        enable_selective_activation_checkpointing(model)
+        model.gradient_checkpointing_enable()
+    elif WAYS[way] is not None:
         checkpointing(model, WAYS[way])
     share = hf_usp.shard(batch_of("packed"), mesh, order="zigzag")
     with counting() as seen:
@@ -78,9 +84,7 @@ def step(family: str, changes: dict[str, Any], degrees: tuple[int, int], way: st
 
 
 def checkpointing(model: Any, keywords: dict[str, Any] | None) -> None:
-    # Renamed in Transformers 5.2x; the old name warns there.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(keywords)
+    getattr(model, f"{CHECKPOINTING}_enable")(keywords)
 
 
 @pytest.mark.parametrize("degrees", [(4, 1), (2, 2), (1, 4)], ids=str)
@@ -93,7 +97,7 @@ def test_recomputation_neither_attends_nor_exchanges(
     for rank in range(4):
         none, gradients = by_way["none"][rank]
         assert none["forwards"] and none["backwards"]
-        assert by_way["keep"][rank][0] == none
+        assert by_way["keep"][rank][0] == none == by_way["selective"][rank][0]
         for way in WAYS:
             assert by_way[way][rank][0]["backwards"] == none["backwards"]
             assert largest_difference(by_way[way][rank][1], gradients) < 1e-6
@@ -104,13 +108,22 @@ def test_recomputation_neither_attends_nor_exchanges(
 
 
 def test_recurrent_layers_do_not_exchange_again(four_ranks: Ranks) -> None:
-    by_way = {way: four_ranks.run(step, "qwen3_5_text", HYBRID, (2, 2), way) for way in ("none", "plain", "keep")}
-    for (none, gradients), (plain, _), (keep, kept) in zip(*by_way.values(), strict=True):
-        assert keep == none and plain["all-to-alls"] > none["all-to-alls"]
+    ways = "none", "plain", "keep", "selective"
+    by_way = [four_ranks.run(step, "qwen3_5_text", HYBRID, (2, 2), way) for way in ways]
+    for (none, gradients), (plain, _), (keep, kept), (selective, others) in zip(*by_way, strict=True):
+        assert keep == none and plain["all-to-alls"] > selective["all-to-alls"] > none["all-to-alls"]
         assert largest_difference(kept, gradients) < 1e-6
+        assert selective["forwards"] == none["forwards"] and largest_difference(others, gradients) < 1e-6
 
 
-def train(folder: str, cp_size: int, keep: bool) -> dict[str, Any]:
+# Options of checkpointing under the stock Trainer. Where what attention needs is kept, messages and kernel calls of a
+# step are those of none, whichever layers are checkpointed and wherever Transformers keeps their inputs.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "all layers": {}, "every second layer": {"every_n_layers": 2}, "inputs on the host": {"offload": True},
+}  # fmt: skip
+
+
+def train(folder: str, cp_size: int, options: dict[str, Any] | None) -> dict[str, Any]:
     """Three steps of the stock Trainer."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers import Trainer, TrainingArguments
@@ -118,17 +131,19 @@ def train(folder: str, cp_size: int, keep: bool) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     config = hf_usp.UspParallelismConfig(cp_size=cp_size, ulysses_degree=2) if cp_size > 1 else None
-    new_name = "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
-    name = "activation_checkpointing" if new_name else "gradient_checkpointing"
+    checkpoint = {}
+    if options is not None:
+        checkpoint = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {**hf_usp.keep_attention(), **options}}
     args = TrainingArguments(
         output_dir=folder, report_to=[], use_cpu=True, disable_tqdm=True, max_steps=3, learning_rate=0.05, optim="sgd",
         per_device_train_batch_size=2, logging_steps=1, save_strategy="no", dataloader_pin_memory=False,
-        parallelism_config=config, **({name: True, f"{name}_kwargs": hf_usp.keep_attention()} if keep else {}),
+        parallelism_config=config, **checkpoint,
     )  # fmt: skip
     assert json.loads(args.to_json_string())["output_dir"] == folder
     model = tiny_model("llama", "usp" if config else "eager")
     trainer = Trainer(model=model, args=args, train_dataset=rows(6, 40))
-    with counting() as seen:
+    # Where there is a device to copy from, the copies of `offload` are pinned, which needs a GPU.
+    with counting() as seen, patch.object(torch.cpu, "is_available", return_value=False):
         trainer.train()
     return {
         "losses": [h["loss"] for h in trainer.state.log_history if "loss" in h],
@@ -139,11 +154,12 @@ def train(folder: str, cp_size: int, keep: bool) -> dict[str, Any]:
 
 
 def test_the_stock_trainer(four_ranks: Ranks, tmp_path: Path) -> None:
-    reference = train(str(tmp_path), 1, False)
-    plain = four_ranks.run(train, str(tmp_path), 4, False)
-    for mine, without in zip(four_ranks.run(train, str(tmp_path), 4, True), plain, strict=True):
-        compare(mine, reference)
-        assert mine["seen"] == without["seen"]
+    reference = train(str(tmp_path), 1, None)
+    plain = four_ranks.run(train, str(tmp_path), 4, None)
+    for options in OPTIONS.values():
+        for mine, without in zip(four_ranks.run(train, str(tmp_path), 4, options), plain, strict=True):
+            compare(mine, reference)
+            assert mine["seen"] == without["seen"]
 
 
 def test_reentrant_checkpointing_with_the_policy_is_refused_by_torch() -> None:

@@ -24,10 +24,12 @@ TEMPLATE = (
 )
 SFT: dict[str, dict[str, Any]] = {
     "padded": {"data": "text"},
-    "packed": {"data": "text", "packing": True, "max_length": 33},
+    "packed": {
+        "data": "text", "packing": True, "max_length": 33, "gradient_checkpointing_kwargs": {"selective": True},
+    },
     "completion only, dft": {"data": "completion", "loss_type": "dft"},
     "assistant only": {"data": "chat", "assistant_only_loss": True, "padding_free": True, "max_length": None},
-}
+}  # fmt: skip
 
 
 def tokenizer() -> Any:

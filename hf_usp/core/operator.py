@@ -1,7 +1,8 @@
-"""Attention as a registered operator, `torch.ops.hf_usp.attend`, and the exchange of recurrent layers as another.
+"""Attention as an operator, `torch.ops.hf_usp.usp_flash_attn`, and the exchange of recurrent layers as another.
 
 Selective checkpointing decides over operators, and `torch.compile` puts operators into its graphs without looking
 inside. Everywhere else attention is an autograd function, whose parts stay visible to profilers and dispatch modes.
+Policies of others know attention by names: TRL's selective checkpointing keeps operators with `flash_attn` in theirs.
 
 The layout of the batch reaches the operator with a ticket (`tickets`).
 
@@ -43,10 +44,10 @@ def attend_by_operator(inputs: Inputs, ticket: Tensor, mesh: UspMesh, kind: Mask
     """out_BLHE, as a call of the operator. Differentiable."""
     numbers = [kind.left, kind.right, kind.chunk, int(kind.by_row)]
     place = [mesh.ulysses_degree, mesh.ulysses_rank]
-    return torch.ops.hf_usp.attend(*inputs, ticket, numbers, softmax.scale, softmax.softcap, place)[0]
+    return torch.ops.hf_usp.usp_flash_attn(*inputs, ticket, numbers, softmax.scale, softmax.softcap, place)[0]
 
 
-@torch.library.custom_op("hf_usp::attend", mutates_args=())
+@torch.library.custom_op("hf_usp::usp_flash_attn", mutates_args=())
 def _attend(
     q: Tensor,
     k: Tensor,

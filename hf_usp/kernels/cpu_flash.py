@@ -122,7 +122,7 @@ def _as_batch(q_THD: Tensor, k_KGD: Tensor, *values: Tensor) -> tuple[Tensor, ..
 
 
 def _dense_rows(x_LHD: Tensor, width: int) -> Tensor:
-    """Padded to `width`, with neighbouring entries side by side: the operator ignores the stride of the last dim."""
+    """Padded to `width`, neighbouring entries side by side: torch before 2.14 ignores the stride of the last dim."""
     x_LHD = x_LHD if x_LHD.shape[2] == width else pad(x_LHD, (0, width - x_LHD.shape[2]))
     return x_LHD if x_LHD.stride(2) == 1 else x_LHD.contiguous()
 

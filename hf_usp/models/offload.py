@@ -22,6 +22,11 @@ from transformers import PreTrainedModel
 
 from ..errors import UspModelError
 
+# The newer of the two names that Transformers has for it. Releases that have both warn about the older one.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(PreTrainedModel, f"{CHECKPOINTING}_enable"):
+    CHECKPOINTING = "gradient_checkpointing"
+
 
 @dataclass(eq=False)
 class Parked:
@@ -130,15 +135,32 @@ class OffloadedCheckpoints:
             raise UspModelError(
                 f"offload_checkpoints with {type(model).__name__}, none of whose layers is checkpointed",
                 rule="what is offloaded are the inputs of checkpointed layers, by Transformers' own checkpointing",
-                remedy="TrainingArguments(gradient_checkpointing=True), or model.gradient_checkpointing_enable()",
+                remedy=f"TrainingArguments({CHECKPOINTING}=True), or model.{CHECKPOINTING}_enable()",
+            )
+        new = {layer._gradient_checkpointing_func for layer in layers}
+        new = {function for function in new if not isinstance(function, Offloaded)}
+        if not all(_saves_to_outer_hooks(function) for function in new):
+            raise UspModelError(
+                f"offload_checkpoints with {type(model).__name__}, whose checkpointing moves inputs itself",
+                rule="one of the two moves them: hooks nearer to a layer come first, and ours would move nothing",
+                remedy=f"leave offload=True out of {CHECKPOINTING}_kwargs, or offload_checkpoints (which copies "
+                "while layers compute)",
             )
         for layer in layers:
-            if not isinstance(layer._gradient_checkpointing_func, Offloaded):
+            if layer._gradient_checkpointing_func in new:
                 layer._gradient_checkpointing_func = Offloaded(layer._gradient_checkpointing_func, self.garage)
 
     def __deepcopy__(self, memo: dict) -> OffloadedCheckpoints:
         """A copied model parks in the same place."""
         return self
+
+
+def _saves_to_outer_hooks(function: Callable[..., Any]) -> bool:
+    """Whether hooks around a checkpointing function get what it saves; `offload=True` of Transformers has its own."""
+    saved: list[Tensor] = []
+    with torch.enable_grad(), saved_tensors_hooks(saved.append, lambda _: saved[0]):
+        function(torch.neg, torch.zeros(1, requires_grad=True))
+    return bool(saved)
 
 
 def offload_checkpoints(model: PreTrainedModel, garage: Garage | None = None) -> OffloadedCheckpoints:
