@@ -8,6 +8,7 @@ global number, as torch's point-to-point operations want it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,11 +130,21 @@ def agree(fingerprint: Tensor, error: Exception | None, group: Group, kind: type
     raise on_every_rank(
         UspBatchError(
             f"the batch of rank(s) {', '.join(differing)} differs from that of rank {ranks[0]} in the same "
-            "context-parallel group",
-            rule="all ranks of a context-parallel group get the same full batch, and each takes its share of it",
+            "context-parallel group (or the order or kernel given with it)",
+            rule="all ranks of a context-parallel group get the same full batch, bit by bit, and each takes its share "
+            "of it",
             remedy="let accelerator.prepare wrap the dataloader; seed what is random in dataset or collator equally",
         )
     )
+
+
+@explained
+def say_to_all(thing: Any) -> list[Any]:
+    """Something of every process of the world, by rank; all of them call this. For small things that can be pickled."""
+    said: list[Any] = [thing] * world_size()
+    if len(said) > 1:
+        dist.all_gather_object(said, thing)
+    return said
 
 
 def _backends(group: Group) -> dict[str, str]:

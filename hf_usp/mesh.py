@@ -7,15 +7,21 @@ r % ulysses_degree. Consecutive groups of the world are separate meshes (data pa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+# torch's record of groups, and how to set a timeout of one that is there; private in torch 2.11 to 2.13.
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
 from .comm import agree, all_gather, connect, group_device
 from .errors import UspConfigError
+from .faults import expect_failures, timeout_of
 from .integers.degrees import check_degrees
 from .integers.plan import ring_per_node
 from .integers.whole import check_whole
@@ -96,15 +102,16 @@ class UspMesh:
         ring_degree = check_degrees(len(ranks), ulysses_degree)
         me = ranks.index(dist.get_rank())
         ring_rank, ulysses_rank = divmod(me, ulysses_degree)
-        group = _new_group(ranks)
+        kept("failures", expect_failures)
+        group = _group("mesh", ranks)
         return cls(
             ring_degree=ring_degree,
             ulysses_degree=ulysses_degree,
             ring_rank=ring_rank,
             ulysses_rank=ulysses_rank,
             ranks=ranks,
-            ring_group=_new_group(ranks[ulysses_rank::ulysses_degree]),
-            ulysses_group=_new_group(ranks[ring_rank * ulysses_degree : (ring_rank + 1) * ulysses_degree]),
+            ring_group=_group("ring", ranks[ulysses_rank::ulysses_degree]),
+            ulysses_group=_group("ulysses", ranks[ring_rank * ulysses_degree : (ring_rank + 1) * ulysses_degree]),
             group=group,
             ring_per_node=_ring_per_node(ranks, ulysses_degree, group),
         )
@@ -150,12 +157,49 @@ def batch_mesh(device_type: str, copies: int) -> DeviceMesh:
     """All processes as data parallel x ranks that share a batch; the latter are called "tp", for dataloaders only."""
     data_parallel = dist.get_world_size() // copies
     shape, names = ((copies,), ("tp",)) if data_parallel == 1 else ((data_parallel, copies), ("dp", "tp"))
-    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+    return kept_mesh(("batch", device_type, shape), lambda: init_device_mesh(device_type, shape, mesh_dim_names=names))
 
 
-def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+def kept(key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` returned when this process group was first asked for `key`: groups are never freed, so they serve again.
+
+    It is kept beside torch's own record of groups, for as long as the default process group lasts.
+    """
+    default = dist.group.WORLD
+    owner, made = getattr(_world, "hf_usp", (lambda: None, {}))
+    if owner() is not default:
+        made = {}
+        _world.hf_usp = (weakref.ref(default), made)
+    if key not in made:
+        made[key] = make()
+    return made[key]
+
+
+def kept_mesh(key: Hashable, make: Callable[[], DeviceMesh]) -> DeviceMesh:
+    """`kept` for a device mesh, whose groups get the timeout of the default process group; torch gives them its own."""
+
+    def timely() -> DeviceMesh:
+        before, timeout = set(_world.pg_map), timeout_of(dist.group.WORLD)
+        mesh = make()
+        for group in set(_world.pg_map) - before if timeout is not None else ():
+            _set_pg_timeout(timeout, group)
+        return mesh
+
+    return kept(key, timely)
+
+
+def _group(axis: str, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    """The group of these ranks along an axis; None for one rank."""
     if len(ranks) == 1:
         return None
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    group = kept((axis, tuple(ranks)), lambda: _new_group(ranks))
+    if group not in _world.pg_map:  # it was destroyed, alone
+        return _new_group(ranks)
+    return group
+
+
+def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    timeout = timeout_of(dist.group.WORLD)  # torch takes a default of its own, whatever the process group was given
+    group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
     connect(group)
     return group

@@ -13,11 +13,12 @@ from typing import Any
 
 from accelerate import Accelerator, ParallelismConfig
 
+from .agreement import check_alike, versions
 from .comm import world_size
 from .errors import UspConfigError
 from .integers.whole import check_whole
 from .kernels import KERNELS
-from .mesh import DeviceMesh
+from .mesh import DeviceMesh, kept_mesh
 from .options import check_choice, check_chunks, check_options, check_switches, size_from_environment
 from .seams.accelerator import AcceleratorSeam
 
@@ -27,6 +28,7 @@ OPTIONS = (
     "ulysses_degree", "sequence_order", "gather_outputs", "loss_chunk", "mlp_chunk", "offload_checkpoints", "kernel",
     "self_check", "ranks_per_node", "machine", "sequence_length",
 )  # fmt: skip
+OF_A_NODE = ("ranks_per_node", "machine", "sequence_length")  # may differ: a degree is chosen from those of all ranks
 
 
 class UspParallelismConfig(ParallelismConfig):
@@ -156,8 +158,14 @@ class UspParallelismConfig(ParallelismConfig):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
 
     def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
-        """The mesh over all processes, ranks left over filled in; None for a single one."""
+        """The mesh over all processes, ranks left over filled in; None for a single one.
+
+        Every rank comes here once, before there is any group: raises `UspConfigError` on all of them where one has
+        other options or versions.
+        """
         world = world_size()
+        options = {name: value for name, value in self.to_json().items() if name not in OF_A_NODE}
+        check_alike(versions() | options)
         self._adopt_model_sizes(world)
         if self.fill_data_parallel and world % self.total_size == 0 and world > self.total_size:
             sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -165,7 +173,11 @@ class UspParallelismConfig(ParallelismConfig):
         self.fill_data_parallel = False
         if self.total_size != world:
             raise _wrong_world(self, world)
-        return super().build_device_mesh(device_type) if world > 1 else None
+        if world == 1:
+            return None
+        key = ("device mesh", device_type, *(self._sizes[axis] for axis in AXES))
+        build = super().build_device_mesh
+        return kept_mesh(key, lambda: build(device_type))
 
     def _adopt_model_sizes(self, world: int) -> None:
         """Take over what the Trainer reads off a model that was loaded with a `DistributedConfig` and sets on us.

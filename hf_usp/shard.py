@@ -5,7 +5,6 @@ Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from .batch import CAUSAL, Layout, MaskKind, cut, find_documents, make_layout
 from .comm import agree, group_device
 from .core.tickets import make_ticket
 from .errors import UspBatchError
+from .fingerprint import fingerprint
 from .kernels import check_installed
 from .mesh import UspMesh
 from .passing import TokenCount
@@ -144,14 +144,14 @@ def agree_on_layout(
         check_count(batch.get("num_items_in_batch"))
         layout = _layout({n: x for n, x in batch.items() if names is None or n in names}, mesh, options)
         check_installed(options.kernel, tokens_of(batch).device)
-        fingerprint = _fingerprint(batch)
+        found = fingerprint(batch, options.order, options.kernel, options.kinds)
     except Exception as problem:  # every rank must hear of it, whatever it is
         error = problem
-        fingerprint = torch.zeros(2, dtype=torch.int64)
+        found = torch.zeros(2, dtype=torch.int64)
     if mesh.group is not None:
         ids = tokens_of(batch)
         where = ids.device if isinstance(ids, Tensor) else group_device(mesh.group)
-        agree(fingerprint.to(where), error, mesh.group)
+        agree(found.to(where), error, mesh.group)
     elif error is not None:
         raise error
     assert layout is not None
@@ -189,25 +189,6 @@ def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> L
     layout.kernel, layout.positions = options.kernel, options.positions
     layout.largest_position = options.largest_position
     return layout
-
-
-def _fingerprint(batch: Mapping[str, Any]) -> Tensor:
-    """Two int64: the names and shapes, and all integer values in their order. Float tensors count by shape only."""
-    shapes: list[tuple[Any, ...]] = []
-    values = torch.zeros((), dtype=torch.int64)
-    for name in sorted(batch):
-        value = batch[name]
-        if not isinstance(value, Tensor):
-            shapes.append((name, value if isinstance(value, int | float | bool | str | None) else type(value).__name__))
-            continue
-        shapes.append((name, tuple(value.shape), str(value.dtype)))
-        bits = value.detach().double().view(torch.int64) if value.ndim == 0 else value.detach()
-        if not bits.is_floating_point():
-            flat = bits.flatten().to(torch.int64)
-            weights = torch.arange(1, flat.numel() + 1, device=flat.device) * 0x9E3779B1 + zlib.crc32(name.encode())
-            values = values.to(flat.device) + ((flat + 1) * weights).sum()
-    names = torch.full_like(values, zlib.crc32(repr(shapes).encode()))
-    return torch.stack([names, values])
 
 
 def cut_all(batch: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from packaging.version import Version
 
@@ -22,3 +24,12 @@ def check_versions() -> None:
         # Development and local builds ("2.11.0a0+git", "2.11.0+cpu") count as their release.
         if Version(Version(found).base_version) < Version(oldest):
             raise UspConfigError(f"{package} {found}", rule=f"{package} >= {oldest}", remedy=remedy)
+
+
+def sources() -> str:
+    """A checksum of the installed sources of hf_usp: the same version may be another state of a checkout."""
+    total = 0
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        total = zlib.crc32(path.read_bytes(), zlib.crc32(path.relative_to(root).as_posix().encode(), total))
+    return f"{total:08x}"

@@ -20,7 +20,7 @@ ROOT = Path(hf_usp.__file__).parent
 # A room is a module or a package. Imports point downwards, or sideways without a cycle. New rooms take a place here.
 FLOORS = {
     0: ("errors", "versions", "checkpoint", "ranges", "passing", "once"),
-    1: ("integers", "costs", "options", "faults", "comm", "precision", "rope"),
+    1: ("integers", "costs", "options", "faults", "comm", "precision", "rope", "fingerprint", "agreement"),
     2: ("kernels", "mesh", "work"),
     3: ("batch", "loss", "core", "shard", "unshard", "validation"),
     4: ("attention", "recompute", "recurrence"),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import socket
-import zlib
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..kernels import Softmax, kernel_report
+from ..versions import sources
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "hf_usp", "numpy", "flash-attn", "flash-attn-3", "triton", "deepspeed",
@@ -45,12 +44,3 @@ def facts(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, 
         "versions": versions,
         "kernels": kernel_report(device, dtype, head_dim, Softmax(head_dim**-0.5)),
     }
-
-
-def sources() -> str:
-    """A checksum of the installed sources of hf_usp: the same version may be another state of a checkout."""
-    total = 0
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        total = zlib.crc32(path.read_bytes(), zlib.crc32(path.relative_to(root).as_posix().encode(), total))
-    return f"{total:08x}"

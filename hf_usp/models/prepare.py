@@ -24,6 +24,7 @@ from ..loss import whole_loss
 from ..mesh import UspMesh
 from ..rope import length_dependent_ropes
 from ..shard import ShardOptions, tokens_of
+from .alike import check_weights
 from .bodies import (
     PER_TOKEN_OUTPUTS,
     CutBody,
@@ -52,6 +53,7 @@ class ShardedForward:
     ) -> None:
         self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
         self.unchecked = self.unchecked_training = check
+        self.uncompared = mesh.group is not None  # the weights, with those of the other ranks
         self.inexact: frozenset[str] = frozenset()  # what the self-check found besides
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
@@ -99,6 +101,9 @@ class ShardedForward:
         # Not that of the parameters: FSDP2 may keep them on another device than the one it computes on.
         tokens = tokens_of(batch)
         device = tokens.device if isinstance(tokens, Tensor) else next(model.parameters()).device
+        if self.uncompared:  # not before: wrappers give all ranks the weights of the first
+            check_weights(model, self.mesh, device)
+            self.uncompared = False
         if self.unchecked:
             # Every rank comes here with its first batch, whatever that batch is.
             self.inexact = self_check(model, self.mesh, self.options, device)

@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, is_compiled_module
 from transformers import PreTrainedModel
 
+from ..agreement import check_alike
 from ..errors import UspModelError
-from ..faults import after, telling
+from ..faults import after, explained, telling
 from ..mesh import UspMesh
+from ..models.alike import description
 from ..models.bodies import find_body, mask_kinds
 from ..models.chunked_loss import ChunkedLoss, chunked_loss
 from ..models.chunked_mlp import chunk_mlps
@@ -54,7 +56,7 @@ class AcceleratorSeam:
             setattr(accelerator, name, method)
         if config.cp_size > 1 and under_deepspeed(accelerator):
             prepare_for_deepspeed(accelerator, config.cp_size, config.tp_size)
-        stock_gather, stock_reduce = accelerator.gather, accelerator.reduce
+        stock_gather, stock_reduce = explained(accelerator.gather), explained(accelerator.reduce)
         self.gathering = Gathering(accelerator, config.cp_size, config.tp_size, stock_gather, stock_reduce)
         if config.cp_size > 1:
             keep_full_states_on_first_rank(accelerator)
@@ -109,6 +111,10 @@ class AcceleratorSeam:
         if hooks is not None and hooks.mesh in self.meshes.values():
             return
         config, model = self.config, find_model(module)
+        settings = {
+            name: getattr(self.accelerator, name) for name in ("mixed_precision", "gradient_accumulation_steps")
+        }
+        check_alike(description(model) | settings)
         self._check_compilation(module, model)
         if config.ulysses_degree is None:
             device, ranks = self.accelerator.device, config.total_size
