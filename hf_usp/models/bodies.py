@@ -41,6 +41,7 @@ from ..shard import (
 )
 from ..unshard import unshard
 from .modeling import ShardedMask
+from .saved import NotSaved
 
 # Outputs with one entry per token, [B, L, ...] (or tuples of such).
 PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states")
@@ -142,7 +143,7 @@ def layout_of(keywords: Mapping[str, Any]) -> Layout | None:
     return None
 
 
-class CutBody:
+class CutBody(NotSaved):
     """The two hooks of a body inside a prepared model; they hold no state."""
 
     def __init__(self, body: Body, mesh: UspMesh) -> None:
@@ -152,9 +153,6 @@ class CutBody:
             body.module.register_forward_pre_hook(self.cut, with_kwargs=True),
             body.module.register_forward_hook(self.gather, with_kwargs=True),
         )
-
-    def __deepcopy__(self, memo: dict) -> CutBody:
-        return self
 
     @torch.compiler.disable
     def cut(self, body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

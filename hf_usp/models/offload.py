@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from ..errors import UspModelError
+from .saved import NotSaved
 
 
 @dataclass(eq=False)
@@ -113,7 +114,7 @@ class Offloaded:
             return self.function(*args, **kwargs)
 
 
-class OffloadedCheckpoints:
+class OffloadedCheckpoints(NotSaved):
     """The hook of one model."""
 
     def __init__(self, model: PreTrainedModel, garage: Garage) -> None:
@@ -135,10 +136,6 @@ class OffloadedCheckpoints:
         for layer in layers:
             if not isinstance(layer._gradient_checkpointing_func, Offloaded):
                 layer._gradient_checkpointing_func = Offloaded(layer._gradient_checkpointing_func, self.garage)
-
-    def __deepcopy__(self, memo: dict) -> OffloadedCheckpoints:
-        """A copied model parks in the same place."""
-        return self
 
 
 def offload_checkpoints(model: PreTrainedModel, garage: Garage | None = None) -> OffloadedCheckpoints:

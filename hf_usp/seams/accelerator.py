@@ -23,7 +23,7 @@ from ..recompute import use_plain_function
 from ..rope import length_dependent_ropes
 from ..shard import ShardOptions
 from .choice import chosen_degree
-from .feed import same_rows
+from .feed import same_order, same_rows
 from .gathering import gather_once, refuse_shares
 from .token_counts import gather_seen_once
 from .zero import prepare_for_deepspeed, under_deepspeed
@@ -65,9 +65,13 @@ class AcceleratorSeam:
         return self.stock["prepare_model"](model, *args, **kwargs)
 
     def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config.cp_size > 1 and not getattr(data_loader, "_is_accelerate_prepared", False):
-            same_rows(self.accelerator, data_loader, self.config.cp_size * self.config.tp_size)
-        return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+        if self.config.cp_size == 1 or getattr(data_loader, "_is_accelerate_prepared", False):
+            return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+        copies = self.config.cp_size * self.config.tp_size
+        same_rows(self.accelerator, data_loader, copies)
+        prepared = self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+        same_order(prepared, self.accelerator.num_processes, copies)
+        return prepared
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
         with telling(self.prepared):
