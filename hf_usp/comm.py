@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from .errors import UspBatchError, UspError
 from .faults import explained, on_every_rank
 from .ranges import EXCHANGE, WAIT, named
+from .waiting import ALONE, wait_for_all
 
 Group = dist.ProcessGroup
 
@@ -83,13 +84,20 @@ def all_to_all_by_operator(
 
 
 @explained
-def all_gather(tensor: Tensor, group: Group) -> Tensor:
-    """The tensors of one shape [...] of all ranks of a group, as [P, ...]."""
+def all_gather(tensor: Tensor, group: Group, first: bool = False) -> Tensor:
+    """The tensors of one shape [...] of all ranks of a group, as [P, ...].
+
+    first: this begins what ranks may come to late; see `wait_for_all`.
+    """
     size = dist.get_world_size(group)
     gathered = tensor.new_empty(size * tensor.numel())
     # torch 2.13 has renamed it.
     gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    gather(gathered, tensor.contiguous().view(-1), group=group)
+    if first and tensor.device.type != "cpu":
+        torch.accelerator.current_stream(tensor.device).synchronize()  # what this rank still computes is no wait
+    work = gather(gathered, tensor.contiguous().view(-1), group=group, async_op=first)
+    if work is not None:
+        wait_for_all(work, group)
     return gathered.view(size, *tensor.shape)
 
 
@@ -109,7 +117,7 @@ def agree(fingerprint: Tensor, error: Exception | None, group: Group, kind: type
     the ranks without an error of their own raise.
     """
     flag = torch.full_like(fingerprint[:1], error is not None)
-    rows = all_gather(torch.cat([flag, fingerprint]), group).cpu()
+    rows = all_gather(torch.cat([flag, fingerprint]), group, first=True).cpu()
     if bool((rows == rows[0]).all()) and int(rows[0, 0]) == 0:
         return
     ranks = dist.get_process_group_ranks(group)
@@ -133,7 +141,8 @@ def agree(fingerprint: Tensor, error: Exception | None, group: Group, kind: type
             "context-parallel group (or the order or kernel given with it)",
             rule="all ranks of a context-parallel group get the same full batch, bit by bit, and each takes its share "
             "of it",
-            remedy="let accelerator.prepare wrap the dataloader; seed what is random in dataset or collator equally",
+            remedy="let accelerator.prepare wrap the dataloader; seed what is random in dataset or collator equally; "
+            + ALONE,
         )
     )
 

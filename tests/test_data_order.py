@@ -145,3 +145,40 @@ def dispatched(folder: str) -> str:
 def test_batches_dealt_by_the_first_process_are_refused(four_ranks: Ranks, tmp_path: Path) -> None:
     for message in four_ranks.run(dispatched, str(tmp_path)):
         assert "dispatch_batches=True" in message and "leave dispatch_batches out" in message
+
+
+def seeded_by_rank(by_hand: str, differently: bool) -> tuple[list[list[int]], float]:
+    """The first tokens of two epochs' batches of a loop by hand, and what this rank draws afterwards."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import set_seed
+    from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler
+    from transformers import default_data_collator
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    sharded = torch.distributed.is_initialized()
+    config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=2) if sharded else None
+    accelerator, items = Accelerator(cpu=True, parallelism_config=config), rows(8, 24)
+    set_seed(3, device_specific=differently)
+    generator = None
+    if by_hand == "generator":
+        generator = torch.Generator().manual_seed(5 + accelerator.process_index * differently)
+    kinds: dict[str, Any] = {"subset": SubsetRandomSampler(range(8))}
+    sampler = kinds.get(by_hand) or RandomSampler(items, generator=generator)  # type: ignore[arg-type]
+    loader = accelerator.prepare(
+        DataLoader(items, batch_size=2, sampler=sampler, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    )
+    seen = [batch["input_ids"][:, 0].tolist() for _ in range(2) for batch in loader]
+    return seen, torch.rand(1).item()
+
+
+@pytest.mark.parametrize("by_hand", ["global", "generator", "subset"])
+def test_one_order_for_ranks_that_are_seeded_differently(two_ranks: Ranks, by_hand: str) -> None:
+    """The order, and the first rank's random numbers, are those of one process; other ranks keep their own."""
+    seen, drawn = seeded_by_rank(by_hand, False)
+    for differently in (False, True):
+        first, second = two_ranks.run(seeded_by_rank, by_hand, differently)
+        assert first == (seen, drawn)
+        assert second[0] == seen
+        assert (second[1] != drawn) == differently

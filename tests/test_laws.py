@@ -20,7 +20,7 @@ ROOT = Path(hf_usp.__file__).parent
 # A room is a module or a package. Imports point downwards, or sideways without a cycle. New rooms take a place here.
 FLOORS = {
     0: ("errors", "versions", "checkpoint", "ranges", "passing", "once"),
-    1: ("integers", "costs", "options", "faults", "comm", "precision", "rope", "fingerprint", "agreement"),
+    1: ("integers", "costs", "options", "faults", "waiting", "comm", "precision", "rope", "fingerprint", "agreement"),
     2: ("kernels", "mesh", "work"),
     3: ("batch", "loss", "core", "shard", "unshard", "validation"),
     4: ("attention", "recompute", "recurrence"),
@@ -36,7 +36,7 @@ INTEGERS = {"errors", "options", "integers", "costs"}
 # Package -> the rooms that may import it. What is not listed here is free everywhere.
 ONLY_IN = {
     "torch": set(FLOOR) - INTEGERS - {"versions", "cli", "planning", "__main__"},
-    "torch.distributed": {"comm", "faults", "mesh", "loss", "check"},
+    "torch.distributed": {"comm", "faults", "waiting", "mesh", "loss", "check"},
     "transformers": {room for room, floor in FLOOR.items() if floor >= 5},
     "accelerate": {room for room, floor in FLOOR.items() if floor >= 6},
     "matplotlib": {"explain", "planning"},

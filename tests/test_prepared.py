@@ -11,7 +11,7 @@ import torch
 import hf_usp
 
 from .ranks import Ranks
-from .tiny import batch_of, largest_difference, rows, tiny_model
+from .tiny import HYBRID, batch_of, largest_difference, rows, tiny_model
 
 
 def accelerator_for(ulysses: int) -> Any:
@@ -105,3 +105,47 @@ def test_generating_while_it_trains_and_loading_what_it_saved(two_ranks: Ranks, 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "mesh", attn_implementation="usp")
     batch = batch_of("packed")
     torch.testing.assert_close(again(**batch).logits, loaded(**batch).logits)
+
+
+def saved_whole(what: str) -> tuple[float, float, float, str]:
+    """The loss of a prepared model, of the same saved whole and loaded, and of the latter prepared again."""
+    import io
+
+    from accelerate import Accelerator
+
+    accelerator_for(1)  # resets what the last one left
+    batch = batch_of("right")
+    options: dict[str, Any] = {}
+    if what == "in chunks":
+        options = {"loss_chunk": 16, "mlp_chunk": 16}
+    config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=2, **options)
+    accelerator = Accelerator(cpu=True, parallelism_config=config)
+    if what == "head":
+        from transformers import LlamaForTokenClassification
+
+        torch.manual_seed(0)
+        stock = LlamaForTokenClassification._from_config(
+            tiny_model(classifier_dropout=0.0).config, attn_implementation="usp", dtype=torch.float32
+        )
+        batch["labels"] = batch["labels"].clamp(-100, 1)
+    else:
+        stock = tiny_model(
+            "qwen3_5_text" if what == "recurrent" else "llama", **(HYBRID if what == "recurrent" else {})
+        )
+    model = accelerator.prepare(stock.train())
+    output = model(**batch)
+    accelerator.backward(output.loss)
+    file = io.BytesIO()
+    torch.save(accelerator.unwrap_model(model), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    found = loaded(**batch)
+    again = accelerator.prepare(loaded)(**batch)
+    return output.loss.item(), found.loss.item(), again.loss.item(), str(tuple(found.logits.shape[:2]))
+
+
+@pytest.mark.parametrize("what", ["plain", "head", "recurrent", "in chunks"])
+def test_a_model_that_is_saved_whole_loads_as_an_ordinary_one(two_ranks: Ranks, what: str) -> None:
+    for sharded, loaded, again, tokens in two_ranks.run(saved_whole, what):
+        assert sharded == pytest.approx(loaded, abs=1e-5) == again
+        assert tokens == "(2, 37)", "the loaded model computes whole rows"

@@ -41,6 +41,7 @@ from ..shard import (
 )
 from ..unshard import unshard
 from .modeling import ShardedMask
+from .saved import NotSaved
 
 # Outputs with one entry per token, [B, L, ...] (or tuples of such).
 PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states")
@@ -67,13 +68,22 @@ def find_body(model: PreTrainedModel) -> Body:
     """Where a model is cut."""
     # Classes whose name tells no loss get ForCausalLMLoss as well, also those that never call it.
     named = getattr(model, "loss_type", None) is not None
-    token_loss = model.loss_function is ForCausalLMLoss and (named or model.can_generate())
+    token_loss = model.loss_function is ForCausalLMLoss and (named or model.can_generate()) and not has_own_loss(model)
     is_head = not token_loss and model.base_model is not model
     text, decoder = model.config.get_text_config(), model.get_decoder()
     if text is not model.config and isinstance(decoder, PreTrainedModel) and decoder.config is text:
         return Body(decoder, token_loss, is_head)
     base = model.base_model
     return Body(base if is_head and isinstance(base, PreTrainedModel) else model, token_loss, is_head)
+
+
+def has_own_loss(model: PreTrainedModel) -> bool:
+    """Whether the code of a model's forward computes a cross-entropy itself and never calls `loss_function`.
+
+    Such a loss takes unshifted labels of whole rows (Qwen2-Audio, which leaves out padding before it shifts them).
+    """
+    code = inspect.unwrap(type(model).forward).__code__
+    return "loss_function" not in code.co_names and not {"CrossEntropyLoss", "cross_entropy"}.isdisjoint(code.co_names)
 
 
 def takes_any_keyword(forward: Callable[..., Any]) -> bool:
@@ -133,7 +143,7 @@ def layout_of(keywords: Mapping[str, Any]) -> Layout | None:
     return None
 
 
-class CutBody:
+class CutBody(NotSaved):
     """The two hooks of a body inside a prepared model; they hold no state."""
 
     def __init__(self, body: Body, mesh: UspMesh) -> None:
@@ -143,9 +153,6 @@ class CutBody:
             body.module.register_forward_pre_hook(self.cut, with_kwargs=True),
             body.module.register_forward_hook(self.gather, with_kwargs=True),
         )
-
-    def __deepcopy__(self, memo: dict) -> CutBody:
-        return self
 
     @torch.compiler.disable
     def cut(self, body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

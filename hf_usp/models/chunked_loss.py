@@ -32,11 +32,12 @@ from ..errors import UspModelError
 from ..loss import VocabularyPart
 from ..precision import autocast_dtype
 from .bodies import find_body
+from .saved import NotSaved
 from .tensor_parallel import head_is_cut, rows_of_head
 from .token_losses import Change, Head, SumOfLosses
 
 
-class ChunkedLoss:
+class ChunkedLoss(NotSaved):
     """The hooks of one model whose loss is computed in chunks of `chunk` tokens whenever it gets labels.
 
     Its outputs then hold no `logits`. Raises `UspModelError` for a model without a vocabulary head, with another loss
@@ -105,10 +106,6 @@ class ChunkedLoss:
 
     def _swap(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[HeadInput]:
         return (HeadInput(args[0], self.chunk),)
-
-    def __deepcopy__(self, memo: dict) -> ChunkedLoss:
-        """The hooks hold nothing between calls."""
-        return self
 
 
 def _check_plain(head: nn.Module) -> None:

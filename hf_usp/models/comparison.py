@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..batch import Layout, cut
 from ..comm import all_reduce_sum
+from ..errors import UspError, UspModelError
 from ..mesh import UspMesh
 from ..shard import ShardOptions
 from .bodies import find_body, pool_again, share_for
@@ -31,10 +32,20 @@ def compare(
     layout.pass_states = pass_states
     items = share.pop("num_labels", None)
     given = {} if items is None else {"num_items_in_batch": items}
-    mine, sharded = module_outputs(model, share | given)
+    theirs, whole = module_outputs(model, batch)  # first: where it fails too, sharding is not the cause
+    try:
+        mine, sharded = module_outputs(model, share | given)
+    except UspError:
+        raise
+    except Exception as problem:
+        raise UspModelError(
+            f"{type(model).__name__} fails on a short random batch when its sequence is sharded, and not on the whole "
+            f"of it: {type(problem).__name__}: {problem}",
+            rule="a model runs on this rank's tokens, with shift_labels and num_items_in_batch for its loss",
+            remedy="train this model without UspParallelismConfig",
+        ) from problem
     if find_body(model).module is model:
         pool_again(model, sharded, layout, gathered=False)
-    theirs, whole = module_outputs(model, batch)
     wrong_loss = _loss_difference(model, layout, sharded, whole)  # on every rank: it communicates
     return _difference(model, layout, mine, theirs) or _output_difference(model, layout, sharded, whole) or wrong_loss
 

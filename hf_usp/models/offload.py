@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from ..errors import UspModelError
+from .saved import NotSaved
 
 # The newer of the two names that Transformers has for it. Releases that have both warn about the older one.
 CHECKPOINTING = "activation_checkpointing"
@@ -118,7 +119,7 @@ class Offloaded:
             return self.function(*args, **kwargs)
 
 
-class OffloadedCheckpoints:
+class OffloadedCheckpoints(NotSaved):
     """The hook of one model."""
 
     def __init__(self, model: PreTrainedModel, garage: Garage) -> None:
@@ -149,10 +150,6 @@ class OffloadedCheckpoints:
         for layer in layers:
             if layer._gradient_checkpointing_func in new:
                 layer._gradient_checkpointing_func = Offloaded(layer._gradient_checkpointing_func, self.garage)
-
-    def __deepcopy__(self, memo: dict) -> OffloadedCheckpoints:
-        """A copied model parks in the same place."""
-        return self
 
 
 def _saves_to_outer_hooks(function: Callable[..., Any]) -> bool:

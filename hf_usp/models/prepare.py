@@ -40,12 +40,13 @@ from .positions import own_positions, visible_positions
 from .recurrent import RecurrentLayers
 from .refusals import check_call, check_model
 from .router import RouterLoss, wants_router_logits
+from .saved import NotSaved
 from .selfcheck import self_check
 from .tensor_parallel import PartialGradients
 from .training_check import refuse_scaled_noise, training_check
 
 
-class ShardedForward:
+class ShardedForward(NotSaved):
     """The two hooks of one prepared model."""
 
     def __init__(
@@ -75,10 +76,6 @@ class ShardedForward:
         self.recurrent.release()
         self.partial.release()
         self.router.remove()
-
-    def __deepcopy__(self, memo: dict) -> ShardedForward:
-        """A copied model shards over the same mesh."""
-        return self
 
     @torch.compiler.disable
     def cut(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

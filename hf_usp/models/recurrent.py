@@ -28,16 +28,18 @@ from ..recurrence.scan_work import state_plan
 from ..recurrence.states import scan_by_states
 from ..shard import LayoutMask
 from .modeling import ShardedMask, recurrent_types
+from .saved import NotSaved
 
 Function = Callable[..., Any]
 
 
-class RecurrentLayers:
+class RecurrentLayers(NotSaved):
     """The recurrent layers of one prepared model, and the layout of the batch that they are working on."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layout: Layout | None = None
-        self.layers = [m for m in model.modules() if "forward" not in m.__dict__ and _kernels_of(type(m).forward)]
+        own = (m for m in model.modules() if getattr(m.forward, "__func__", None) is type(m).forward)
+        self.layers = [m for m in own if _kernels_of(type(m).forward)]
         for layer in self.layers:
             layer.forward = MethodType(self._rebind(type(layer).forward), layer)
         # The mask that a layer gets carries the layout, also when the layer is recomputed in the backward.
@@ -49,10 +51,6 @@ class RecurrentLayers:
         for layer in self.layers:
             del layer.forward
         self.layers = []
-
-    def __deepcopy__(self, memo: dict) -> RecurrentLayers:
-        """A copied model's layers share it: they work on one batch at a time."""
-        return self
 
     @torch.compiler.disable
     def _enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UspModelError
 from ..loss import VocabularyPart
+from .saved import NotSaved
 
 # Of gradients in these dtypes FSDP2 divides what no other rank shares twice (torch 2.11 to 2.13).
 DIVIDED_TWICE = (torch.float16, torch.float64)
@@ -114,7 +115,7 @@ def _placement(weight: Any) -> Any:
     return weight.placements[names.index("tp")] if "tp" in names else None
 
 
-class PartialGradients:
+class PartialGradients(NotSaved):
     """Gradients of norms inside heads that tensor parallelism has cut (`q_norm`, `k_norm` of Qwen3), added up once.
 
     Every rank has the part of its heads. Transformers 5.23 sums them over ranks once they are in `.grad`, and with them

@@ -25,7 +25,7 @@ from ..recompute import use_plain_function
 from ..rope import length_dependent_ropes
 from ..shard import ShardOptions
 from .choice import chosen_degree
-from .feed import same_rows
+from .feed import same_order, same_rows
 from .gathering import Gathering, refuse_shares
 from .groups import GroupState, all_processes, count_for_groups, keep_full_states_on_first_rank, step_for_groups
 from .zero import prepare_for_deepspeed, under_deepspeed
@@ -84,10 +84,14 @@ class AcceleratorSeam:
         return prepared
 
     def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config.cp_size > 1 and not getattr(data_loader, "_is_accelerate_prepared", False):
-            same_rows(self.accelerator, data_loader, self.config.cp_size * self.config.tp_size)
-        with all_processes(self.accelerator):
+        if self.config.cp_size == 1 or getattr(data_loader, "_is_accelerate_prepared", False):
             return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+        copies = self.config.cp_size * self.config.tp_size
+        same_rows(self.accelerator, data_loader, copies)
+        with all_processes(self.accelerator):
+            prepared = self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+            same_order(prepared, self.accelerator.num_processes, copies)
+        return prepared
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
         with telling(self.prepared):

@@ -7,16 +7,23 @@ do not look at the mesh, and are told here, before the loader is prepared:
   rank reads for itself, as it does with any other dataset (streams.py).
 - `train_sampling_strategy="batch_rebalance"` deals rows to ranks on its own, by the number of processes.
 - Workers of the Trainer's loaders are seeded by rank: random collators would differ between ranks of a group.
+
+Accelerate sends the first rank's random state to all ranks that read different rows of a shuffled dataset, and to none
+where all ranks share their rows; here that is done at the beginning of every epoch.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from ..errors import UspConfigError
 from .streams import count_rows
@@ -49,6 +56,45 @@ def same_rows(accelerator: Accelerator, loader: DataLoader, copies: int) -> None
     seed = loader.worker_init_fn
     if isinstance(seed, partial) and seed.func is seed_worker:
         loader.worker_init_fn = partial(seed, rank=seed.keywords["rank"] // copies)
+
+
+def same_order(loader: Any, ranks: int, copies: int) -> None:
+    """Make a prepared loader, whose rows all `ranks` share, draw one order of them however ranks are seeded.
+
+    The order is that which the first rank draws, so that of one process. Seedable samplers bring their own seed.
+    """
+    if ranks != copies:
+        return  # Accelerate sees to that
+    generator = getattr(loader.dataset, "generator", None)
+    if isinstance(loader.dataset, IterableDataset) and isinstance(generator, torch.Generator):
+        loader.rng_types, loader.synchronized_generator = [*(loader.rng_types or ()), "generator"], generator
+    batches = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
+    sampler = getattr(batches, "sampler", None)
+    if hasattr(sampler, "generator") and not isinstance(sampler, SeedableRandomSampler):
+        batches.sampler = _OneOrder(sampler)
+
+
+class _OneOrder(Sampler):
+    """The order of a sampler that draws at random, as the first rank draws it."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        given = self.sampler.generator
+        generator = torch.default_generator if given is None else given
+        own = generator.get_state()
+        first = broadcast_object_list([own])[0]
+        if torch.equal(own, first):
+            return iter(self.sampler)
+        generator.set_state(first)
+        order = list(self.sampler)
+        if given is None:
+            generator.set_state(own)  # what else this rank draws stays its own
+        return iter(order)
 
 
 def _deal_to_groups(sampler: Any, copies: int) -> None:

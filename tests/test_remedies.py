@@ -1,0 +1,454 @@
+"""A remedy that is followed works: every refusal whose remedy names an option or a call is provoked, and then mended.
+
+Keys are words of the remedies, as they stand in the sources; a law at the end finds remedies without a case.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import hf_usp
+from hf_usp.batch import find_documents
+from hf_usp.integers.layout import Documents, Mask, deal
+from hf_usp.integers.packing import pack
+from hf_usp.models.prepare import find_model
+from hf_usp.report import UspReport
+
+from .ranks import Ranks
+from .tiny import HYBRID, batch_of, rows, tiny_model
+
+
+class Case(NamedTuple):
+    """What is refused, and the same with the remedy followed. `followed` may compare: it returns a difference."""
+
+    refused: Callable[[], Any]
+    followed: Callable[[], Any]
+
+
+def prepared(options: dict[str, Any] | None = None, model: Any = None, **changes: Any) -> tuple[Any, Any]:
+    """An accelerator over two ranks and a prepared model."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    config = hf_usp.UspParallelismConfig(cp_size=2, **(options or {}))
+    accelerator = Accelerator(cpu=True, parallelism_config=config)
+    return accelerator, accelerator.prepare((model or tiny_model(**changes)).train())
+
+
+def off(batch: dict[str, Any], options: dict[str, Any] | None = None, **changes: Any) -> float:
+    """How far a prepared model's loss is from that of one process; both have no attention weights."""
+    whole = tiny_model(attention="eager", **changes).train()(**batch).loss.item()
+    return abs(prepared(options, **changes)[1](**batch).loss.item() - whole)
+
+
+def call(batch: dict[str, Any], options: dict[str, Any] | None = None, **changes: Any) -> Callable[[], Any]:
+    return lambda: prepared(options, **changes)[1](**batch)
+
+
+def exact(batch: dict[str, Any], options: dict[str, Any] | None = None, **changes: Any) -> Callable[[], Any]:
+    return lambda: off(batch, options, **changes)
+
+
+def by_hand(batch: dict[str, Any], prepare: Callable[[Any], Any] = lambda m: m, family: str = "llama", **changes: Any):
+    """A call of a hand-written loop."""
+
+    def run() -> float:
+        model = tiny_model(family, **changes)
+        prepare(model)
+        mesh = hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1)
+        loss = model(**hf_usp.shard(batch, mesh)).loss.detach() / 2
+        dist.all_reduce(loss)
+        return abs(loss.item() - tiny_model(family, "eager", **changes)(**batch).loss.item())
+
+    return run
+
+
+PLAIN, PACKED, RIGHT = batch_of("plain"), batch_of("packed"), batch_of("right")
+IDS = PLAIN["input_ids"]
+ONES = torch.ones_like(IDS)
+# Two documents and padding, told by numbers in the mask; then as the remedy has it.
+NUMBERS = torch.tensor([1] * 20 + [2] * 12 + [0] * 5).expand(2, -1)
+RESTART = torch.cat([torch.arange(20), torch.arange(12), torch.arange(5)]).expand(2, -1)
+IGNORED = PLAIN["labels"].masked_fill(NUMBERS == 0, -100)
+CU = torch.tensor([0, 20, 32, 37, 57, 69, 74], dtype=torch.int32)
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+
+
+def without(batch: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in names}
+
+
+def documents_apart() -> float:
+    """Against the documents one by one, each row's two."""
+    whole, total = tiny_model(attention="eager").train(), 0
+    losses = []
+    for row in range(2):
+        for start, stop in ((0, 20), (20, 32)):
+            labels = IGNORED[row : row + 1, start:stop]
+            losses.append(whole(input_ids=IDS[row : row + 1, start:stop], labels=labels, num_items_in_batch=1).loss)
+            total += int((labels[:, 1:] != -100).sum())
+    # The first token of a document is predicted by the last of the one before it, unless its label is ignored.
+    labels = IGNORED.clone()
+    labels[:, [0, 20]] = -100
+    mine = prepared()[1](input_ids=IDS, labels=labels, position_ids=RESTART).loss
+    return abs(mine.item() - sum(losses).item() / total)
+
+
+def loss_outside(gathered: bool) -> float:
+    """A loss outside the model of whole logits, averaged over ranks; the gradient of the head against one process."""
+    _, model = prepared({"gather_outputs": True} if gathered else {})
+    batch = without(PLAIN, "labels")
+    if not gathered:
+        model(**batch, num_items_in_batch=torch.tensor(9))
+    gradients = []
+    for subject in (model, tiny_model(attention="eager").train()):
+        logits = subject(**batch).logits[:, :-1].flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, PLAIN["labels"][:, 1:].flatten()).backward()
+        inner = getattr(subject, "module", subject)
+        gradients.append(inner.model.embed_tokens.weight.grad)
+    return (gradients[0] - gradients[1]).abs().max().item()
+
+
+def peeking(options: dict[str, Any]) -> Any:
+    from .test_selfcheck import spoil
+
+    return prepared(options, model=spoil(tiny_model(), "neighbour"))[1](**PLAIN)
+
+
+def noisy(alpha: float | None) -> Any:
+    _, model = prepared()
+    if alpha is not None:
+        model.module.get_input_embeddings().neftune_noise_alpha = alpha
+    return model(**PLAIN)
+
+
+def second_derivative(create_graph: bool) -> None:
+    _, model = prepared()
+    torch.autograd.grad(model(**PLAIN).loss, list(model.parameters()), create_graph=create_graph)
+
+
+def normed(max_norm: float | None) -> Any:
+    model = tiny_model()
+    model.model.embed_tokens.max_norm = max_norm
+    return prepared(model=model)[1](**PLAIN)
+
+
+def offloaded(checkpointed: bool) -> Any:
+    model = tiny_model()
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    return prepared({"offload_checkpoints": True}, model=model)[1](**PLAIN)
+
+
+def metrics(**options: Any) -> Any:
+    accelerator, model = prepared(options)
+    with torch.no_grad():
+        output = model(**PLAIN)
+    assert accelerator.gather_for_metrics(output.logits).shape[:2] == (2, 37)
+
+
+def padded_logits(**options: Any) -> Any:
+    accelerator, model = prepared({**options, "gather_outputs": "loss_chunk" not in options})
+    with torch.no_grad():
+        return accelerator.pad_across_processes(tuple(x for x in (model(**PLAIN).get("logits"),) if x is not None))
+
+
+def other_head(**options: Any) -> Any:
+    import transformers
+
+    model = transformers.LlamaForTokenClassification._from_config(tiny_model().config, attn_implementation="usp")
+    return prepared(options, model=model)[1](**{**PLAIN, "labels": PLAIN["labels"].clamp(-100, 1)})
+
+
+def loader(dispatch: bool | None) -> Any:
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    settings = DataLoaderConfiguration(dispatch_batches=dispatch)
+    config = hf_usp.UspParallelismConfig(cp_size=2)
+    accelerator = Accelerator(cpu=True, parallelism_config=config, dataloader_config=settings)
+    return list(accelerator.prepare(torch.utils.data.DataLoader(rows(4, 9), batch_size=None)))
+
+
+def sizes(**given: int) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Accelerator(cpu=True, parallelism_config=hf_usp.UspParallelismConfig(**given))
+
+
+def axis(**name: str) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return hf_usp.UspMesh.from_device_mesh(init_device_mesh("cpu", (2,), mesh_dim_names=("sequence",)), **name)
+
+
+def whole_tensor(dim: int) -> Any:
+    mesh = hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1)
+    layout = hf_usp.shard(without(PLAIN, "labels"), mesh)["usp"]
+    full = hf_usp.unshard(torch.zeros(2, 3, layout.local_length), layout, dim=dim)
+    assert full.shape == (2, 3, 37)
+
+
+def attend(kernel: str | None = None, dtype: torch.dtype = torch.float32, extra: int = 0, **options: Any) -> Any:
+    mesh = hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1)
+    layout = hf_usp.shard(without(PLAIN, "labels"), mesh, kernel=kernel)["usp"]
+    q = torch.randn(2, layout.local_length + extra, 4, 16)
+    return hf_usp.usp_attention(q, q.to(dtype), q.to(dtype), layout, **options)
+
+
+def wants_more(self_check: bool) -> Any:
+    """A model that takes no batch as short as that of the self-check."""
+    model = tiny_model()
+
+    def fail(module: Any, args: tuple[torch.Tensor]) -> None:
+        if args[0].shape[1] < 8:
+            raise IndexError("too short")
+
+    model.model.layers[0].mlp.register_forward_pre_hook(fail)
+    return prepared({"self_check": self_check}, model=model)[1](**PLAIN)
+
+
+def compiled(ours: bool) -> Any:
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+    model = tiny_model(**dynamic)
+    return prepared(model=torch.compile(model, backend="eager") if ours else model)[1](**PLAIN)
+
+
+def counted(count: Any) -> Any:
+    mesh = hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1)
+    return tiny_model()(**hf_usp.shard({**PLAIN, "num_items_in_batch": count}, mesh))
+
+
+TWO_RANKS: dict[str, Case] = {
+    "pack documents with position_ids that restart and no attention_mask": Case(
+        call({**PLAIN, "attention_mask": ONES.index_fill(1, torch.tensor([9]), 0)}), exact(PACKED)
+    ),
+    "leave out attention_mask and pass position_ids that restart": Case(
+        call({**PLAIN, "attention_mask": NUMBERS}), documents_apart
+    ),
+    "(attention_mask != 0).long()": Case(
+        call({**PLAIN, "attention_mask": NUMBERS}),
+        exact({**PLAIN, "labels": IGNORED, "attention_mask": (NUMBERS != 0).long()}),
+    ),
+    "leave out attention_mask for packed rows": Case(
+        call({**PLAIN, "attention_mask": ONES, "cu_seq_lens_q": CU}), call({**PLAIN, "cu_seq_lens_q": CU})
+    ),
+    "pass position_ids that restart at each document": Case(call({**PLAIN, "cu_seq_lens_q": CU[1:]}), exact(PACKED)),
+    "describe documents with position_ids that restart": Case(
+        call({**PLAIN, "attention_mask": torch.ones(2, 1, 37, 37)}), exact(PACKED)
+    ),
+    "padding with a 2D attention_mask": Case(call({**PLAIN, "attention_mask": torch.ones(2, 1, 37, 37)}), exact(RIGHT)),
+    "from the batch (Trainer: remove_unused_columns=True": Case(
+        call({**PLAIN, "hint": torch.zeros(2, 3)}), exact(PLAIN)
+    ),
+    "set output_attentions=False": Case(call({**PLAIN, "output_attentions": True}), call({**PLAIN, "output_attentions": False})),
+    "set attention_dropout=0.0 in the model's config": Case(call(PLAIN, attention_dropout=0.1), exact(PLAIN, attention_dropout=0.0)),
+    "call hf_usp.shard_recurrent_layers(model) once before the loop": Case(
+        by_hand(PLAIN, family="qwen3_5_text", **HYBRID),
+        by_hand(PLAIN, hf_usp.shard_recurrent_layers, "qwen3_5_text", **HYBRID),
+    ),
+    "set output_router_logits=False": Case(
+        by_hand(PLAIN, family="mixtral", **EXPERTS),
+        by_hand(PLAIN, family="mixtral", **{**EXPERTS, "output_router_logits": False}),
+    ),
+    "UspParallelismConfig(...)).prepare(model) shard the batches": Case(
+        by_hand(PLAIN, family="mixtral", **EXPERTS), exact(PLAIN, family="mixtral", **EXPERTS)
+    ),
+    "attn_implementation={NAME!r}": Case(lambda: prepared(attention="sdpa"), exact(PLAIN)),
+    "train without a cache": Case(call({**PLAIN, "logits_to_keep": 3}), exact(PLAIN)),
+    "average a loss of gathered logits over ranks (gather_outputs=True)": Case(
+        lambda: loss_outside(False), lambda: loss_outside(True)
+    ),
+    "UspParallelismConfig(self_check=False) switches the check off": Case(
+        lambda: peeking({}), lambda: peeking({"self_check": False})
+    ),
+    "max_norm of an embedding": Case(lambda: normed(0.01), lambda: normed(None)),
+    "leave neftune_noise_alpha out": Case(lambda: noisy(5.0), lambda: noisy(None)),
+    "leave out create_graph": Case(lambda: second_derivative(True), lambda: second_derivative(False)),
+    "model.gradient_checkpointing_enable()": Case(lambda: offloaded(False), lambda: offloaded(True)),
+    "UspParallelismConfig(gather_outputs=True) for predict": Case(metrics, lambda: metrics(gather_outputs=True)),
+    "leave out loss_chunk for predict and compute_metrics": Case(lambda: padded_logits(loss_chunk=16), padded_logits),
+    "with its own loss, or leave out loss_chunk": Case(lambda: other_head(loss_chunk=16), other_head),
+    "leave dispatch_batches out": Case(lambda: loader(True), lambda: loader(None)),
+    "leave both data-parallel sizes out": Case(
+        lambda: sizes(cp_size=2, dp_replicate_size=2), lambda: sizes(cp_size=2)
+    ),
+    "name the context-parallel axis with cp_axis=...": Case(axis, lambda: axis(cp_axis="sequence")),
+    "pass dim=..., the dim of the sequence": Case(lambda: whole_tensor(1), lambda: whole_tensor(2)),
+    "leave kernel=None to let hf_usp choose": Case(lambda: attend("flash_attn"), lambda: attend(None)),
+    "pass sliding_window=1 or more": Case(lambda: attend(sliding_window=0), lambda: attend(sliding_window=1)),
+    "cast them, as in k.to(q.dtype)": Case(lambda: attend(dtype=torch.bfloat16), attend),
+    "cut inputs with hf_usp.shard": Case(lambda: attend(extra=3), attend),
+    "for a module of your own use hf_usp.shard and hf_usp.usp_attention": Case(
+        lambda: find_model(torch.nn.Linear(2, 2)), attend
+    ),
+    "UspParallelismConfig(self_check=False) goes without the check": Case(
+        lambda: wants_more(True), lambda: wants_more(False)
+    ),
+    "leave out torch_compile": Case(lambda: compiled(True), lambda: compiled(False)),
+    "pass it as an integer tensor": Case(
+        lambda: counted(torch.tensor(9.0, dtype=torch.bfloat16)), lambda: counted(torch.tensor(9))
+    ),
+    "or as a Python number": Case(lambda: counted(torch.tensor(9.0, dtype=torch.float16)), lambda: counted(9)),
+    "set layerdrop": Case(
+        call(PLAIN, family="opt", layerdrop=0.9, dropout=0.0, word_embed_proj_dim=32, ffn_dim=64),
+        exact(PLAIN, family="opt", layerdrop=0.0, dropout=0.0, word_embed_proj_dim=32, ffn_dim=64),
+    ),
+    "leave out mlp_chunk": Case(
+        call(PLAIN, {"mlp_chunk": 8}, family="mixtral"), exact(PLAIN, family="mixtral")
+    ),
+}  # fmt: skip
+
+
+def follow(words: str) -> str:
+    """What is wrong with a case, or nothing."""
+    case = {**TWO_RANKS, **ONE_PROCESS}[words]
+    said = words.replace("{NAME!r}", "'usp'")
+    try:
+        case.refused()
+        return "nothing was refused"
+    except hf_usp.UspError as refusal:
+        if said not in refusal.remedy:
+            return f"another remedy: {refusal}"
+    if dist.is_initialized():
+        dist.barrier()
+    try:
+        difference = case.followed()
+    except Exception:
+        return traceback.format_exc()
+    return f"off by {difference}" if isinstance(difference, float) and not difference < 1e-5 else ""
+
+
+ONE_PROCESS: dict[str, Case] = {
+    "leave sp_size at 1": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, sp_size=2),
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, sp_size=1),
+    ),
+    "choose one: loss_chunk for training": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, loss_chunk=8, gather_outputs=True),
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, loss_chunk=8),
+    ),
+    "choose ulysses_degree from": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=3),
+        lambda: [hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=u) for u in (1, 2, 4, 8)],
+    ),
+    "overlong='split'": Case(
+        lambda: pack([40, 9], 16, overlong="refuse"), lambda: pack([40, 9], 16, overlong="split")
+    ),
+    "use sequence_order='auto'": Case(
+        lambda: deal(8, 2, "spiral"),
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, sequence_order="auto"),
+    ),
+    "set attention_chunk_size to 1 or more": Case(
+        lambda: Documents.from_bounds([0, 8]).chunked(0, 0), lambda: Documents.from_bounds([0, 8]).chunked(1, 0)
+    ),
+    "set the config's sliding_window to 1 or more": Case(
+        lambda: Mask(Documents.from_bounds([0, 8]), -2, 0), lambda: Mask(Documents.from_bounds([0, 8]), 0, 0)
+    ),
+    "without quotes": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size="2"),  # type: ignore[arg-type]
+        lambda: hf_usp.UspParallelismConfig(cp_size=2),
+    ),
+    "leave it out to let hf_usp choose": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, kernel="flash_atn"), lambda: hf_usp.UspParallelismConfig(cp_size=2)
+    ),
+    "call Documents.from_bounds with": Case(
+        lambda: Documents(*(np.array(x) for x in ([0, 4], [0], [9]))), lambda: Documents.from_bounds([0, 4])
+    ),
+    "pass profile_step=3": Case(
+        lambda: UspReport(torch.nn.Module(), trace="folder"),  # type: ignore[arg-type]
+        lambda: UspReport(tiny_model(), trace="folder", profile_step=3),
+    ),
+    "build them with DataCollatorWithFlattening": Case(
+        lambda: find_documents(1, 8, None, None, torch.tensor([3, 8])),
+        lambda: find_documents(1, 8, None, None, flattened()),
+    ),
+}  # fmt: skip
+
+
+def flattened() -> Any:
+    from transformers import DataCollatorWithFlattening
+
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    return collate([{"input_ids": [3] * n, "labels": [3] * n} for n in (5, 3)])["cu_seq_lens_q"]
+
+
+@pytest.mark.parametrize("words", ONE_PROCESS)
+def test_in_one_process(words: str) -> None:
+    assert follow(words) == ""
+
+
+@pytest.mark.parametrize("words", TWO_RANKS)
+def test_on_two_ranks(two_ranks: Ranks, words: str) -> None:
+    assert two_ranks.run(follow, words) == ["", ""]
+
+
+# Words of remedies that other tests follow -> the file and the test.
+ELSEWHERE: dict[str, tuple[str, str]] = {
+    "last_complete(folder)": ("test_resume.py", "test_a_killed_run_leaves_the_last_complete_checkpoint"),
+    "call torch.distributed.init_process_group()": ("test_core.py", "def test_"),
+    "set per_device_train_batch_size": ("test_trainer.py", "per_device_train_batch_size"),
+    "leave out torch.compile": ("test_remedies.py", "compiled"),
+    "leave out loss_chunk": ("test_remedies.py", "other_head"),
+    "pass position_ids, or pad on the right": ("test_models.py", "right"),
+    "pass cu_seq_lens_q as well": ("scripts/test_finetune.py", "gpt"),
+    "describe documents with cu_seq_lens_q or position_ids": (
+        "test_recurrent.py", "test_packed_documents_start_from_nothing",
+    ),
+    "train it without UspParallelismConfig": ("test_models.py", "eager"),
+    "load the weights in float32": ("test_tensor_parallel.py", "test_experts_dealt_to_ranks"),
+    "choose a tp_size that divides": ("test_tensor_parallel.py", "test_tp_around_the_mesh"),
+    "resize_token_embeddings(pad_to_multiple_of=": ("test_tensor_parallel.py", "tie"),
+    "or leave out SameRun": ("test_same_run.py", "test_full_determinism_and_a_resume_that_is_watched"),
+    "use a larger cp_size instead": ("test_deepspeed.py", "test_the_trainer_follows_one_process"),
+    'write "train_batch_size": "auto"': ("test_deepspeed.py", "auto"),
+    "UspParallelismConfig(cp_size=...) says it all": ("test_deepspeed.py", "test_the_trainer_follows_one_process"),
+    "with column=..., or other files": ("test_data.py", "column"),
+}  # fmt: skip
+OPTION = re.compile(r"\b[a-z_]+=|[a-z]\(|\b(leave|set) (out )?[a-z]+_[a-z_]+|hf_usp\.")
+# What is typed on the command line is followed in tests/cli and tests/scripts.
+COMMANDS = {"cli.py", "check", "explain", "planning", "costs"}
+ROOT = Path(hf_usp.__file__).parent
+
+
+def remedies() -> list[tuple[str, str]]:
+    """Place and text, with the expressions of its f-strings, of every remedy of the library that names an option."""
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        if path.relative_to(ROOT).parts[0] in COMMANDS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "remedy":
+                text = ast.unparse(node.value)
+                if OPTION.search(text):
+                    found.append((f"{path.relative_to(ROOT)}:{node.value.lineno}", text))
+    return found
+
+
+@pytest.mark.parametrize(("place", "text"), remedies(), ids=lambda x: x[:40])
+def test_every_remedy_that_names_an_option_is_followed(place: str, text: str) -> None:
+    known = (*ONE_PROCESS, *TWO_RANKS, *ELSEWHERE)
+    assert any(words in text for words in known), f"{place}: follow the remedy {text} in a case of this table"
+
+
+@pytest.mark.parametrize("words", ELSEWHERE)
+def test_the_other_tests_are_there(words: str) -> None:
+    path, name = ELSEWHERE[words]
+    assert name in (Path(__file__).parent / path).read_text(encoding="utf-8")
