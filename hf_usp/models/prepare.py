@@ -33,6 +33,7 @@ from .bodies import (
     pool_again,
     share_for,
 )
+from .direct import AddedLoss, DirectCalls
 from .modeling import NAME
 from .per_token import FUSED, check_trainer, whole_fields
 from .positions import own_positions, visible_positions
@@ -42,13 +43,20 @@ from .router import RouterLoss, wants_router_logits
 from .selfcheck import self_check
 from .tensor_parallel import PartialGradients
 from .training_check import refuse_scaled_noise, training_check
+from .unsharded import PreparedLayers, check_outside_loss, guard_share, is_generation
 
 
 class ShardedForward:
     """The two hooks of one prepared model."""
 
     def __init__(
-        self, model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, gather_outputs: bool, check: bool
+        self,
+        model: PreTrainedModel,
+        mesh: UspMesh,
+        options: ShardOptions,
+        gather_outputs: bool,
+        check: bool,
+        around: nn.Module,
     ) -> None:
         self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
         self.unchecked = self.unchecked_training = check
@@ -66,6 +74,8 @@ class ShardedForward:
             *(CutBody(body, mesh).handles if self.inside else ()),
         )
         self.router = RouterLoss(model)  # its hook runs after ours, where both are on one model
+        self.layers = PreparedLayers(body.module.modules())
+        self.entry, self.added = DirectCalls(model), AddedLoss(around, mesh.size)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -73,6 +83,9 @@ class ShardedForward:
         self.recurrent.release()
         self.partial.release()
         self.router.remove()
+        self.layers.release()
+        self.entry.remove()
+        self.added.remove()
 
     def __deepcopy__(self, memo: dict) -> ShardedForward:
         """A copied model shards over the same mesh."""
@@ -82,12 +95,13 @@ class ShardedForward:
     def cut(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the forward: the full batch becomes this rank's share."""
         batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        if "usp" in batch or _is_generation(batch):
+        if "usp" in batch or is_generation(model, batch):
             return args, kwargs
         if self.failed is not None:
             raise after(self.failed)
         try:
-            return (), self._cut(model, batch)
+            with self.entry.closed():
+                return (), self._cut(model, batch)
         except Exception as problem:
             tell_failure(problem)  # others may wait for this rank
             if not isinstance(problem, UspError):
@@ -125,6 +139,8 @@ class ShardedForward:
         """Refuse what this model cannot do with this batch."""
         check_call(model, batch)
         check_trainer(model, batch)
+        if not (self.whole_head or self.gather_outputs or batch.get(FUSED)):
+            check_outside_loss(model, batch)
         refuse_scaled_noise(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
         if "left" in self.inexact and positions is None and mask is not None and not bool(mask[:, 0].all()):
@@ -165,6 +181,7 @@ class ShardedForward:
         layout = layout_of(kwargs)
         if layout is None or layout.mesh is not self.mesh:
             return output
+        counted = layout.items_given and not self.added.handles
         self.shares = frozenset()
         if layout.calls == 0:
             raise UspModelError(
@@ -174,7 +191,7 @@ class ShardedForward:
                 "UspParallelismConfig, or use an architecture that supports attn_implementation='sdpa' as a function",
             )
         if self.whole_head:
-            if output.get("loss") is not None and layout.items_given:
+            if output.get("loss") is not None and counted:
                 # Whole already, on every rank; the caller's factor counts each of them (see `whole_loss`).
                 output["loss"] = output["loss"] / self.mesh.size
             return output
@@ -183,7 +200,7 @@ class ShardedForward:
             output = self.router.add(output, layout, cut(mask, layout, 0) if self.inside else mask, self.gather_outputs)
         if output.get("loss") is not None:
             assert self.mesh.group is not None
-            output["loss"] = whole_loss(output["loss"], self.mesh.group, self.mesh.size, layout.items_given)
+            output["loss"] = whole_loss(output["loss"], self.mesh.group, self.mesh.size, counted)
         if kwargs.get(FUSED):
             return whole_fields(output, layout, layout.shifted)
         if not self.inside:
@@ -191,16 +208,11 @@ class ShardedForward:
         if self.gather_outputs:
             gather_outputs(output, layout)
         else:
-            left = tree_leaves([output.get(name) for name in PER_TOKEN_OUTPUTS])
-            self.shares = frozenset(tuple(x.shape) for x in left if isinstance(x, Tensor))
+            left = {name: output[name] for name in PER_TOKEN_OUTPUTS if output.get(name) is not None}
+            self.shares = frozenset(tuple(x.shape) for x in tree_leaves(left) if isinstance(x, Tensor))
+            for name, share in left.items():
+                output[name] = guard_share(name, share)
         return output
-
-
-def _is_generation(batch: Mapping[str, Any]) -> bool:
-    """A call that continues a cache or wants only some logits is not sharded: `generate` needs whole sequences."""
-    keep = batch.get("logits_to_keep")
-    wants_some = keep is not None and not (isinstance(keep, int) and keep == 0)
-    return batch.get("labels") is None and (batch.get("past_key_values") is not None or wants_some)
 
 
 def attach(
@@ -214,7 +226,7 @@ def attach(
         previous.remove()
     looks = bool(length_dependent_ropes(model))
     options = replace(options, positions=own_positions(model), largest_position=looks)
-    return ShardedForward(model, mesh, options, gather_outputs, check)
+    return ShardedForward(model, mesh, options, gather_outputs, check, module)
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:

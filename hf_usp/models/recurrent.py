@@ -28,6 +28,7 @@ from ..recurrence.scan_work import state_plan
 from ..recurrence.states import scan_by_states
 from ..shard import LayoutMask
 from .modeling import ShardedMask, recurrent_types
+from .unsharded import refuse_unsharded
 
 Function = Callable[..., Any]
 
@@ -57,6 +58,8 @@ class RecurrentLayers:
     @torch.compiler.disable
     def _enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.layout = _find_layout((*args, *kwargs.values()))
+        if self.layout is None:
+            refuse_unsharded(layer)
 
     def _rebind(self, function: Function) -> Function:
         """The same code with sharded kernels under their names, in what its decorators wrap too."""
