@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -74,7 +74,7 @@ class ShardedForward:
             *(CutBody(body, mesh).handles if self.inside else ()),
         )
         self.router = RouterLoss(model)  # its hook runs after ours, where both are on one model
-        self.layers = PreparedLayers(body.module.modules())
+        self.layers = PreparedLayers([*body.module.modules(), *_beside(model, around)])
         self.entry, self.added = DirectCalls(model), AddedLoss(around, mesh.size)
 
     def remove(self) -> None:
@@ -139,7 +139,9 @@ class ShardedForward:
         """Refuse what this model cannot do with this batch."""
         check_call(model, batch)
         check_trainer(model, batch)
-        if not (self.whole_head or self.gather_outputs or batch.get(FUSED)):
+        # Pooled features and the loss of experts are whole as well.
+        whole = self.whole_head or getattr(model, "pooler", None) is not None or self._wants_router_logits(model, batch)
+        if not (whole or self.gather_outputs or batch.get(FUSED)):
             check_outside_loss(model, batch)
         refuse_scaled_noise(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
@@ -213,6 +215,22 @@ class ShardedForward:
             for name, share in left.items():
                 output[name] = guard_share(name, share)
         return output
+
+
+def _beside(model: PreTrainedModel, around: nn.Module) -> Iterator[nn.Module]:
+    """Layers of further Transformers models in the module around one that attend with "usp": nobody shards for them."""
+    seen = set(model.modules())
+    for other in around.modules():
+        if isinstance(other, PreTrainedModel) and other not in seen:
+            seen.update(other.modules())
+            if attends_sharded(other):
+                yield from find_body(other).module.modules()
+
+
+def attends_sharded(module: nn.Module) -> bool:
+    """Whether the outermost Transformers model in a module, if there is one, has attn_implementation="usp"."""
+    model = next((candidate for candidate in module.modules() if isinstance(candidate, PreTrainedModel)), None)
+    return model is not None and getattr(model.config.get_text_config(), "_attn_implementation", None) == NAME
 
 
 def attach(

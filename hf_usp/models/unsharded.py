@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UspModelError
 from ..faults import tell_failure
+from ..once import differentiated_once
 
 # Keywords with which models take a cache: since Transformers 5.24 "cache" is what was "past_key_values" (until 5.40).
 CACHES = (
@@ -111,17 +112,27 @@ def guard_share(name: str, value: Any) -> Any:
         return tuple(guard_share(name, x) for x in value)
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
-    guarded = value.view_as(value)  # the model's own loss has its gradient pass by
+    return _Guard.apply(value, name)
 
-    def refuse(gradient: Tensor | None) -> None:
-        if gradient is None or not bool(gradient.any()):  # DDP's search for unused parameters: None
-            return
+
+class _Guard(torch.autograd.Function):
+    """The tensor itself, and no view of it, of which FSDP2 warns. The model's own loss has its gradient pass by."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, name: str) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.name = name
+        return value.detach()
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient = grads[0]
+        if gradient is None or not bool(gradient.any()):  # DDP looks for unused parameters; a loss times 0
+            return gradient, None
         raise UspModelError(
-            f"a gradient reaches `{name}`, this rank's share, from outside the model's own loss",
+            f"a gradient reaches `{ctx.name}`, this rank's share, from outside the model's own loss",
             rule="a loss made outside the model from a share of the tokens would be another one on each rank",
             remedy="hand out whole logits and hidden states with UspParallelismConfig(gather_outputs=True); detach() "
             "what is only looked at",
         )
-
-    guarded.register_hook(refuse)
-    return guarded
