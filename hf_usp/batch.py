@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .comm import all_reduce_sum
 from .errors import UspBatchError
 from .integers.dealing import deal_row
 from .integers.layout import UNLIMITED, Documents, IntArray, Mask, over_batch
 from .integers.plan import RingPlan, make_plan
 from .mesh import UspMesh
+from .once import differentiated_once
 from .passing import passed_on
 from .work import Work, prepare
 
@@ -275,8 +277,37 @@ def cut(full: Tensor, layout: Layout, fill: float | None = None, dim: int = 1) -
     if layout.mesh.size == 1:
         return full
     index, beyond = layout.taken(full.device)
-    share = full.index_select(dim, index)
+    share = take(full, index, layout, dim)
     if beyond and fill is not None:
         # Positions ascend, so ours are the last.
         share.narrow(dim, share.shape[dim] - beyond, beyond).fill_(fill)
     return share
+
+
+def take(full: Tensor, index: Tensor, layout: Layout, dim: int = 0) -> Tensor:
+    """Entries `index` of a tensor that all ranks hold in full, with the gradient of one process on each of them."""
+    if not (full.requires_grad and torch.is_grad_enabled()):
+        return full.index_select(dim, index)
+    return _Take.apply(full, index, layout, dim)
+
+
+class _Take(torch.autograd.Function):
+    """Each rank takes its entries. The adjoint is the mean over ranks of what their gradients say of the full tensor.
+
+    The backward of a sharded loss multiplies by the number of ranks (`loss.py`), so the mean is the gradient of one
+    process: right for a tensor whose gradient nobody averages, and for the parameters behind it, where the
+    data-parallel average is one of equal gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, full: Tensor, index: Tensor, layout: Layout, dim: int) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.mesh, ctx.dim, ctx.shape = layout.mesh, dim, full.shape
+        return full.index_select(dim, index)
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        own = grads[0].new_zeros(ctx.shape).index_add_(ctx.dim, index, grads[0])
+        return all_reduce_sum(own, ctx.mesh.group).div_(ctx.mesh.size), None, None, None

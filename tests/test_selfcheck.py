@@ -184,7 +184,7 @@ def cost(family: str, training: bool, changes: dict[str, Any]) -> dict[str, Any]
     model(**batch)
     first = list(calls)
     model(**batch)
-    with Allocations(model) as seen:
+    with Allocations(model) as seen, hooks.entry.closed():
         self_check(model, hooks.mesh, hooks.options, torch.device("cpu"))
         training_check(model, hooks.mesh, hooks.options, torch.device("cpu"))
     return {"first": first, "second": calls[len(first) : len(first) + 1], "largest": seen.largest}

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..batch import CAUSAL, Layout, MaskKind, cut
+from ..batch import CAUSAL, Layout, MaskKind, cut, take
 from ..errors import UspBatchError, UspModelError
 from ..integers.layout import UNLIMITED
 from ..mesh import UspMesh
@@ -201,7 +201,7 @@ def _cut_features(visual_BS: Tensor, features: Sequence[Tensor], layout: Layout)
     rows_BS = visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
     visual_BL = cut(visual_BS, layout, 0)
     rows = cut(rows_BS, layout)[visual_BL]
-    return visual_BL, [feature[rows] for feature in features]
+    return visual_BL, [take(feature, rows, layout) for feature in features]
 
 
 def gather_outputs(output: Any, layout: Layout) -> None:

@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    sdpa_mask,
-)
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from ..attention import attend
 from ..batch import Layout, MaskKind
@@ -32,6 +28,7 @@ from ..passing import passed_on
 from ..precision import as_autocast
 from ..shard import LayoutMask
 from .positions import is_temperature_tuned, with_global_temperature
+from .unsharded import refuse_unsharded
 
 NAME = "usp"
 
@@ -265,6 +262,7 @@ def _unsharded(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Ordinary attention of one process: sdpa, or the textbook formula for what sdpa cannot (softcap, sinks)."""
+    refuse_unsharded(module)
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from .bodies import (
     pool_again,
     share_for,
 )
+from .direct import DirectCalls
 from .modeling import NAME
 from .per_token import FUSED, check_trainer, whole_fields
 from .positions import own_positions, visible_positions
@@ -44,13 +45,20 @@ from .saved import NotSaved
 from .selfcheck import self_check
 from .tensor_parallel import PartialGradients
 from .training_check import refuse_scaled_noise, training_check
+from .unsharded import PreparedLayers, check_outside_loss, guard_share, is_generation
 
 
 class ShardedForward(NotSaved):
     """The two hooks of one prepared model."""
 
     def __init__(
-        self, model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, gather_outputs: bool, check: bool
+        self,
+        model: PreTrainedModel,
+        mesh: UspMesh,
+        options: ShardOptions,
+        gather_outputs: bool,
+        check: bool,
+        around: nn.Module,
     ) -> None:
         self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
         self.unchecked = self.unchecked_training = check
@@ -69,6 +77,8 @@ class ShardedForward(NotSaved):
             *(CutBody(body, mesh).handles if self.inside else ()),
         )
         self.router = RouterLoss(model)  # its hook runs after ours, where both are on one model
+        self.layers = PreparedLayers([*body.module.modules(), *_beside(model, around)])
+        self.entry = DirectCalls(model)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -76,17 +86,20 @@ class ShardedForward(NotSaved):
         self.recurrent.release()
         self.partial.release()
         self.router.remove()
+        self.layers.release()
+        self.entry.remove()
 
     @torch.compiler.disable
     def cut(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the forward: the full batch becomes this rank's share."""
         batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        if "usp" in batch or _is_generation(batch):
+        if "usp" in batch or is_generation(model, batch):
             return args, kwargs
         if self.failed is not None:
             raise after(self.failed)
         try:
-            return (), self._cut(model, batch)
+            with self.entry.closed():
+                return (), self._cut(model, batch)
         except Exception as problem:
             tell_failure(problem)  # others may wait for this rank
             if not isinstance(problem, UspError):
@@ -127,6 +140,10 @@ class ShardedForward(NotSaved):
         """Refuse what this model cannot do with this batch."""
         check_call(model, batch)
         check_trainer(model, batch)
+        # Pooled features and the loss of experts are whole as well.
+        whole = self.whole_head or getattr(model, "pooler", None) is not None or self._wants_router_logits(model, batch)
+        if not (whole or self.gather_outputs or batch.get(FUSED)):
+            check_outside_loss(model, batch)
         refuse_scaled_noise(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
         if "left" in self.inexact and positions is None and mask is not None and not bool(mask[:, 0].all()):
@@ -190,16 +207,27 @@ class ShardedForward(NotSaved):
         if self.gather_outputs:
             gather_outputs(output, layout)
         else:
-            left = tree_leaves([output.get(name) for name in PER_TOKEN_OUTPUTS])
-            self.shares = frozenset(tuple(x.shape) for x in left if isinstance(x, Tensor))
+            left = {name: output[name] for name in PER_TOKEN_OUTPUTS if output.get(name) is not None}
+            self.shares = frozenset(tuple(x.shape) for x in tree_leaves(left) if isinstance(x, Tensor))
+            for name, share in left.items():
+                output[name] = guard_share(name, share)
         return output
 
 
-def _is_generation(batch: Mapping[str, Any]) -> bool:
-    """A call that continues a cache or wants only some logits is not sharded: `generate` needs whole sequences."""
-    keep = batch.get("logits_to_keep")
-    wants_some = keep is not None and not (isinstance(keep, int) and keep == 0)
-    return batch.get("labels") is None and (batch.get("past_key_values") is not None or wants_some)
+def _beside(model: PreTrainedModel, around: nn.Module) -> Iterator[nn.Module]:
+    """Layers of further Transformers models in the module around one that attend with "usp": nobody shards for them."""
+    seen = set(model.modules())
+    for other in around.modules():
+        if isinstance(other, PreTrainedModel) and other not in seen:
+            seen.update(other.modules())
+            if attends_sharded(other):
+                yield from find_body(other).module.modules()
+
+
+def attends_sharded(module: nn.Module) -> bool:
+    """Whether the outermost Transformers model in a module, if there is one, has attn_implementation="usp"."""
+    model = next((candidate for candidate in module.modules() if isinstance(candidate, PreTrainedModel)), None)
+    return model is not None and getattr(model.config.get_text_config(), "_attn_implementation", None) == NAME
 
 
 def attach(
@@ -213,7 +241,7 @@ def attach(
         previous.remove()
     looks = bool(length_dependent_ropes(model))
     options = replace(options, positions=own_positions(model), largest_position=looks)
-    return ShardedForward(model, mesh, options, gather_outputs, check)
+    return ShardedForward(model, mesh, options, gather_outputs, check, module)
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:

@@ -29,6 +29,7 @@ from ..recurrence.states import scan_by_states
 from ..shard import LayoutMask
 from .modeling import ShardedMask, recurrent_types
 from .saved import NotSaved
+from .unsharded import refuse_unsharded
 
 Function = Callable[..., Any]
 
@@ -55,6 +56,8 @@ class RecurrentLayers(NotSaved):
     @torch.compiler.disable
     def _enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.layout = _find_layout((*args, *kwargs.values()))
+        if self.layout is None:
+            refuse_unsharded(layer)
 
     def _rebind(self, function: Function) -> Function:
         """The same code with sharded kernels under their names, in what its decorators wrap too."""

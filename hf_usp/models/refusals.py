@@ -14,6 +14,7 @@ from .bodies import check_surroundings, find_body, takes_any_keyword
 from .modeling import NAME, no_attention_weights
 from .recurrent import has_recurrent_layers
 from .tensor_parallel import check_tensor_parallel
+from .unsharded import cache_in, wants_some_logits
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -61,11 +62,13 @@ def check_model(model: PreTrainedModel) -> None:
 def check_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     """Refuse what this model cannot do with this batch."""
     config = model.config
-    if batch.get("past_key_values") is not None or batch.get("logits_to_keep"):
+    cache = cache_in(batch)
+    if cache is not None or wants_some_logits(batch):
         raise UspModelError(
-            "past_key_values or logits_to_keep together with labels",
+            f"{cache or 'logits_to_keep'} together with labels, or in a training step",
             rule="a sharded forward sees whole sequences and computes the loss over all of them",
-            remedy="train without a cache (prefix tuning keeps its prefix there) and without logits_to_keep",
+            remedy="train without a cache (prefix tuning keeps its prefix there) and without logits_to_keep; with "
+            "UspParallelismConfig(gather_outputs=True) take some of the whole logits instead",
         )
     if batch.get("output_attentions") or getattr(config, "output_attentions", False):
         raise no_attention_weights()

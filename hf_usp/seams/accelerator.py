@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..models.bodies import find_body, mask_kinds
 from ..models.chunked_loss import ChunkedLoss, chunked_loss
 from ..models.chunked_mlp import chunk_mlps
 from ..models.offload import offload_checkpoints
-from ..models.prepare import ShardedForward, attach, find_model, sharded_forward
+from ..models.prepare import ShardedForward, attach, attends_sharded, find_model, sharded_forward
 from ..models.recurrent import has_recurrent_layers
 from ..recompute import use_plain_function
 from ..rope import length_dependent_ropes
@@ -29,6 +30,9 @@ from .feed import same_order, same_rows
 from .gathering import Gathering, refuse_shares
 from .groups import GroupState, all_processes, count_for_groups, keep_full_states_on_first_rank, step_for_groups
 from .zero import prepare_for_deepspeed, under_deepspeed
+
+# What makes every forward of a model one of all ranks.
+WRAPPERS = ("DeepSpeedEngine", "FSDPModule", "FullyShardedDataParallel")
 
 
 class AcceleratorSeam:
@@ -64,6 +68,7 @@ class AcceleratorSeam:
             accelerator.gather, accelerator.reduce = self.gathering.gather, self.gathering.reduce
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        self.shard_models_of(sys._getframe(1).f_locals.get("self"))
         for module in args:
             if isinstance(module, torch.nn.Module):
                 self.shard(module)
@@ -74,6 +79,7 @@ class AcceleratorSeam:
         return prepared
 
     def prepare_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.shard_models_of(sys._getframe(1).f_locals.get("self"))
         self.shard(model)
         with all_processes(self.accelerator):
             return self.stock["prepare_model"](model, *args, **kwargs)
@@ -96,6 +102,18 @@ class AcceleratorSeam:
     def backward(self, *args: Any, **kwargs: Any) -> None:
         with telling(self.prepared):
             self.stock["backward"](*args, **kwargs)
+
+    def shard_models_of(self, caller: Any) -> None:
+        """Attach the hooks to other models of a trainer that has wrapped them past `prepare`.
+
+        TRL does so with reference and teacher models, in `prepare_deepspeed` and `prepare_fsdp`. Nothing of ours is
+        called there; that they belong to this accelerator shows in the trainer that asks for `prepare` later.
+        """
+        if getattr(caller, "accelerator", None) is not self.accelerator:
+            return
+        for module in [value for value in vars(caller).values() if isinstance(value, torch.nn.Module)]:
+            if any(kind.__name__ in WRAPPERS for kind in type(module).__mro__) and attends_sharded(module):
+                self.shard(module)
 
     def shard(self, module: torch.nn.Module) -> None:
         """Attach the hooks to the Transformers model in `module`, once."""

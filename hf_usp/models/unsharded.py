@@ -1,0 +1,138 @@
+"""Calls that leave a prepared model unsharded: which of them are meant, which are refused.
+
+`generate` needs whole sequences, and outside training a whole batch gives one process's numbers. In a training step a
+rank that attends to a whole batch computes what all others compute too, and a loss or gradient may count once for each
+of them. So a prepared model's layers know that they are prepared, and refuse: whoever called them, on whatever way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UspModelError
+from ..faults import tell_failure
+from ..once import differentiated_once
+
+# Keywords with which models take a cache: since Transformers 5.24 "cache" is what was "past_key_values" (until 5.40).
+CACHES = (
+    "past_key_values", "cache", "cache_params", "decoder_cache", "decoder_past_key_values", "encoder_cache",
+    "encoder_past_key_values", "mems", "padding_cache", "past_buckets_states", "shared_kv_states", "speaker_cache",
+)  # fmt: skip
+MARK = "_usp_prepared"
+
+
+class Prepared:
+    """The mark of a prepared model's layers. A copy of the model is prepared too; loaded from a pickle it is not."""
+
+    def __deepcopy__(self, memo: dict) -> Prepared:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bool, ()
+
+
+class PreparedLayers:
+    """Modules that refuse to run unsharded in a training step, until `release`."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = [module for module in modules if not getattr(module, MARK, None)]
+        for module in self.modules:
+            setattr(module, MARK, Prepared())
+
+    def release(self) -> None:
+        for module in self.modules:
+            delattr(module, MARK)
+        self.modules = []
+
+    def __deepcopy__(self, memo: dict) -> PreparedLayers:
+        return self
+
+
+def refuse_unsharded(module: nn.Module) -> None:
+    """Refuse a layer of a prepared model that gets a whole batch in a training step."""
+    if not (torch.is_grad_enabled() and module.training and getattr(module, MARK, None)):
+        return
+    problem = UspModelError(
+        f"{type(module).__name__} of a prepared model gets a whole batch in a training step",
+        rule="in training each rank computes its share; a part of the model that is called by itself, or beside the "
+        "prepared one, would compute the whole batch on every rank, and count once for each",
+        remedy="call the prepared model itself: model(...), whose logits and hidden states are whole with "
+        "UspParallelismConfig(gather_outputs=True); prepare a second Transformers model by itself "
+        "(accelerator.prepare_model); outside training use model.eval() or torch.no_grad()",
+    )
+    tell_failure(problem)
+    raise problem
+
+
+def trains(model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> bool:
+    """Whether gradients will flow through a forward of the model, to its parameters or to given embeddings."""
+    if not torch.is_grad_enabled():
+        return False
+    embeddings = (batch or {}).get("inputs_embeds")
+    given = isinstance(embeddings, Tensor) and embeddings.requires_grad
+    return given or any(parameter.requires_grad for parameter in model.parameters())
+
+
+def cache_in(batch: Mapping[str, Any]) -> str | None:
+    """The keyword with which a call passes a cache, if it does."""
+    return next((name for name in CACHES if batch.get(name) is not None), None)
+
+
+def wants_some_logits(batch: Mapping[str, Any]) -> bool:
+    keep = batch.get("logits_to_keep")
+    return keep is not None and not (isinstance(keep, int) and keep == 0)
+
+
+def is_generation(model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
+    """A call outside of training that has a cache or wants some logits only: `generate` needs whole sequences."""
+    meant = batch.get("labels") is None and (cache_in(batch) is not None or wants_some_logits(batch))
+    return meant and not (model.training and trains(model, batch))
+
+
+def check_outside_loss(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Refuse a call whose outputs, this rank's share, can only serve a loss that is made outside the model."""
+    if batch.get("labels") is None and batch.get("shift_labels") is None and trains(model, batch):
+        raise UspModelError(
+            f"{type(model).__name__} with gradients and without labels: a loss will be made outside the model",
+            rule="logits and hidden states are this rank's share of the tokens; a loss of them would be another one on "
+            "each rank",
+            remedy="hand out whole logits and hidden states with UspParallelismConfig(gather_outputs=True); or pass "
+            "labels and take the model's own loss; or call the model under torch.no_grad()",
+        )
+
+
+def guard_share(name: str, value: Any) -> Any:
+    """Outputs that are this rank's share, which refuse a gradient from outside the model: that of another loss."""
+    if isinstance(value, tuple | list):
+        return tuple(guard_share(name, x) for x in value)
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    return _Guard.apply(value, name)
+
+
+class _Guard(torch.autograd.Function):
+    """The tensor itself, and no view of it, of which FSDP2 warns. The model's own loss has its gradient pass by."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, name: str) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.name = name
+        return value.detach()
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient = grads[0]
+        if gradient is None or not bool(gradient.any()):  # DDP looks for unused parameters; a loss times 0
+            return gradient, None
+        raise UspModelError(
+            f"a gradient reaches `{ctx.name}`, this rank's share, from outside the model's own loss",
+            rule="a loss made outside the model from a share of the tokens would be another one on each rank",
+            remedy="hand out whole logits and hidden states with UspParallelismConfig(gather_outputs=True); detach() "
+            "what is only looked at",
+        )
