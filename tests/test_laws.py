@@ -36,7 +36,7 @@ INTEGERS = {"errors", "options", "integers", "costs"}
 # Package -> the rooms that may import it. What is not listed here is free everywhere.
 ONLY_IN = {
     "torch": set(FLOOR) - INTEGERS - {"versions", "cli", "planning", "__main__"},
-    "torch.distributed": {"comm", "faults", "waiting", "mesh", "loss", "check"},
+    "torch.distributed": {"comm", "faults", "waiting", "mesh", "loss", "check", "seams"},
     "transformers": {room for room, floor in FLOOR.items() if floor >= 5},
     "accelerate": {room for room, floor in FLOOR.items() if floor >= 6},
     "matplotlib": {"explain", "planning"},
