@@ -252,7 +252,13 @@ def test_the_gradient_of_given_embeddings_is_that_of_one_process(two_ranks: Rank
 
 def recurrences() -> list[str]:
     """Layers without attention know it too; a model of nothing else."""
-    settings = {"num_hidden_layers": 1, "state_size": 8, "conv_kernel": 4, "expand": 2, "time_step_rank": 4}
+    settings: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "state_size": 8,
+        "conv_kernel": 4,
+        "expand": 2,
+        "time_step_rank": 4,
+    }
     mamba, hybrid = tiny_model("mamba", **settings), tiny_model("qwen3_next", **HYBRID)
     found = []
     for model in (mamba, hybrid):
@@ -274,7 +280,14 @@ def test_recurrent_layers_refuse_too(two_ranks: Ranks) -> None:
 def adapted(sharded: bool) -> Any:
     from peft import AdaLoraConfig, get_peft_model
 
-    settings = {"init_r": 4, "target_r": 2, "total_step": 8, "tinit": 1, "tfinal": 2, "init_lora_weights": False}
+    settings: dict[str, Any] = {
+        "init_r": 4,
+        "target_r": 2,
+        "total_step": 8,
+        "tinit": 1,
+        "tfinal": 2,
+        "init_lora_weights": False,
+    }
     torch.manual_seed(5)
     lora = AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], orth_reg_weight=0.5, **settings)
     return get_peft_model(tiny_model("qwen2", "usp" if sharded else "sdpa", torch.float64), lora)
@@ -314,7 +327,7 @@ def test_every_keyword_that_means_a_cache_is_known() -> None:
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
         found |= {match[1]: path.name for match in parameter.finditer(path.read_text())}
     assert found.keys() & {"past_key_values", "cache"}
-    assert {"cache_params", "past_buckets_states"} <= found.keys()
+    assert {"padding_cache", "past_buckets_states"} <= found.keys()
     unknown = {name: place for name, place in found.items() if name not in CACHES and name not in OF_A_LAYER}
     assert not unknown
 

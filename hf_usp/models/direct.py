@@ -25,7 +25,7 @@ class DirectCalls:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.before = model, vars(model).get("forward")
         self.open = True
-        plain = model.forward
+        plain: Any = model.forward
         own = isinstance(plain, MethodType) and plain.__self__ is model  # else a wrapper that has the model in it
         signature = inspect.signature(plain)
         names = list(signature.parameters)
