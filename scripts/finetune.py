@@ -149,7 +149,7 @@ def load_tokenizer(args: ModelArguments) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as problem:  # whatever its files hold
         raise UspConfigError(
-            f"the tokenizer {name!r}: {type(problem).__name__}: {problem}",
+            f"the tokenizer {name!r}: {type(problem).__name__}: {f'{problem} '.splitlines()[0]}",
             rule="--tokenizer_name is a folder or hub name with a tokenizer's files, or 'bytes'",
             remedy="check the name, or pass --tokenizer_name bytes",
         ) from problem

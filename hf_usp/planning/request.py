@@ -11,11 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from ..costs.machines import MACHINES, Link, Machine, check_machine
 from ..costs.sizes import Job, ModelShape
@@ -202,8 +197,10 @@ def read_config(name: str, *, local: bool = True) -> Any:
 
 def check_decoder(config: Any) -> None:
     """Raise `UspConfigError` for encoders, and for what reads one sequence and writes another."""
-    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    from transformers.models.auto import modeling_auto as auto  # not needed to import hf_usp
+
+    known = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    encoder = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encoder or getattr(config, "is_encoder_decoder", False) or config.model_type not in known:
         raise UspConfigError(
             f"a config of type {config.model_type!r}",

@@ -36,6 +36,13 @@ def check(ranks: int, *arguments: str, program: str = "-m hf_usp check") -> subp
     return start(f"-m torch.distributed.run --standalone --nproc_per_node {ranks} {program}", *SMALL, *arguments)
 
 
+def test_one_process_with_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is sharded there, nothing is wrong."""
+    assert main(["check", *SMALL, "--model", "configs/qwen3_small.json"]) == 0
+    said = capsys.readouterr().out
+    assert "2 comparison(s)" in said and said.rstrip().endswith("OK")
+
+
 @pytest.mark.timeout(180)
 def test_four_ranks_of_two_nodes(tmp_path: Path) -> None:
     """A whole run: ulysses across nodes is said with what fits; the file holds every figure; then plan reads it."""

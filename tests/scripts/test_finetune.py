@@ -7,6 +7,7 @@ from pathlib import Path
 
 import finetune
 import pytest
+import torch
 
 from hf_usp import UspConfigError
 
@@ -80,6 +81,7 @@ def test_two_processes_continue_a_run_of_one_that_was_cut_off(tmp_path: Path) ->
         ("--config_name model.json", "a pretrained model, or the shape of a fresh one"),
         ("--dataset_name json", "text comes from one of the two"),
         ("--streaming", "--streaming without --dataset_name"),
+        ("--dtype float8", "--dtype float8.*one of float32, bfloat16, float16, auto"),
     ],
 )
 def test_wrong_flags_end_the_run_before_it_starts(
@@ -92,6 +94,37 @@ def test_wrong_flags_end_the_run_before_it_starts(
     with pytest.raises(UspConfigError, match=message):
         finetune.main()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--config_name no.json", "no config of 'no.json'"),
+        ("--config_name {}/broken.json", "no config that Transformers takes in"),
+        ("--output_dir {}/broken.json", "--output_dir .*Remedy: name another folder with --output_dir"),
+        ("--cache_dir {}/broken.json", "--cache_dir .*Remedy: name another folder with --cache_dir"),
+        ("--tokenizer_name {}", "the tokenizer .*--tokenizer_name bytes"),
+        ("--loss-chunk 0", "loss_chunk=0"),
+    ],
+)
+def test_what_is_not_there_ends_the_run_before_texts_are_packed(
+    tmp_path: Path, flags: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = write_inputs(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    monkeypatch.setattr(finetune, "load_rows", lambda *_: pytest.fail("texts were packed"))
+    here = flags.format(tmp_path).split()
+    monkeypatch.setattr("sys.argv", [SCRIPT, *given, "--use_cpu", "--output_dir", str(tmp_path / "out"), *here])
+    with pytest.raises(UspConfigError, match=message):
+        finetune.main()
+
+
+def test_the_dtype_of_a_fresh_model_is_that_of_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY_LLAMA, "dtype": "bfloat16"}))
+    for name, kind in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        args = finetune.ModelArguments(config_name=str(tmp_path), dtype=name)
+        config = finetune.read_config(args.source, local=False)
+        assert finetune.load_model(args, config, None).dtype == kind
 
 
 @pytest.mark.timeout(180)
