@@ -202,9 +202,9 @@ def find_documents(
 ) -> Documents:
     """Documents of a full batch, by the rules that Transformers follows.
 
-    With an `attention_mask` each row is one document whose visible keys are those of the mask, which must be one run
-    (left or right padding), of 0 and 1. Without one, a document starts at each row and wherever `position_ids` do not grow by one,
-    or at the edges `cu_seq_lens` of the flattened batch. Raises `UspBatchError` for anything else.
+    With an `attention_mask` of 0 and 1 each row is one document whose visible keys are those of the mask, which must be
+    one run (left or right padding). Without one, a document starts at each row and wherever `position_ids` do not grow
+    by one, or at the edges `cu_seq_lens` of the flattened batch. Raises `UspBatchError` for anything else.
     """
     starts = np.arange(batch + 1, dtype=np.int64) * length
     if cu_seq_lens is not None and (cu_seq_lens.ndim != 1 or len(cu_seq_lens) < 2):
@@ -251,8 +251,8 @@ def _rows_with_padding(attention_mask_BS: Tensor, starts: IntArray) -> Documents
         numbers = attention_mask_BS.unique().tolist()
         raise UspBatchError(
             f"attention_mask with the numbers {', '.join(f'{n:g}' for n in numbers[:9])}",
-            rule="a mask says which tokens are padding: 0, or 1 for all others; one process reads any number but 0 as 1, "
-            "so documents that are numbered in it see each other",
+            rule="a mask says which tokens are padding: 0, or 1 for all others; one process reads any number but 0 as "
+            "1, so documents that are numbered in it see each other",
             remedy="to keep documents apart leave out attention_mask and pass position_ids that restart at each "
             "document, padding being one more, with labels of -100; if they may see each other, pass "
             "(attention_mask != 0).long()",

@@ -84,18 +84,18 @@ def all_to_all_by_operator(
 
 
 @explained
-def all_gather(tensor: Tensor, group: Group, first: bool = False) -> Tensor:
+def all_gather(tensor: Tensor, group: Group, begins: bool = False) -> Tensor:
     """The tensors of one shape [...] of all ranks of a group, as [P, ...].
 
-    first: this begins what ranks may come to late; see `wait_for_all`.
+    begins: a forward, to which ranks may come late; see `wait_for_all`.
     """
     size = dist.get_world_size(group)
     gathered = tensor.new_empty(size * tensor.numel())
     # torch 2.13 has renamed it.
     gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    if first and tensor.device.type != "cpu":
+    if begins and tensor.device.type != "cpu":
         torch.accelerator.current_stream(tensor.device).synchronize()  # what this rank still computes is no wait
-    work = gather(gathered, tensor.contiguous().view(-1), group=group, async_op=first)
+    work = gather(gathered, tensor.contiguous().view(-1), group=group, async_op=begins)
     if work is not None:
         wait_for_all(work, group)
     return gathered.view(size, *tensor.shape)
@@ -109,15 +109,21 @@ def all_reduce_sum(value: Tensor, group: Group) -> Tensor:
     return total
 
 
-def agree(fingerprint: Tensor, error: Exception | None, group: Group, kind: type[UspError] = UspBatchError) -> None:
+def agree(
+    fingerprint: Tensor,
+    error: Exception | None,
+    group: Group,
+    kind: type[UspError] = UspBatchError,
+    begins: bool = False,
+) -> None:
     """Raise on every rank of the group when one has an error, or when their fingerprints [N] differ.
 
     One tiny message; a second one, with the texts, only when something is wrong. So no rank is left waiting in a
     collective that another one never enters. `fingerprint` is int64 and of the same length everywhere; `kind` is what
-    the ranks without an error of their own raise.
+    the ranks without an error of their own raise; `begins` as in `all_gather`.
     """
     flag = torch.full_like(fingerprint[:1], error is not None)
-    rows = all_gather(torch.cat([flag, fingerprint]), group, first=True).cpu()
+    rows = all_gather(torch.cat([flag, fingerprint]), group, begins=begins).cpu()
     if bool((rows == rows[0]).all()) and int(rows[0, 0]) == 0:
         return
     ranks = dist.get_process_group_ranks(group)

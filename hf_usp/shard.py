@@ -151,7 +151,7 @@ def agree_on_layout(
     if mesh.group is not None:
         ids = tokens_of(batch)
         where = ids.device if isinstance(ids, Tensor) else group_device(mesh.group)
-        agree(found.to(where), error, mesh.group)
+        agree(found.to(where), error, mesh.group, begins=True)
     elif error is not None:
         raise error
     assert layout is not None

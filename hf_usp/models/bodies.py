@@ -82,8 +82,8 @@ def has_own_loss(model: PreTrainedModel) -> bool:
 
     Such a loss takes unshifted labels of whole rows (Qwen2-Audio, which leaves out padding before it shifts them).
     """
-    code = inspect.unwrap(type(model).forward).__code__
-    return "loss_function" not in code.co_names and not {"CrossEntropyLoss", "cross_entropy"}.isdisjoint(code.co_names)
+    names = getattr(getattr(inspect.unwrap(type(model).forward), "__code__", None), "co_names", ())
+    return "loss_function" not in names and not {"CrossEntropyLoss", "cross_entropy"}.isdisjoint(names)
 
 
 def takes_any_keyword(forward: Callable[..., Any]) -> bool:

@@ -80,6 +80,9 @@ class _OneOrder(Sampler):
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["sampler"], name)  # set_epoch, for one
+
     def __len__(self) -> int:
         return len(self.sampler)
 
