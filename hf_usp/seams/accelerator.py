@@ -93,7 +93,9 @@ class AcceleratorSeam:
         if hooks is not None and hooks.mesh in self.meshes.values():
             return
         config, model = self.config, find_model(module)
-        settings = {name: getattr(self.accelerator, name) for name in ("mixed_precision", "gradient_accumulation_steps")}
+        settings = {
+            name: getattr(self.accelerator, name) for name in ("mixed_precision", "gradient_accumulation_steps")
+        }
         check_alike(description(model) | settings)
         self._check_compilation(module, model)
         if config.ulysses_degree is None:
