@@ -165,9 +165,9 @@ def kept(key: Hashable, make: Callable[[], Any]) -> Any:
 
     It is kept beside torch's own record of groups, for as long as the default process group lasts.
     """
-    default, nothing = _default_group(), (lambda: None, {})
-    owner, made = vars(_world).get("hf_usp", nothing)
-    if owner() is not default:
+    default = _default_group()
+    owner, made = vars(_world).get("hf_usp", (None, {}))
+    if owner is None or owner() is not default:
         made = {}
         vars(_world)["hf_usp"] = (weakref.ref(default), made)
     if key not in made:
