@@ -186,6 +186,7 @@ def kept_mesh(key: Hashable, make: Callable[[], DeviceMesh]) -> DeviceMesh:
                 _set_pg_timeout(timeout, group)
         return mesh
 
+    kept("failures", expect_failures)
     return kept(key, timely)
 
 
