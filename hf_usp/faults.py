@@ -143,11 +143,11 @@ def expect_failures() -> None:
     """Of this process, once for each process group: its last word will be heard, and others on its host may find it."""
     if not isinstance(sys.excepthook, LastWord):
         LastWord()
-    _answer(lambda: _get_default_store().append(f"{PROCESSES}/{_host()}", f"{dist.get_rank()}:{os.getpid()} "))
+    _answer(lambda: _append(f"{PROCESSES}/{_host()}", f"{dist.get_rank()}:{os.getpid()} "))
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """How long a rank of this group waits for others; None where its backends do not say, or differ (their defaults)."""
+    """How long a rank of this group waits for others; None where its backends do not say, or have several defaults."""
     with suppress(Exception):  # private in torch 2.11 to 2.13; a backend may have no such option
         timeouts = {group._get_backend(device).options._timeout for device in group._device_types}
         return timeouts.pop() if len(timeouts) == 1 else None
@@ -155,7 +155,7 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
 
 
 def _answer(ask: Callable[[], Any]) -> Any:
-    """What the store says, None where it does not answer: its owner may be the rank that failed, and not even refuse."""
+    """What the store says; None where it does not answer, for its owner may be the rank that hangs."""
     answers: list[Any] = []
 
     def work() -> None:
@@ -174,12 +174,17 @@ def _leave(word: str) -> None:
     _get_default_store().compare_set(KEY, "", short)
 
 
+def _append(key: str, text: str) -> None:
+    """Of torch's stores only those over the network can; its type hints leave it out."""
+    _get_default_store().append(key, text)  # type: ignore[attr-defined]
+
+
 def _cause(late: bool) -> str:
     """The word that a rank has left; else this rank finds out with the others who wait, and leaves word for them."""
     store, started, named = _get_default_store(), time.monotonic(), False
     while not store.check([KEY]):
         if not named:
-            store.append(WAITING, f"{dist.get_rank()} ")
+            _append(WAITING, f"{dist.get_rank()} ")
             named = True
         silent = set(range(dist.get_world_size())).difference(map(int, store.get(WAITING).split()))
         here = _processes(store)

@@ -161,15 +161,15 @@ def batch_mesh(device_type: str, copies: int) -> DeviceMesh:
 
 
 def kept(key: Hashable, make: Callable[[], Any]) -> Any:
-    """What `make` returned when this process group was first asked for `key`: groups are never freed, so they serve again.
+    """What `make` returned the first time: torch frees no group before the end, so later meshes use the same ones.
 
     It is kept beside torch's own record of groups, for as long as the default process group lasts.
     """
-    default = dist.group.WORLD
-    owner, made = getattr(_world, "hf_usp", (lambda: None, {}))
-    if owner() is not default:
+    default = _default_group()
+    owner, made = vars(_world).get("hf_usp", (None, {}))
+    if owner is None or owner() is not default:
         made = {}
-        _world.hf_usp = (weakref.ref(default), made)
+        vars(_world)["hf_usp"] = (weakref.ref(default), made)
     if key not in made:
         made[key] = make()
     return made[key]
@@ -179,27 +179,31 @@ def kept_mesh(key: Hashable, make: Callable[[], DeviceMesh]) -> DeviceMesh:
     """`kept` for a device mesh, whose groups get the timeout of the default process group; torch gives them its own."""
 
     def timely() -> DeviceMesh:
-        before, timeout = set(_world.pg_map), timeout_of(dist.group.WORLD)
+        before, timeout = set(_world.pg_map), timeout_of(_default_group())
         mesh = make()
-        for group in set(_world.pg_map) - before if timeout is not None else ():
-            _set_pg_timeout(timeout, group)
+        if timeout is not None:
+            for group in set(_world.pg_map) - before:
+                _set_pg_timeout(timeout, group)
         return mesh
 
+    kept("failures", expect_failures)
     return kept(key, timely)
+
+
+def _default_group() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
 
 
 def _group(axis: str, ranks: Sequence[int]) -> dist.ProcessGroup | None:
     """The group of these ranks along an axis; None for one rank."""
     if len(ranks) == 1:
         return None
-    group = kept((axis, tuple(ranks)), lambda: _new_group(ranks))
-    if group not in _world.pg_map:  # it was destroyed, alone
-        return _new_group(ranks)
-    return group
+    return kept((axis, tuple(ranks)), lambda: _new_group(ranks))
 
 
 def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    timeout = timeout_of(dist.group.WORLD)  # torch takes a default of its own, whatever the process group was given
+    timeout = timeout_of(_default_group())  # torch takes a default of its own, whatever the process group was given
     group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
     connect(group)
     return group

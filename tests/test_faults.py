@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import hf_usp
+from hf_usp import faults
 
 from .ranks import RankError, Ranks
 from .tiny import rows, tiny_model
@@ -86,3 +88,35 @@ def test_every_rank_ends_with_the_cause(
             assert "UspRankError: usp: a forward after this rank failed" in last and "auto_find_batch_size" in last
         else:
             assert last.startswith("hf_usp.errors.UspKernelError" if where == "refusal" else "torch.OutOfMemoryError")
+
+
+@pytest.mark.parametrize(
+    ("problem", "lost"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:5315"), True),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 12000ms for recv operation"), True),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1."), True),
+        (dist.DistStoreError("wait timeout after 12000ms, keys: /1"), True),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
+        (RuntimeError("no connection between this layer and the loss"), False),
+        (ValueError("gloo: connection closed by peer"), False),
+    ],
+    ids=str,
+)
+def test_only_a_backend_loses_connections(problem: Exception, lost: bool) -> None:
+    assert faults.lost_connection(problem) is lost
+
+
+def test_the_last_word_of_a_process_can_be_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[BaseException] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, problem, trace: seen.append(problem))
+    before = sys.excepthook
+    faults.expect_failures()
+    hook = sys.excepthook
+    faults.expect_failures()
+    assert isinstance(hook, faults.LastWord) and sys.excepthook is hook
+    problem = RuntimeError("no process group, no word")
+    hook(RuntimeError, problem, None)
+    assert seen == [problem]
+    hook.remove()
+    assert sys.excepthook is before

@@ -1,4 +1,4 @@
-"""A model has to be the same on all ranks: what is compared when it is prepared, and its weights at its first forward."""
+"""A model has to be the same on all ranks: compared when it is prepared; its weights, at its first forward."""
 
 from __future__ import annotations
 

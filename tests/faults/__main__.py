@@ -38,7 +38,10 @@ def row(name: str, found: dict[int, Ending], rank: int = 1) -> str:
     """Of the others what they say without rule and remedy, the common beginning left out."""
     others = [ending for other, ending in found.items() if other != rank]
     slowest = max(e.seconds if e.seconds is not None else float("inf") for e in others)
-    said = [e.said.partition(". Rule:")[0].replace("usp: another rank failed while this one waited for it", "...") for e in others]
+    said = [
+        e.said.partition(". Rule:")[0].replace("usp: another rank failed while this one waited for it", "...")
+        for e in others
+    ]
     texts = [f"{text[:230]} ({said.count(text)} x)" for text in sorted(set(said))]
     return f"| {name[:60]} | {slowest:g} s | {'<br>'.join(texts)} |"
 

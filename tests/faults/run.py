@@ -30,6 +30,12 @@ def rank_main(rank: int, world: int, port: int, folder: str, case: dict[str, Any
     torch.set_num_threads(1)
     code = 0
     try:
+        from transformers import Trainer  # noqa: F401  takes seconds, which are not to count for a short timeout
+
+        gather = dist.TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=120))
+        gather.add("imported", 1)
+        while gather.add("imported", 0) < world:
+            time.sleep(0.05)
         train(folder, case)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
