@@ -58,7 +58,7 @@ class StandIn(Garage):
         self.fake, self.shapes, self.alive, self.most = Streams(), [], 0, 0
 
     def is_far(self, tensor: Tensor) -> bool:
-        return tensor.is_floating_point()
+        return tensor.is_floating_point() and tensor.numel() > 0  # torch 2.11 saves an empty tensor of the CPU as well
 
     def module(self, device: torch.device) -> Any:
         return self.fake

@@ -13,7 +13,8 @@ VERSIONS = PATH.parent / "versions.md"
 BEGIN, END = "<!-- written by make table-oldest -->\n", "<!-- end -->\n"
 # Where a row of an old release is neither exact nor refused, or for another reason than its name tells.
 NOTES = {
-    "moshi": "its eager and sdpa attention differ from each other in one process; `usp` equals sdpa",
+    "moshi": "its eager and sdpa attention differ from each other in one process, by more than half of the logits; "
+    "`usp` equals sdpa",
     "cohere_compass_text": "that version does not build it tiny",
     "dbrx": "that version does not build it tiny",
 }
