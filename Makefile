@@ -15,10 +15,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
 TORCH ?= 2.11.0
-OF_TORCH := tests/kernels tests/integers tests/test_core.py tests/test_models.py tests/test_recurrent.py \
-  tests/test_recompute.py tests/test_offload.py tests/test_compile.py tests/test_trainer.py tests/test_fsdp2.py \
-  tests/test_tensor_parallel.py tests/test_precision.py tests/test_comm.py tests/test_once.py tests/test_counts.py \
-  tests/test_overlap.py tests/test_prepared.py
+OF_TORCH := tests/kernels tests/sharding tests/attention/test_attention.py tests/models/test_models.py tests/recurrent/test_recurrent.py \
+  tests/memory/test_activation_checkpointing.py tests/memory/test_activation_offload.py tests/attention/test_compile.py tests/integrations/test_trainer.py tests/integrations/test_fsdp2.py \
+  tests/models/test_tensor_parallel.py tests/integrations/test_precision.py tests/distributed/test_comm.py tests/utils/test_autograd.py tests/attention/test_counts.py \
+  tests/attention/test_overlap.py tests/models/test_hooks.py
 MODEL := models/SmolLM2-135M-Instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYTHONUNBUFFERED := 1

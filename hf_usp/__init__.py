@@ -3,21 +3,21 @@
 Importing it registers `attn_implementation="usp"` with Transformers and does nothing else. See the README.
 """
 
-from .attention import usp_attention
-from .batch import Layout
+from .attention.functional import usp_attention
+from .batch.layout import SequenceLayout
+from .batch.shard import shard
+from .batch.unshard import unshard
+from .compat import check_versions
+from .config import UspParallelismConfig
+from .distributed.mesh import UspMesh
 from .errors import UspBatchError, UspConfigError, UspError, UspKernelError, UspMaskError, UspModelError, UspRankError
-from .mesh import UspMesh
-from .models.modeling import register
-from .models.recurrent import shard_recurrent_layers
-from .parallelism import UspParallelismConfig
-from .recompute import keep_attention
-from .shard import shard
-from .unshard import unshard
-from .versions import check_versions
+from .memory.activation_checkpointing import save_attention_outputs
+from .models.attention_interface import register
+from .models.recurrent_layers import shard_recurrent_layers
 
 __version__ = "0.1.0"
 __all__ = [
-    "Layout",
+    "SequenceLayout",
     "UspBatchError",
     "UspConfigError",
     "UspError",
@@ -27,7 +27,7 @@ __all__ = [
     "UspModelError",
     "UspParallelismConfig",
     "UspRankError",
-    "keep_attention",
+    "save_attention_outputs",
     "shard",
     "shard_recurrent_layers",
     "unshard",

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 RANKS = 4
-SAVING: dict[str, Any] = {"mlp_chunk": 2048, "loss_chunk": 2048}
+SAVING: dict[str, Any] = {"mlp_chunk_size": 2048, "loss_chunk_size": 2048}
 WAYS = {"plain": "one process, plain Transformers", "alone": "one process, all savings", "mesh": "4 processes, 2 x 2"}
 
 
@@ -49,20 +49,37 @@ def train(way: str, tokens: int, steps: int, limit_mb: int, folder: Path) -> Non
     options: dict[str, Any] = {} if way == "plain" else SAVING
     parallelism = hf_usp.UspParallelismConfig(cp_size=world, ulysses_degree=min(2, world), **options)
     saving: dict[str, Any] = {
-        "parallelism_config": parallelism, "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": hf_usp.keep_attention(),
-    }  # fmt: skip
+        "parallelism_config": parallelism,
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": hf_usp.save_attention_outputs(),
+    }
     args = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, learning_rate=4e-3, use_cpu=True,
-        lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
-        dataloader_pin_memory=False, ddp_find_unused_parameters=False, **({} if way == "plain" else saving),
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        learning_rate=4e-3,
+        use_cpu=True,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        **({} if way == "plain" else saving),
+    )
     text = Dataset.from_dict({"text": ["\n\n".join(pydoc_data.topics.topics.values())]})
     rows = data.load_rows(text, ByteTokenizer(), tokens, cache_dir=folder.parent / "rows")
     config = LlamaConfig(
-        vocab_size=257, hidden_size=384, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=tokens,
-    )  # fmt: skip
+        vocab_size=257,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=tokens,
+    )
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa" if way == "plain" else "usp")
     full = rows.select(range(len(rows) - 1))  # the last row is not full
     trainer = Trainer(model=model, args=args, train_dataset=full)
@@ -73,9 +90,11 @@ def train(way: str, tokens: int, steps: int, limit_mb: int, folder: Path) -> Non
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found = {
-        "losses": losses, "resident_mb": used_mb("VmHWM") - before, "address_mb": used_mb("VmPeak") - size,
+        "losses": losses,
+        "resident_mb": used_mb("VmHWM") - before,
+        "address_mb": used_mb("VmPeak") - size,
         "seconds": time.monotonic() - started,
-    }  # fmt: skip
+    }
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
 
 
@@ -108,10 +127,11 @@ def run(way: str, args: argparse.Namespace, output: Path) -> dict[str, Any]:
 def report(results: dict[str, Any], args: argparse.Namespace) -> str:
     """Markdown: one row a run."""
     lines = [
-        f"One sequence of {args.tokens:,} tokens, {args.limit_mb:,} MB for training in every process.", "",
+        f"One sequence of {args.tokens:,} tokens, {args.limit_mb:,} MB for training in every process.",
+        "",
         "| run | outcome | loss by step | peak for training, MB per process: address space | resident | s |",
         "| --- " * 6 + "|",
-    ]  # fmt: skip
+    ]
     for way, title in WAYS.items():
         r = results[way]
         if "ended" in r:

@@ -17,7 +17,8 @@ from transformers.distributed import DistributedConfig
 
 import hf_usp
 from hf_usp.errors import UspConfigError
-from hf_usp.integers.degrees import check_degrees, split_heads
+from hf_usp.sharding.degrees import check_degrees
+from hf_usp.sharding.heads import split_heads
 
 ALGORITHMS = ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo")
 
@@ -38,11 +39,11 @@ class ContextParallelArguments:
     tensor_model_parallel_size: int = field(
         default=1, metadata={"help": "Processes that split every layer (a pretrained model's own tp_plan)."}
     )
-    loss_chunk: int | None = field(
+    loss_chunk_size: int | None = field(
         default=None,
         metadata={"help": "Compute the loss in chunks of so many tokens, without ever holding all logits."},
     )
-    mlp_chunk: int | None = field(default=None, metadata={"help": "Compute MLPs in chunks of so many tokens."})
+    mlp_chunk_size: int | None = field(default=None, metadata={"help": "Compute MLPs in chunks of so many tokens."})
     offload_checkpoints: bool = field(
         default=False, metadata={"help": "With --gradient_checkpointing: keep the inputs of layers in CPU memory."}
     )
@@ -90,13 +91,16 @@ class ContextParallelArguments:
 
     def parallelism_config(self) -> hf_usp.UspParallelismConfig | None:
         """None where there is nothing to share: one process per sequence is what the Trainer does by itself."""
-        chunks = self.loss_chunk is not None or self.mlp_chunk is not None
+        chunks = self.loss_chunk_size is not None or self.mlp_chunk_size is not None
         if self.context_parallel_size == 1 and not (chunks or self.offload_checkpoints):
             return None
         return hf_usp.UspParallelismConfig(
-            cp_size=self.context_parallel_size, ulysses_degree=self.ulysses_degree, loss_chunk=self.loss_chunk,
-            mlp_chunk=self.mlp_chunk, offload_checkpoints=self.offload_checkpoints,
-        )  # fmt: skip
+            cp_size=self.context_parallel_size,
+            ulysses_degree=self.ulysses_degree,
+            loss_chunk_size=self.loss_chunk_size,
+            mlp_chunk_size=self.mlp_chunk_size,
+            offload_checkpoints=self.offload_checkpoints,
+        )
 
     def distributed_config(self) -> DistributedConfig | None:
         """What `from_pretrained` takes to split layers while it loads; FSDP2 over all other processes."""

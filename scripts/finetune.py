@@ -34,13 +34,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_usp import checkpoint, data
+from hf_usp import data
+from hf_usp.callbacks import UspMetricsCallback, checkpoint
+from hf_usp.callbacks.resume import ResumeGuard
 from hf_usp.errors import UspConfigError
-from hf_usp.models.bodies import takes_any_keyword
-from hf_usp.options import check_folder
-from hf_usp.planning.request import read_config
-from hf_usp.report import UspReport
-from hf_usp.resume import SameRun
+from hf_usp.models.backbone import accepts_any_keyword
+from hf_usp.planner.request import read_config
+from hf_usp.utils.validation import check_folder
 
 logger = logging.getLogger("finetune")
 
@@ -137,7 +137,7 @@ class ReportArguments:
             return
         trace = None if self.profile_step is None else os.path.join(trainer.args.output_dir or ".", "trace")
         peak = None if self.peak_tflops is None else self.peak_tflops * 1e12
-        UspReport(trainer, peak_flops=peak, profile_step=self.profile_step, trace=trace)
+        UspMetricsCallback(trainer, peak_flops=peak, profile_step=self.profile_step, trace=trace)
 
 
 def load_tokenizer(args: ModelArguments) -> Any:
@@ -179,9 +179,14 @@ def load_rows(documents: Any, tokenizer: texts.Tokenizer, args: TextArguments, c
         tokens = data.tokenize(documents, tokenizer, column=column)
         return data.pack(tokens, args.sequence_length or 0, overlong=args.overlong, pad_token_id=data.pad_id(tokenizer))
     rows = data.load_rows(
-        documents, tokenizer, args.sequence_length, column=column, overlong=args.overlong, cache_dir=args.cache_dir,
+        documents,
+        tokenizer,
+        args.sequence_length,
+        column=column,
+        overlong=args.overlong,
+        cache_dir=args.cache_dir,
         num_proc=args.preprocessing_processes,
-    )  # fmt: skip
+    )
     logger.info(rows.info.description)
     return rows
 
@@ -191,10 +196,10 @@ def checkpoint_to_continue(args: TrainingArguments) -> str | None:
     if args.resume_from_checkpoint is None or args.output_dir is None:
         return None
     if args.resume_from_checkpoint == "last":
-        found = checkpoint.last_complete(args.output_dir)
+        found = checkpoint.get_last_complete_checkpoint(args.output_dir)
     else:
         found = args.resume_from_checkpoint
-        checkpoint.check_complete(found)
+        checkpoint.check_checkpoint_complete(found)
     logger.info("continuing from %s", found)
     return found
 
@@ -233,7 +238,7 @@ def main() -> None:
     logger.info("%d processes: %s", args.world_size, cp.describe(config.num_attention_heads, kv_heads))
     model = load_model(model_args, config, cp.distributed_config())
     # Many models do not tell packed documents apart by position_ids alone.
-    collator = data.Collator(data.pad_id(tokenizer), cu_seq_lens=takes_any_keyword(model.forward))
+    collator = data.Collator(data.pad_id(tokenizer), cu_seq_lens=accepts_any_keyword(model.forward))
     trainer = Trainer(
         model=model,
         args=args,
@@ -243,7 +248,7 @@ def main() -> None:
         processing_class=None if isinstance(tokenizer, texts.ByteTokenizer) else tokenizer,
     )
     report.attach(trainer)
-    trainer.add_callback(SameRun())  # refuses a checkpoint of other rows, other batches or another model
+    trainer.add_callback(ResumeGuard())  # refuses a checkpoint of other rows, other batches or another model
     trainer.train(resume_from_checkpoint=checkpoint_to_continue(args))
     if eval_rows is not None:
         trainer.log_metrics("eval", trainer.evaluate())

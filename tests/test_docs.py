@@ -12,7 +12,7 @@ import pytest
 import hf_usp
 from hf_usp import errors
 
-from . import recipes
+from .planner import recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -74,7 +74,7 @@ def test_the_reference_has_what_pages_tell_to_use() -> None:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         texts[notebook.name] = "\n".join("".join(cell["source"]) for cell in cells)
     used = {name: page for page, text in texts.items() for name in told_to_use(text)}
-    assert {"integers.packing.pack", "checkpoint.last_complete", "UspParallelismConfig"} <= set(used)
+    assert {"integers.packing.pack", "checkpoint.get_last_complete_checkpoint", "UspParallelismConfig"} <= set(used)
     assert not {name: page for name, page in used.items() if name not in reference()}
 
 
@@ -109,4 +109,4 @@ def test_troubleshooting_starts_from_texts_that_are_raised() -> None:
 def test_memory_recipes_are_the_planner_s() -> None:
     page = recipes.PAGE.read_text(encoding="utf-8")
     assert page.count("<!-- end -->") == len(recipes.TABLES)
-    assert recipes.written(page) == page, "python -m tests.recipes writes the page anew"
+    assert recipes.written(page) == page, "python -m tests.planner.recipes writes the page anew"

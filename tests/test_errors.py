@@ -16,18 +16,20 @@ from transformers import PreTrainedConfig
 
 import hf_usp
 from hf_usp import data
-from hf_usp.check import CheckOptions
-from hf_usp.check.run import run
-from hf_usp.comm import agree
-from hf_usp.costs.sizes import Degrees, Job, ModelShape, check
-from hf_usp.explain import first_batch
-from hf_usp.explain.numbers import Case, explain
-from hf_usp.integers.degrees import choose_ulysses_degree, split_heads
-from hf_usp.integers.layout import Documents, Mask, deal
-from hf_usp.integers.packing import pack
-from hf_usp.integers.plan import make_plan
-from hf_usp.planning.request import shape_of
-from hf_usp.report import UspReport
+from hf_usp.callbacks import UspMetricsCallback
+from hf_usp.data.packing import pack
+from hf_usp.distributed.comm import verify_same_across_ranks
+from hf_usp.planner.request import shape_of
+from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep, check
+from hf_usp.sharding.degrees import choose_ulysses_degree
+from hf_usp.sharding.heads import split_heads
+from hf_usp.sharding.load_balance import fixed_assignment
+from hf_usp.sharding.masks import Documents, Mask
+from hf_usp.sharding.schedule import make_ring_schedule
+from hf_usp.tools.check import CheckOptions
+from hf_usp.tools.check.run import run
+from hf_usp.tools.explain import first_batch
+from hf_usp.tools.explain.numbers import Case, explain
 
 from .ranks import Ranks
 
@@ -79,20 +81,24 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "mesh of nothing": (lambda: hf_usp.UspMesh.build(ring_degree=None, ulysses_degree=1), "give ring_degree a"),
     "mesh of no ranks": (lambda: hf_usp.UspMesh.build(ring_degree=0, ulysses_degree=1), "give ring_degree a"),
     "sliding layers": (
-        lambda: check(replace(SHAPE, sliding_layers=1), Degrees(), Job(8)), "0 to 2 and a window",
+        lambda: check(replace(SHAPE, sliding_layers=1), Degrees(), TrainingStep(8)),
+        "0 to 2 and a window",
     ),
     "heads of no ranks": (lambda: split_heads(4, 4, 0), "give ulysses_degree a whole number of at least 1"),
     "no ranks": (lambda: choose_ulysses_degree(0, 4, 4), "give cp_size a whole number of at least 1"),
-    "no ring": (lambda: deal(8, 0, "zigzag"), "ring_degree of 1 or more"),
+    "no ring": (lambda: fixed_assignment(8, 0, "zigzag"), "ring_degree of 1 or more"),
     "bounds": (lambda: Documents(np.array([1, 4]), np.array([0]), np.array([4])), "Documents.from_bounds"),
     "chunks": (lambda: Documents.from_bounds([0, 4]).chunked(0), "attention_chunk_size"),
     "negative window": (lambda: Mask(Documents.from_bounds([0, 4]), left=-2), "sliding_window to 1 or more"),
     "overlong": (lambda: pack([3], 4, "cut"), "leave it out to split"),
     "short rows": (lambda: pack([3], 1), "give length a whole number of at least 2"),
-    "ring rank": (lambda: make_plan([np.arange(4)], Mask(Documents.from_bounds([0, 4])), 1), "a rank from 0 to 0"),
+    "ring rank": (
+        lambda: make_ring_schedule([np.arange(4)], Mask(Documents.from_bounds([0, 4])), 1),
+        "a rank from 0 to 0",
+    ),
     "config": (lambda: shape_of(PreTrainedConfig()), "num_attention_heads and vocab_size"),
-    "peak": (lambda: UspReport(None, peak_flops=0), "989e12"),
-    "profile step": (lambda: UspReport(None, profile_step=0), "profile_step=3"),
+    "peak": (lambda: UspMetricsCallback(None, peak_flops=0), "989e12"),
+    "profile step": (lambda: UspMetricsCallback(None, profile_step=0), "profile_step=3"),
     "whole numbers": (lambda: attend(keys=(1, 8, 2, 4), whole=True), "q.to(torch.bfloat16)"),
     "no tensor": (lambda: attend(q=[1.0]), "torch.as_tensor"),
     "no layout": (lambda: attend(layout=None), '["usp"]'),
@@ -111,7 +117,8 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "no rows": (lambda: data.Collator(0)([]), "dataset.select_columns"),
     "another column": (lambda: data.Collator(0)([{"input_ids": [1], "length": 1}]), "dataset.select_columns"),
     "short labels in a batch": (
-        lambda: data.Collator(0)([{"input_ids": [1, 2], "labels": [1]}]), "the length of the tokens",
+        lambda: data.Collator(0)([{"input_ids": [1, 2], "labels": [1]}]),
+        "the length of the tokens",
     ),
     "fraction of a token": (lambda: pack([2.5], 8), "len(ids)"),  # type: ignore[list-item]
     "many ranks": (lambda: explain(Case(1 << 16, 256, 1, 1)), "hf-usp plan takes any"),
@@ -120,7 +127,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "check timeout": (lambda: run(CheckOptions(timeout=0)), "--timeout"),
     "check soak": (lambda: run(CheckOptions(soak_minutes=-1)), "--soak-minutes 10"),
     "check slow": (lambda: run(CheckOptions(slow=2)), "--slow"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,9 +164,10 @@ def test_labels_that_are_shorter_than_their_tokens() -> None:
 
     documents = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]], "labels": [[1, 2, 3], [4, 5]]})
     for make in (
-        lambda: data.pack(documents, 4), lambda: data.whole(documents),
+        lambda: data.pack(documents, 4),
+        lambda: data.whole(documents),
         lambda: list(data.pack(documents.to_iterable_dataset(), 4)),
-    ):  # fmt: skip
+    ):
         with pytest.raises(hf_usp.UspBatchError, match=r"3 and 2 in document 1.*IGNORED \(-100\)"):
             make()
 
@@ -185,7 +193,7 @@ def meshes_of_a_broken_environment() -> list[str]:
     import torch.distributed as dist
     from accelerate.state import AcceleratorState, PartialState
 
-    from hf_usp.seams.choice import chosen_degree
+    from hf_usp.integrations.ulysses_degree import chosen_degree
 
     from .tiny import tiny_model
 
@@ -198,7 +206,9 @@ def meshes_of_a_broken_environment() -> list[str]:
         for build in (
             lambda: hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=2),
             lambda: chosen_degree(config, model, torch.device("cpu"), 2),
-            lambda: agree(torch.zeros(1), pickled() if dist.get_rank() == 1 else None, dist.group.WORLD),
+            lambda: verify_same_across_ranks(
+                torch.zeros(1), pickled() if dist.get_rank() == 1 else None, dist.group.WORLD
+            ),
         ):
             try:
                 build()
@@ -229,8 +239,8 @@ def test_a_broken_environment_of_one_rank_is_told_to_all(two_ranks: Ranks) -> No
 @pytest.mark.parametrize("ending", ["html", "png"])
 def test_what_cannot_be_saved_in_the_end_is_refused(tmp_path: Path, ending: str) -> None:
     """A full disk: the file can be opened."""
-    from hf_usp.explain.page import write_page
-    from hf_usp.explain.picture import draw
+    from hf_usp.tools.explain.page import write_page
+    from hf_usp.tools.explain.plot import draw
 
     full = tmp_path / f"full.{ending}"
     full.symlink_to("/dev/full")

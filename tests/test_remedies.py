@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 
 import hf_usp
-from hf_usp.batch import find_documents
-from hf_usp.integers.layout import Documents, Mask, deal
-from hf_usp.integers.packing import pack
-from hf_usp.models.prepare import find_model
-from hf_usp.report import UspReport
+from hf_usp.batch.documents import find_documents
+from hf_usp.callbacks import UspMetricsCallback
+from hf_usp.data.packing import pack
+from hf_usp.models.hooks import find_model
+from hf_usp.sharding.load_balance import fixed_assignment
+from hf_usp.sharding.masks import Documents, Mask
 
 from .ranks import Ranks
 from .tiny import HYBRID, batch_of, rows, tiny_model
@@ -63,7 +64,9 @@ def exact(batch: dict[str, Any], options: dict[str, Any] | None = None, **change
     return lambda: off(batch, options, **changes)
 
 
-def by_hand(batch: dict[str, Any], prepare: Callable[[Any], Any] = lambda m: m, family: str = "llama", **changes: Any):
+def manual_loop(
+    batch: dict[str, Any], prepare: Callable[[Any], Any] = lambda m: m, family: str = "llama", **changes: Any
+):
     """A call of a hand-written loop."""
 
     def run() -> float:
@@ -124,7 +127,7 @@ def loss_outside(gathered: bool) -> float:
 
 
 def peeking(options: dict[str, Any]) -> Any:
-    from .test_selfcheck import spoil
+    from .models.test_selfcheck import spoil
 
     return prepared(options, model=spoil(tiny_model(), "neighbour"))[1](**PLAIN)
 
@@ -162,7 +165,7 @@ def metrics(**options: Any) -> Any:
 
 
 def padded_logits(**options: Any) -> Any:
-    accelerator, model = prepared({**options, "gather_outputs": "loss_chunk" not in options})
+    accelerator, model = prepared({**options, "gather_outputs": "loss_chunk_size" not in options})
     with torch.no_grad():
         return accelerator.pad_across_processes(tuple(x for x in (model(**PLAIN).get("logits"),) if x is not None))
 
@@ -267,15 +270,15 @@ TWO_RANKS: dict[str, Case] = {
         call(PLAIN, attention_dropout=0.1), exact(PLAIN, attention_dropout=0.0)
     ),
     "call hf_usp.shard_recurrent_layers(model) once before the loop": Case(
-        by_hand(PLAIN, family="qwen3_5_text", **HYBRID),
-        by_hand(PLAIN, hf_usp.shard_recurrent_layers, "qwen3_5_text", **HYBRID),
+        manual_loop(PLAIN, family="qwen3_5_text", **HYBRID),
+        manual_loop(PLAIN, hf_usp.shard_recurrent_layers, "qwen3_5_text", **HYBRID),
     ),
     "set output_router_logits=False": Case(
-        by_hand(PLAIN, family="mixtral", **EXPERTS),
-        by_hand(PLAIN, family="mixtral", **{**EXPERTS, "output_router_logits": False}),
+        manual_loop(PLAIN, family="mixtral", **EXPERTS),
+        manual_loop(PLAIN, family="mixtral", **{**EXPERTS, "output_router_logits": False}),
     ),
     "UspParallelismConfig(...)).prepare(model) shard the batches": Case(
-        by_hand(PLAIN, family="mixtral", **EXPERTS), exact(PLAIN, family="mixtral", **EXPERTS)
+        manual_loop(PLAIN, family="mixtral", **EXPERTS), exact(PLAIN, family="mixtral", **EXPERTS)
     ),
     "attn_implementation={NAME!r}": Case(lambda: prepared(attention="sdpa"), exact(PLAIN)),
     "train without a cache": Case(call({**PLAIN, "logits_to_keep": 3}), exact(PLAIN)),
@@ -290,12 +293,12 @@ TWO_RANKS: dict[str, Case] = {
     "leave out create_graph": Case(lambda: second_derivative(True), lambda: second_derivative(False)),
     "model.gradient_checkpointing_enable()": Case(lambda: offloaded(False), lambda: offloaded(True)),
     "UspParallelismConfig(gather_outputs=True) for predict": Case(metrics, lambda: metrics(gather_outputs=True)),
-    "leave out loss_chunk for predict and compute_metrics": Case(lambda: padded_logits(loss_chunk=16), padded_logits),
-    "with its own loss, or leave out loss_chunk": Case(lambda: other_head(loss_chunk=16), other_head),
-    "leave dispatch_batches out": Case(lambda: loader(True), lambda: loader(None)),
-    "leave both data-parallel sizes out": Case(
-        lambda: sizes(cp_size=2, dp_replicate_size=2), lambda: sizes(cp_size=2)
+    "leave out loss_chunk_size for predict and compute_metrics": Case(
+        lambda: padded_logits(loss_chunk_size=16), padded_logits
     ),
+    "with its own loss, or leave out loss_chunk_size": Case(lambda: other_head(loss_chunk_size=16), other_head),
+    "leave dispatch_batches out": Case(lambda: loader(True), lambda: loader(None)),
+    "leave both data-parallel sizes out": Case(lambda: sizes(cp_size=2, dp_replicate_size=2), lambda: sizes(cp_size=2)),
     "name the context-parallel axis with cp_axis=...": Case(axis, lambda: axis(cp_axis="sequence")),
     "pass dim=..., the dim of the sequence": Case(lambda: whole_tensor(1), lambda: whole_tensor(2)),
     "leave kernel=None to let hf_usp choose": Case(lambda: attend("flash_attn"), lambda: attend(None)),
@@ -317,10 +320,10 @@ TWO_RANKS: dict[str, Case] = {
         call(PLAIN, family="opt", layerdrop=0.9, dropout=0.0, word_embed_proj_dim=32, ffn_dim=64),
         exact(PLAIN, family="opt", layerdrop=0.0, dropout=0.0, word_embed_proj_dim=32, ffn_dim=64),
     ),
-    "leave out mlp_chunk": Case(
-        call(PLAIN, {"mlp_chunk": 8}, family="mixtral"), exact(PLAIN, family="mixtral")
+    "leave out mlp_chunk_size": Case(
+        call(PLAIN, {"mlp_chunk_size": 8}, family="mixtral"), exact(PLAIN, family="mixtral")
     ),
-}  # fmt: skip
+}
 
 
 def follow(words: str) -> str:
@@ -348,19 +351,17 @@ ONE_PROCESS: dict[str, Case] = {
         lambda: hf_usp.UspParallelismConfig(cp_size=2, sp_size=2),
         lambda: hf_usp.UspParallelismConfig(cp_size=2, sp_size=1),
     ),
-    "choose one: loss_chunk for training": Case(
-        lambda: hf_usp.UspParallelismConfig(cp_size=2, loss_chunk=8, gather_outputs=True),
-        lambda: hf_usp.UspParallelismConfig(cp_size=2, loss_chunk=8),
+    "choose one: loss_chunk_size for training": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, loss_chunk_size=8, gather_outputs=True),
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, loss_chunk_size=8),
     ),
     "choose ulysses_degree from": Case(
         lambda: hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=3),
         lambda: [hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=u) for u in (1, 2, 4, 8)],
     ),
-    "overlong='split'": Case(
-        lambda: pack([40, 9], 16, overlong="refuse"), lambda: pack([40, 9], 16, overlong="split")
-    ),
+    "overlong='split'": Case(lambda: pack([40, 9], 16, overlong="refuse"), lambda: pack([40, 9], 16, overlong="split")),
     "use sequence_order='auto'": Case(
-        lambda: deal(8, 2, "spiral"),
+        lambda: fixed_assignment(8, 2, "spiral"),
         lambda: hf_usp.UspParallelismConfig(cp_size=2, sequence_order="auto"),
     ),
     "set attention_chunk_size to 1 or more": Case(
@@ -381,14 +382,14 @@ ONE_PROCESS: dict[str, Case] = {
         lambda: Documents(*(np.array(x) for x in ([0, 4], [0], [9]))), lambda: Documents.from_bounds([0, 4])
     ),
     "pass profile_step=3": Case(
-        lambda: UspReport(torch.nn.Module(), trace="folder"),  # type: ignore[arg-type]
-        lambda: UspReport(a_trainer(), trace="folder", profile_step=3),
+        lambda: UspMetricsCallback(torch.nn.Module(), trace="folder"),  # type: ignore[arg-type]
+        lambda: UspMetricsCallback(a_trainer(), trace="folder", profile_step=3),
     ),
     "build them with DataCollatorWithFlattening": Case(
         lambda: find_documents(1, 8, None, None, torch.tensor([3, 8])),
         lambda: find_documents(1, 8, None, None, flattened()),
     ),
-}  # fmt: skip
+}
 
 
 def a_trainer() -> Any:
@@ -416,28 +417,29 @@ def test_on_two_ranks(two_ranks: Ranks, words: str) -> None:
 
 # Words of remedies that other tests follow -> the file and the test.
 ELSEWHERE: dict[str, tuple[str, str]] = {
-    "last_complete(folder)": ("test_resume.py", "test_a_killed_run_leaves_the_last_complete_checkpoint"),
+    "get_last_complete_checkpoint(folder)": ("test_resume.py", "test_a_killed_run_leaves_the_last_complete_checkpoint"),
     "call torch.distributed.init_process_group()": ("test_core.py", "def test_"),
     "set per_device_train_batch_size": ("test_trainer.py", "per_device_train_batch_size"),
     "leave out torch.compile": ("test_remedies.py", "compiled"),
-    "leave out loss_chunk": ("test_remedies.py", "other_head"),
+    "leave out loss_chunk_size": ("test_remedies.py", "other_head"),
     "pass position_ids, or pad on the right": ("test_models.py", "right"),
     "pass cu_seq_lens_q as well": ("scripts/test_finetune.py", "gpt"),
     "describe documents with cu_seq_lens_q or position_ids": (
-        "test_recurrent.py", "test_packed_documents_start_from_nothing",
+        "test_recurrent.py",
+        "test_packed_documents_start_from_nothing",
     ),
     "train it without UspParallelismConfig": ("test_models.py", "eager"),
     "load the weights in float32": ("test_tensor_parallel.py", "test_experts_dealt_to_ranks"),
     "choose a tp_size that divides": ("test_tensor_parallel.py", "test_tp_around_the_mesh"),
     "resize_token_embeddings(pad_to_multiple_of=": ("test_tensor_parallel.py", "tie"),
-    "or leave out SameRun": ("test_same_run.py", "test_full_determinism_and_a_resume_that_is_watched"),
+    "or leave out ResumeGuard": ("test_same_run.py", "test_full_determinism_and_a_resume_that_is_watched"),
     "use a larger cp_size instead": ("test_deepspeed.py", "test_the_trainer_follows_one_process"),
     'write "train_batch_size": "auto"': ("test_deepspeed.py", "auto"),
     "UspParallelismConfig(cp_size=...) says it all": ("test_deepspeed.py", "test_the_trainer_follows_one_process"),
     "with column=..., or other files": ("test_data.py", "column"),
-}  # fmt: skip
+}
 OPTION = re.compile(r"\b[a-z_]+=|[a-z](?<!len)\(|\b(leave|set) (out )?[a-z]+_[a-z_]+|hf_usp\.")
-# What is typed on the command line is followed in tests/cli and tests/scripts.
+# What is typed on the command line is followed in tests/tools and tests/scripts.
 COMMANDS = {"cli.py", "check", "explain", "planning", "costs"}
 ROOT = Path(hf_usp.__file__).parent
 

@@ -11,8 +11,8 @@ import pytest
 from transformers import TrainingArguments
 
 import hf_usp
-from hf_usp.cli import main
-from hf_usp.parallelism import OPTIONS as OPTION_NAMES
+from hf_usp.config import OPTIONS as OPTION_NAMES
+from hf_usp.tools.cli import main
 
 ROOT = Path(__file__).parents[1]
 # Name -> parameters that callers rely on. More may be added behind them, with defaults.
@@ -26,9 +26,16 @@ SURFACE = {
     "shard_recurrent_layers": ["model"],
 }
 OPTIONS = [
-    "dp_replicate_size", "dp_shard_size", "tp_size", "sequence_order", "gather_outputs", "loss_chunk", "kernel",
-    "self_check", "ranks_per_node",
-]  # fmt: skip
+    "dp_replicate_size",
+    "dp_shard_size",
+    "tp_size",
+    "sequence_order",
+    "gather_outputs",
+    "loss_chunk_size",
+    "kernel",
+    "self_check",
+    "ranks_per_node",
+]
 ERRORS = {
     "UspBatchError",
     "UspConfigError",
@@ -57,7 +64,7 @@ def test_parameters_keep_their_order_and_new_ones_have_defaults(name: str) -> No
 
 
 def test_names_stay() -> None:
-    assert set(hf_usp.__all__) >= {name.split(".")[0] for name in SURFACE} | ERRORS | {"Layout", "UspMesh"}
+    assert set(hf_usp.__all__) >= {name.split(".")[0] for name in SURFACE} | ERRORS | {"SequenceLayout", "UspMesh"}
     assert set(OPTIONS) <= {p.name for p in parameters("UspParallelismConfig")}
     for error in ERRORS:
         assert issubclass(getattr(hf_usp, error), ValueError)
@@ -80,9 +87,17 @@ def test_every_option_is_shown_and_written(tmp_path: Path) -> None:
     sizes = {"dp_replicate_size", "dp_shard_size", "cp_size", "tp_size"}
     assert {p.name for p in parameters("UspParallelismConfig")} == {*OPTION_NAMES, *sizes, "kwargs"}
     options = {
-        "ulysses_degree": 2, "sequence_order": "zigzag", "loss_chunk": 64, "mlp_chunk": 32, "offload_checkpoints": True,
-        "kernel": "eager", "self_check": False, "ranks_per_node": 2, "machine": "cpu", "sequence_length": 4096,
-    }  # fmt: skip
+        "ulysses_degree": 2,
+        "sequence_order": "zigzag",
+        "loss_chunk_size": 64,
+        "mlp_chunk_size": 32,
+        "offload_checkpoints": True,
+        "kernel": "eager",
+        "self_check": False,
+        "ranks_per_node": 2,
+        "machine": "cpu",
+        "sequence_length": 4096,
+    }
     config = hf_usp.UspParallelismConfig(cp_size=4, **options)
     for name, value in options.items():
         assert f"{name}={value!r}" in repr(config)
@@ -92,3 +107,10 @@ def test_every_option_is_shown_and_written(tmp_path: Path) -> None:
     assert vars(hf_usp.UspParallelismConfig(**written)) == vars(config), "what is written makes the same config again"
     again = eval(repr(config), vars(hf_usp))
     assert vars(again) == vars(config) and again.fill_data_parallel
+
+
+@pytest.mark.parametrize("old", ["loss_chunk", "mlp_chunk"])
+def test_old_names_of_options_still_work(old: str) -> None:
+    with pytest.warns(FutureWarning, match=f"{old}_size"):
+        config = hf_usp.UspParallelismConfig(**{old: 64})
+    assert getattr(config, f"{old}_size") == 64

@@ -7,7 +7,7 @@ import re
 import pytest
 from packaging.version import Version
 
-from hf_usp.versions import OLDEST
+from hf_usp.compat import OLDEST
 
 from .versions import EVERY_RUN, PACKAGES, ROOT, installed, part_of_the_range, releases
 

@@ -31,9 +31,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 # Three layers of the gated delta rule and one of full attention.
 HYBRID = {
-    "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-}  # fmt: skip
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 
 def tiny_model(

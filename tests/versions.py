@@ -8,7 +8,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from hf_usp.versions import OLDEST
+from hf_usp.compat import OLDEST
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "versions.md"

@@ -15,8 +15,8 @@ documents.
 the others wait and map the same files.
 """
 
+from .build_once import build_once
 from .collator import Collator, pad_id
-from .once import build_once
 from .rows import load_rows, pack, tokenize, whole
 from .writing import PADDING_DOCUMENT
 

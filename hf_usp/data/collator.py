@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch.shard import IGNORED
 from ..errors import UspBatchError
-from ..integers.whole import check_whole
-from ..options import check_switches
-from ..shard import IGNORED
+from ..utils.validation import check_positive_int, check_switches
 
 COLUMNS = {"input_ids", "labels", "position_ids", "attention_mask"}
 MOST_TOKEN = (1 << 31) - 1  # rows are kept as int32
@@ -31,7 +30,7 @@ class Collator:
     """
 
     def __init__(self, pad_token_id: int, cu_seq_lens: bool = False) -> None:
-        check_whole(least=0, most=MOST_TOKEN, required=True, pad_token_id=pad_token_id)
+        check_positive_int(least=0, most=MOST_TOKEN, required=True, pad_token_id=pad_token_id)
         check_switches(cu_seq_lens=cu_seq_lens)
         self.pad_token_id, self.cu_seq_lens = pad_token_id, cu_seq_lens
 

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..batch.shard import IGNORED
 from ..errors import UspBatchError
-from ..integers import packing
-from ..integers.whole import check_whole
-from ..shard import IGNORED
+from ..utils.validation import check_positive_int
+from . import packing
+from .build_once import build_once
 from .collator import MOST_TOKEN, pad_id
-from .once import build_once
 from .writing import AT_ONCE, check_labels, features, pack_batch, write_rows
 
 logger = logging.getLogger(__name__)
@@ -65,15 +65,18 @@ def pack(
     Raises:
         UspConfigError, UspBatchError: as `packing.pack`; and where all documents together do not fill one row.
     """
-    check_whole(least=0, most=MOST_TOKEN, required=True, pad_token_id=pad_token_id)
-    check_whole(required=True, length=length, documents_at_once=documents_at_once)
-    check_whole(num_proc=num_proc)
+    check_positive_int(least=0, most=MOST_TOKEN, required=True, pad_token_id=pad_token_id)
+    check_positive_int(required=True, length=length, documents_at_once=documents_at_once)
+    check_positive_int(num_proc=num_proc)
     if _is_stream(documents):
         options: Any = {"length": length, "overlong": overlong, "pad_token_id": pad_token_id}
         return documents.map(
-            partial(pack_batch, **options), batched=True, batch_size=documents_at_once,
-            remove_columns=_columns(documents), features=features("input_ids", "labels", "position_ids"),
-        ).with_format("torch")  # fmt: skip
+            partial(pack_batch, **options),
+            batched=True,
+            batch_size=documents_at_once,
+            remove_columns=_columns(documents),
+            features=features("input_ids", "labels", "position_ids"),
+        ).with_format("torch")
     return _pack_all(documents, length, overlong, pad_token_id, num_proc=num_proc, cached=True)
 
 
@@ -116,9 +119,12 @@ def whole(documents: Any, *, num_proc: int | None = None) -> Any:
     def targets(row: Mapping[str, Any]) -> dict[str, Any]:
         return {"labels": [IGNORED, *row[source][1:]]}
 
-    rows = documents.select_columns(columns).select(kept).map(
-        targets, features=features("input_ids", "labels"), num_proc=num_proc, desc="labels"
-    ).with_format("torch")  # fmt: skip
+    rows = (
+        documents.select_columns(columns)
+        .select(kept)
+        .map(targets, features=features("input_ids", "labels"), num_proc=num_proc, desc="labels")
+        .with_format("torch")
+    )
     tokens = sum(lengths[index] for index in kept)
     rows.info.description = f"{len(kept):,} whole documents of {tokens:,} tokens, the longest {max(lengths):,}"
     return rows

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..batch.shard import IGNORED
 from ..errors import UspBatchError
-from ..integers import packing
-from ..shard import IGNORED
+from . import packing
 
 PADDING_DOCUMENT = 256  # longest document of padding
 AT_ONCE = 2**20  # tokens that are put together before they are written
@@ -38,11 +38,17 @@ def write_rows(
         cache = str(Path(documents.cache_files[0]["filename"]).with_name(f"cache-{fingerprint}.arrow"))
     at_once = max(1, AT_ONCE // length)
     return table.map(
-        partial(_gather, documents, length, pad_token_id), batched=True, batch_size=at_once, writer_batch_size=at_once,
-        remove_columns=table.column_names, features=features("input_ids", "labels", "position_ids"),
-        new_fingerprint=fingerprint, cache_file_name=cache, num_proc=num_proc,
+        partial(_gather, documents, length, pad_token_id),
+        batched=True,
+        batch_size=at_once,
+        writer_batch_size=at_once,
+        remove_columns=table.column_names,
+        features=features("input_ids", "labels", "position_ids"),
+        new_fingerprint=fingerprint,
+        cache_file_name=cache,
+        num_proc=num_proc,
         desc=f"packing rows of {length:,} tokens",
-    ).with_format("torch")  # fmt: skip
+    ).with_format("torch")
 
 
 def _gather(documents: Any, length: int, pad_token_id: int, plan: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -96,5 +102,7 @@ def _row(pieces: Sequence[Mapping[str, Any]], length: int, pad_token_id: int) ->
         labels.append(np.full(missing, IGNORED, dtype=np.int32))
         positions.append(np.arange(missing, dtype=np.int32) % PADDING_DOCUMENT)
     return {
-        "input_ids": np.concatenate(ids), "labels": np.concatenate(labels), "position_ids": np.concatenate(positions)
-    }  # fmt: skip
+        "input_ids": np.concatenate(ids),
+        "labels": np.concatenate(labels),
+        "position_ids": np.concatenate(positions),
+    }

@@ -1,7 +1,7 @@
 """Kernels that compute one tile of attention, and the choice between them."""
 
 from .base import Kernel, Segments, Softmax, accumulation_dtype
-from .choose import KERNELS, check_installed, choose_kernel, kernel_report
+from .registry import KERNELS, check_installed, choose_kernel, kernel_report
 
 __all__ = [
     "KERNELS",

@@ -3,10 +3,10 @@
 Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads (H a multiple of G; query head h
 reads kv head h // (H // G)), D key width, E value width.
 
-A *segment* is one tile: query rows q_edges[i] .. q_edges[i + 1] - 1 see key rows k_edges[i] .. k_edges[i + 1] - 1 under
-the shared window (left, right), -1 meaning no limit, aligned to the bottom right corner: row a of a segment of lq
-queries and lk keys sees the columns c with a + lk - lq - left <= c <= a + lk - lq + right. Every row sees at least one
-key, no segment is empty.
+A *segment* is one tile: query rows q_offsets[i] .. q_offsets[i + 1] - 1 see key rows k_offsets[i] .. k_offsets[i + 1] -
+1 under the shared window (window_size_left, window_size_right), -1 meaning no limit, aligned to the bottom right
+corner: row a of a segment of lq queries and lk keys sees the columns c with a + lk - lq - left <= c <= a + lk - lq +
+right. Every row sees at least one key, no segment is empty.
 
 The backward takes the row's FINAL output and log-sum-exp, those of the softmax over all keys of all tiles, so that the
 gradients of partial tiles simply add up (FlashAttention-2, arXiv 2307.08691, section 3; Ring Attention, arXiv
@@ -33,29 +33,34 @@ class Softmax:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """One variable-length call. `cu_q`, `cu_k` are the edges as int32 tensors on the device of the data."""
+    """One variable-length call.
 
-    q_edges: tuple[int, ...]
-    k_edges: tuple[int, ...]
-    left: int
-    right: int
-    cu_q: Tensor
-    cu_k: Tensor
+    `cu_seqlens_q`, `cu_seqlens_k` are the edges as int32 tensors on the device of the data.
+    """
+
+    q_offsets: tuple[int, ...]
+    k_offsets: tuple[int, ...]
+    window_size_left: int
+    window_size_right: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
 
     def __post_init__(self) -> None:
         # An empty segment ends the process inside torch's CPU operator; a row without keys has no softmax.
-        assert len(self.q_edges) == len(self.k_edges) > 1, "every segment has queries and keys"
-        for lq, lk in zip(_lengths(self.q_edges), _lengths(self.k_edges), strict=True):
+        assert len(self.q_offsets) == len(self.k_offsets) > 1, "every segment has queries and keys"
+        for lq, lk in zip(_lengths(self.q_offsets), _lengths(self.k_offsets), strict=True):
             assert lq > 0 and lk > 0, "no segment is empty"
-            assert self.right < 0 or lk - lq + self.right >= 0, "every row sees at least one key"
+            assert self.window_size_right < 0 or lk - lq + self.window_size_right >= 0, (
+                "every row sees at least one key"
+            )
 
     @property
-    def max_q(self) -> int:
-        return max(_lengths(self.q_edges))
+    def max_seqlen_q(self) -> int:
+        return max(_lengths(self.q_offsets))
 
     @property
-    def max_k(self) -> int:
-        return max(_lengths(self.k_edges))
+    def max_seqlen_k(self) -> int:
+        return max(_lengths(self.k_offsets))
 
 
 def _lengths(edges: tuple[int, ...]) -> list[int]:

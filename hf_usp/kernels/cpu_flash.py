@@ -104,9 +104,17 @@ class CpuFlashKernel:
             rows, keys = call.rows, call.keys
             at = (slice(None), slice(None), rows)
             dq, dk, dv = _backward(
-                dout[at], q[at], k[:, :, keys], v[:, :, keys], out[at], lse[at], 0.0, call.causal,
-                attn_mask=_mask(call, q), scale=softmax.scale,
-            )  # fmt: skip
+                dout[at],
+                q[at],
+                k[:, :, keys],
+                v[:, :, keys],
+                out[at],
+                lse[at],
+                0.0,
+                call.causal,
+                attn_mask=_mask(call, q),
+                scale=softmax.scale,
+            )
             dq_THD[rows] = _rows(dq, head_dim)
             dk_KGD[keys] += _rows(dk, head_dim)
             dv_KGE[keys] += _rows(dv, width)
@@ -134,9 +142,9 @@ def _rows(x_1HLD: Tensor, width: int) -> Tensor:
 
 def _calls(segments: Segments) -> Iterator[_Call]:
     """Cut every segment into operator calls whose rows do not overlap."""
-    left, right = segments.left, segments.right
-    for i, (q0, q1) in enumerate(zip(segments.q_edges, segments.q_edges[1:], strict=False)):
-        k0, k1 = segments.k_edges[i], segments.k_edges[i + 1]
+    left, right = segments.window_size_left, segments.window_size_right
+    for i, (q0, q1) in enumerate(zip(segments.q_offsets, segments.q_offsets[1:], strict=False)):
+        k0, k1 = segments.k_offsets[i], segments.k_offsets[i + 1]
         lq, lk = q1 - q0, k1 - k0
         if left < 0 and right < 0:
             yield _Call(slice(q0, q1), slice(k0, k1), False, None)

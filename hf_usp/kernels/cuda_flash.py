@@ -46,9 +46,20 @@ class CudaFlashKernel:
         q, k, v = operands(q_THD, k_KGD, v_KGE)
         call = bounds(segments)
         out, lse_HT, _, _, _ = self.forward_op(
-            q, k, v, segments.cu_q, segments.cu_k, call.max_q, call.max_k, 0.0, call.causal, False,
-            scale=softmax.scale, window_size_left=call.left, window_size_right=call.right,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            segments.cu_seqlens_q,
+            segments.cu_seqlens_k,
+            call.max_seqlen_q,
+            call.max_seqlen_k,
+            0.0,
+            call.causal,
+            False,
+            scale=softmax.scale,
+            window_size_left=call.left,
+            window_size_right=call.right,
+        )
         return out[..., : v_KGE.shape[2]], lse_HT
 
     def backward(
@@ -68,9 +79,23 @@ class CudaFlashKernel:
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         unused = torch.empty(0, device=q.device)
         dq, dk, dv = self.backward_op(
-            dout, q, k, v, out, lse_HT.contiguous(), segments.cu_q, segments.cu_k, call.max_q, call.max_k, 0.0,
-            call.causal, rng_state, unused,
-            scale=softmax.scale, window_size_left=call.left, window_size_right=call.right,
-        )  # fmt: skip
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse_HT.contiguous(),
+            segments.cu_seqlens_q,
+            segments.cu_seqlens_k,
+            call.max_seqlen_q,
+            call.max_seqlen_k,
+            0.0,
+            call.causal,
+            rng_state,
+            unused,
+            scale=softmax.scale,
+            window_size_left=call.left,
+            window_size_right=call.right,
+        )
         head_dim = q_THD.shape[2]
         return dq[..., :head_dim], dk[..., :head_dim], dv[..., : v_KGE.shape[2]]

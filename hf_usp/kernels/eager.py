@@ -69,9 +69,9 @@ class EagerKernel:
 
 def _blocks(segments: Segments, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Query rows, key rows and hidden pairs [T, K] (None: all visible) of at most `ROWS` rows of one segment."""
-    left, right = segments.left, segments.right
-    for i, (q0, q1) in enumerate(zip(segments.q_edges, segments.q_edges[1:], strict=False)):
-        k0, k1 = segments.k_edges[i], segments.k_edges[i + 1]
+    left, right = segments.window_size_left, segments.window_size_right
+    for i, (q0, q1) in enumerate(zip(segments.q_offsets, segments.q_offsets[1:], strict=False)):
+        k0, k1 = segments.k_offsets[i], segments.k_offsets[i + 1]
         for a in range(q0, q1, ROWS):
             b = min(a + ROWS, q1)
             diagonal = torch.arange(a - q0, b - q0, device=device)[:, None] + (k1 - k0) - (q1 - q0)

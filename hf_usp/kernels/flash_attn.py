@@ -82,10 +82,10 @@ def _common(segments: Segments, softmax: Softmax) -> dict[str, Any]:
     """The arguments that forward and backward share."""
     call = bounds(segments)
     return {
-        "cu_seqlens_q": segments.cu_q,
-        "cu_seqlens_k": segments.cu_k,
-        "max_seqlen_q": call.max_q,
-        "max_seqlen_k": call.max_k,
+        "cu_seqlens_q": segments.cu_seqlens_q,
+        "cu_seqlens_k": segments.cu_seqlens_k,
+        "max_seqlen_q": call.max_seqlen_q,
+        "max_seqlen_k": call.max_seqlen_k,
         "dropout_p": 0.0,
         "softmax_scale": softmax.scale,
         "causal": call.causal,

@@ -32,8 +32,8 @@ LANE = 8
 class Bounds(NamedTuple):
     """The host integers of one call."""
 
-    max_q: int
-    max_k: int
+    max_seqlen_q: int
+    max_seqlen_k: int
     causal: bool
     left: int
     right: int
@@ -41,12 +41,12 @@ class Bounds(NamedTuple):
 
 def bounds(segments: Segments) -> Bounds:
     """Lengths and window under which the kernels compute exactly `segments`."""
-    left, right = segments.left, segments.right
-    max_q, max_k = segments.max_q, segments.max_k
+    left, right = segments.window_size_left, segments.window_size_right
+    max_seqlen_q, max_seqlen_k = segments.max_seqlen_q, segments.max_seqlen_k
     if left >= 0 or right >= 0:
-        max_k = max(max_q, max_k)
+        max_seqlen_k = max(max_seqlen_q, max_seqlen_k)
     # One query row a segment would take a path made for decoding (split keys, heads folded into rows): stay off it.
-    return Bounds(max(2, max_q), max_k, left < 0 and right == 0, left, right)
+    return Bounds(max(2, max_seqlen_q), max_seqlen_k, left < 0 and right == 0, left, right)
 
 
 def operands(*tensors: Tensor) -> tuple[Tensor, ...]:

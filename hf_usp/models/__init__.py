@@ -1,1 +1,1 @@
-"""Models of Transformers: where one is cut, what its layers are told, what is refused, and how a forward is sharded."""
+"""Transformers models: their traits, hooks, attention and mask functions, checks."""

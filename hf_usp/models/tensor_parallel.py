@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..distributed.loss import VocabularyPart
 from ..errors import UspModelError
-from ..loss import VocabularyPart
-from .saved import NotSaved
+from .pickling import NotSaved
 
 # Of gradients in these dtypes FSDP2 divides what no other rank shares twice (torch 2.11 to 2.13).
 DIVIDED_TWICE = (torch.float16, torch.float64)
@@ -87,12 +87,12 @@ def head_is_cut(model: PreTrainedModel) -> bool:
     linear = forwards[0] is nn.Linear.forward and getattr(forwards[1], "__module__", "").startswith("transformers.")
     if placement is None or not placement.is_shard(0) or style not in BY_ROWS or not linear:
         raise UspModelError(
-            f"loss_chunk with {type(model).__name__} under tp_size={model.tp_size}, whose vocabulary head "
+            f"loss_chunk_size with {type(model).__name__} under tp_size={model.tp_size}, whose vocabulary head "
             f"({type(head).__name__}) is laid out as {style!r} with weights {placement or 'whole'}",
             rule="a loss in chunks follows one linear head, whole on every rank or spread over them by entries of the "
             f"vocabulary ({', '.join(BY_ROWS)})",
             remedy='load the model with DistributedConfig(tp_plan={"lm_head": "colwise_gather_output"}, ...) and train '
-            "its head without an adapter, or leave out loss_chunk",
+            "its head without an adapter, or leave out loss_chunk_size",
         )
     return True
 

@@ -14,15 +14,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..distributed.failures import report_failure
 from ..errors import UspModelError
-from ..faults import tell_failure
-from ..once import differentiated_once
+from ..utils.autograd import forbid_double_backward
 
 # Keywords with which models take a cache: since Transformers 5.24 "cache" is what was "past_key_values" (until 5.40).
 CACHES = (
-    "past_key_values", "cache", "cache_params", "decoder_cache", "decoder_past_key_values", "encoder_cache",
-    "encoder_past_key_values", "mems", "padding_cache", "past_buckets_states", "shared_kv_states", "speaker_cache",
-)  # fmt: skip
+    "past_key_values",
+    "cache",
+    "cache_params",
+    "decoder_cache",
+    "decoder_past_key_values",
+    "encoder_cache",
+    "encoder_past_key_values",
+    "mems",
+    "padding_cache",
+    "past_buckets_states",
+    "shared_kv_states",
+    "speaker_cache",
+)
 MARK = "_usp_prepared"
 
 
@@ -65,7 +75,7 @@ def refuse_unsharded(module: nn.Module) -> None:
         "UspParallelismConfig(gather_outputs=True); prepare a second Transformers model by itself "
         "(accelerator.prepare_model); outside training use model.eval() or torch.no_grad()",
     )
-    tell_failure(problem)
+    report_failure(problem)
     raise problem
 
 
@@ -125,7 +135,7 @@ class _Guard(torch.autograd.Function):
         return value.detach()
 
     @staticmethod
-    @differentiated_once
+    @forbid_double_backward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient = grads[0]
         if gradient is None or not bool(gradient.any()):  # DDP looks for unused parameters; a loss times 0

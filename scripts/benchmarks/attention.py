@@ -29,9 +29,10 @@ import memory  # noqa: E402
 from counting import count  # noqa: E402
 
 import hf_usp  # noqa: E402
-from hf_usp.batch import MaskKind, cut, make_layout  # noqa: E402
-from hf_usp.integers.degrees import split_heads  # noqa: E402
-from hf_usp.integers.layout import Documents  # noqa: E402
+from hf_usp.batch.layout import MaskSpec, make_layout  # noqa: E402
+from hf_usp.batch.shard import shard_tensor  # noqa: E402
+from hf_usp.sharding.heads import split_heads  # noqa: E402
+from hf_usp.sharding.masks import Documents  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH = 8, 4, 64
 MESHES = [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -47,9 +48,9 @@ def documents_of(case: str, tokens: int) -> Documents:
     return Documents.from_bounds([0, *(tokens * i // 4 for i in ((1, 2, 3) if case == "aligned" else ())), tokens])
 
 
-def predict(layout: hf_usp.Layout, kind: MaskKind, size: int) -> dict[str, float]:
+def predict(layout: hf_usp.SequenceLayout, kind: MaskSpec, size: int) -> dict[str, float]:
     """Bytes, messages and area of this rank from the plan alone, and the least that must be saved and copied."""
-    mesh, plan = layout.mesh, layout.plan(kind)
+    mesh, plan = layout.mesh, layout.ring_schedule(kind)
     shares = split_heads(HEADS, KV_HEADS, mesh.ulysses_degree)
     mine = shares[mesh.ulysses_rank]
     unit = layout.local_length * WIDTH * size
@@ -57,16 +58,16 @@ def predict(layout: hf_usp.Layout, kind: MaskKind, size: int) -> dict[str, float
     out = sum(share.num_query + 2 * share.num_kv for share in others) * unit
     back = len(others) * mine.num_query * unit
     row = 2 * mine.num_kv * WIDTH * size
-    returning = sum(step.receive_rows for step in plan.steps) * row
+    returning = sum(step.num_received for step in plan.steps) * row
     lse = layout.local_length * mesh.ulysses_degree * mine.num_query * (8 if size == 8 else 4)
-    tensors = plan.num_rows * (2 * mine.num_query + 2 * mine.num_kv) * WIDTH * size
+    tensors = plan.num_tokens * (2 * mine.num_query + 2 * mine.num_kv) * WIDTH * size
     exchange = mesh.ulysses_degree > 1
     return {
         "wire_forward": out + back + plan.rows_sent * row,
         "wire_backward": out + back + plan.rows_sent * row + returning,
         "all_to_alls": 2 * exchange,
         "messages": plan.messages,
-        "messages_backward": plan.messages + sum(step.receive_rows > 0 for step in plan.steps),
+        "messages_backward": plan.messages + sum(step.num_received > 0 for step in plan.steps),
         "area": plan.area * mine.num_query,
         "saved": tensors + lse,
         "payload": (2 * HEADS + 2 * KV_HEADS) * unit,
@@ -83,11 +84,11 @@ def rank_main(rank: int, world: int, port: int, args: argparse.Namespace, result
         for name in args.dtypes:
             dtype = getattr(torch, name)
             for case in CASES:
-                kind = MaskKind(left=args.tokens // 8 - 1) if case == "window" else MaskKind()
+                kind = MaskSpec(window_left=args.tokens // 8 - 1) if case == "window" else MaskSpec()
                 layout = make_layout(documents_of(case, args.tokens), 1, args.tokens, mesh, "auto", (kind,))
                 torch.manual_seed(0)
                 full = [torch.randn(1, args.tokens, heads, WIDTH).to(dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-                q, k, v = (cut(x, layout).contiguous().requires_grad_() for x in full)
+                q, k, v = (shard_tensor(x, layout).contiguous().requires_grad_() for x in full)
                 gradient = torch.randn_like(q)
                 window = args.tokens // 8 if case == "window" else None
 
@@ -134,7 +135,10 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         slowest = max(r["measured"]["cpu_seconds"] for r in ranks)
         lines.append(
             {
-                "case": key[0], "dtype": key[1], "mesh": f"{key[2]}x{key[3]}", "order": ranks[0]["order"],
+                "case": key[0],
+                "dtype": key[1],
+                "mesh": f"{key[2]}x{key[3]}",
+                "order": ranks[0]["order"],
                 "wire_MB": (total("wire_forward") + total("wire_backward")) / 1e6,
                 "wire_predicted_MB": (total("wire_forward", "predicted") + total("wire_backward", "predicted")) / 1e6,
                 "area_max_over_mean": max(areas) * len(areas) / sum(areas),
@@ -147,7 +151,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "cpu_efficiency": alone["measured"]["cpu_seconds"] / (len(ranks) * slowest),
                 "wall_ms": max(r["measured"]["wall_seconds"] for r in ranks) * 1e3,
             }
-        )  # fmt: skip
+        )
     return lines
 
 
@@ -158,12 +162,22 @@ def _both_ways(measured: dict[str, int], name: str) -> str:
 def as_table(lines: list[dict[str, Any]]) -> str:
     """Markdown."""
     head = {
-        "case": "case", "dtype": "dtype", "mesh": "ring x ulysses", "order": "order", "wire_MB": "sent, MB",
-        "wire_predicted_MB": "predicted, MB", "area_max_over_mean": "area max/mean", "area_over_ideal": "area/ideal",
-        "all_to_alls": "all-to-alls", "messages": "messages",
-        "copied_over_payload": "copied/(2h + 2hk) u", "saved_over_floor": "saved/floor", "cpu_ms": "CPU ms",
-        "cpu_efficiency": "CPU efficiency", "wall_ms": "wall ms",
-    }  # fmt: skip
+        "case": "case",
+        "dtype": "dtype",
+        "mesh": "ring x ulysses",
+        "order": "order",
+        "wire_MB": "sent, MB",
+        "wire_predicted_MB": "predicted, MB",
+        "area_max_over_mean": "area max/mean",
+        "area_over_ideal": "area/ideal",
+        "all_to_alls": "all-to-alls",
+        "messages": "messages",
+        "copied_over_payload": "copied/(2h + 2hk) u",
+        "saved_over_floor": "saved/floor",
+        "cpu_ms": "CPU ms",
+        "cpu_efficiency": "CPU efficiency",
+        "wall_ms": "wall ms",
+    }
     cells = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in (line[k] for k in head)] for line in lines]
     rows = [list(head.values()), ["---"] * len(head), *cells]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

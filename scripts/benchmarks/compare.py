@@ -152,23 +152,27 @@ def summarise(ranks: list[dict[str, Any]], alone: list[float], args: argparse.Na
     slowest = [max(row["times"][i][0] for row in ranks) for i in range(len(alone))]
     sent = sum(c.wire_forward + c.wire_backward for c in counts) / world
     return {
-        "name": first["name"], "note": first["note"], "mesh": f"{ring}x{ulysses}", "world": world,
-        "sent_MB": sent / 1e6, "sent_over_unpruned": sent / unpruned,
+        "name": first["name"],
+        "note": first["note"],
+        "mesh": f"{ring}x{ulysses}",
+        "world": world,
+        "sent_MB": sent / 1e6,
+        "sent_over_unpruned": sent / unpruned,
         "collectives": f"{busiest.collectives} + {busiest.collectives_backward}",
         "messages": f"{busiest.messages} + {busiest.messages_backward}",
         "exposed": _exposed(ranks),
         # Blocks of formulas are no kernel calls that could be counted.
         "area_max_over_mean": max(areas) * world / sum(areas) if sum(areas) else "-",
         "area_over_ideal": sum(areas) / (HEADS * args.tokens * (args.tokens + 1) / 2) if sum(areas) else "-",
-        "copied_over_payload": sum(c.copied + c.copied_backward for c in counts) / (
-            2 * world * (2 * HEADS + 2 * KV_HEADS) * unit),
+        "copied_over_payload": sum(c.copied + c.copied_backward for c in counts)
+        / (2 * world * (2 * HEADS + 2 * KV_HEADS) * unit),
         "saved_over_floor": sum(c.saved for c in counts) / (world * saved_floor),
         "cpu_ms": min(slowest) * 1e3,
         "efficiency": min(alone) / (world * min(slowest)),
         "efficiency_paired": median(a / (world * s) for a, s in zip(alone, slowest, strict=True)),
         "wall_ms": min(max(row["times"][i][1] for row in ranks) for i in range(len(alone))) * 1e3,
         "error": first["error"],
-    }  # fmt: skip
+    }
 
 
 def _exposed(ranks: list[dict[str, Any]]) -> str:
@@ -179,13 +183,23 @@ def _exposed(ranks: list[dict[str, Any]]) -> str:
 
 
 HEAD = {
-    "name": "who", "mesh": "ring x ulysses", "sent_MB": "sent a rank, MB",
+    "name": "who",
+    "mesh": "ring x ulysses",
+    "sent_MB": "sent a rank, MB",
     "sent_over_unpruned": "sent/unpruned floor",
-    "collectives": "collectives", "messages": "messages", "exposed": "transfers beside no tile",
-    "area_max_over_mean": "area max/mean", "area_over_ideal": "area/ideal", "copied_over_payload": "copied/(2h+2hk) u",
-    "saved_over_floor": "saved/floor", "error": "error over one process: out, dq, dk, dv", "cpu_ms": "CPU ms, slowest",
-    "efficiency": "CPU efficiency", "efficiency_paired": "paired", "wall_ms": "wall ms",
-}  # fmt: skip
+    "collectives": "collectives",
+    "messages": "messages",
+    "exposed": "transfers beside no tile",
+    "area_max_over_mean": "area max/mean",
+    "area_over_ideal": "area/ideal",
+    "copied_over_payload": "copied/(2h+2hk) u",
+    "saved_over_floor": "saved/floor",
+    "error": "error over one process: out, dq, dk, dv",
+    "cpu_ms": "CPU ms, slowest",
+    "efficiency": "CPU efficiency",
+    "efficiency_paired": "paired",
+    "wall_ms": "wall ms",
+}
 
 
 def as_table(lines: list[dict[str, Any]]) -> str:

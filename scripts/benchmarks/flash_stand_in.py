@@ -19,9 +19,19 @@ _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwa
 
 
 # Names, order and defaults are flash-attn's: peers read them.
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool,
-                  window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
-                  alibi_slopes: Tensor | None = None, return_softmax: bool = False) -> tuple:  # fmt: skip
+def flash_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+) -> tuple:
     """flash-attn's `_flash_attn_forward`: q, k, v [B, L, heads, D]; returns out, lse and two unused values."""
     _check(q, k, causal, (dropout_p, softcap), window_size_left)
     rows = (t.transpose(1, 2) for t in (q, k, v))
@@ -29,11 +39,26 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_sca
     return out.transpose(1, 2), lse.contiguous(), None, None
 
 
-def flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor,
-                   dk: Tensor, dv: Tensor, dropout_p: float, softmax_scale: float, causal: bool,
-                   window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
-                   alibi_slopes: Tensor | None = None, deterministic: bool = False,
-                   rng_state: Tensor | None = None) -> None:  # fmt: skip
+def flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    rng_state: Tensor | None = None,
+) -> None:
     """flash-attn's `_flash_attn_backward`: writes dq, dk, dv."""
     _check(q, k, causal, (dropout_p, softcap), window_size_left)
     rows = (t.transpose(1, 2) for t in (dout, q, k, v, out))
@@ -65,8 +90,15 @@ class _Flash(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-                    causal: bool = False, **kwargs: Any) -> Tensor:  # fmt: skip
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    **kwargs: Any,
+) -> Tensor:
     """flash-attn's differentiable function."""
     return _Flash.apply(q, k, v, softmax_scale if softmax_scale is not None else q.shape[-1] ** -0.5, causal)
 

@@ -30,9 +30,9 @@ from notes import machine_notes  # noqa: E402
 from virtual_ring import VirtualRing  # noqa: E402
 
 import hf_usp  # noqa: E402
-from hf_usp.batch import MaskKind, make_layout  # noqa: E402
-from hf_usp.integers.layout import Documents  # noqa: E402
+from hf_usp.batch.layout import MaskSpec, make_layout  # noqa: E402
 from hf_usp.kernels import KERNELS, Segments, Softmax, choose_kernel  # noqa: E402
+from hf_usp.sharding.masks import Documents  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 
@@ -98,8 +98,11 @@ def kernels_against_eager(bench: Bench) -> list[dict[str, Any]]:
         "full": segments([0, rows], [0, rows], -1, bench.device),
         "packed": segments([0, rows // 7, rows // 2, rows], [0, rows // 7, rows // 2, rows], 0, bench.device),
     }
-    usable = [n for n, k in KERNELS.items() if n != "eager"
-              and k.why_not(bench.device, torch.bfloat16, bench.width, Softmax(1.0)) is None]  # fmt: skip
+    usable = [
+        n
+        for n, k in KERNELS.items()
+        if n != "eager" and k.why_not(bench.device, torch.bfloat16, bench.width, Softmax(1.0)) is None
+    ]
     for case, what in cases.items():
         tensors = bench.tensors(rows)
         exact = both_ways("eager", [t.float() for t in tensors], what)
@@ -179,10 +182,17 @@ def virtual_rings(bench: Bench) -> list[dict[str, Any]]:
             with cut.mailbox.replacing():
                 error = max(_error(a, b.float()) for a, b in zip(cut.settle(), expected, strict=True))
                 spent = [bench.seconds(step) for step in (cut.forward, cut.backward)]
-            found.append({
-                "ranks": degree, "rows": rows, "case": case, "forward": alone[0] / spent[0],
-                "backward": alone[1] / spent[1], "both": sum(alone) / sum(spent), "difference": error,
-            })  # fmt: skip
+            found.append(
+                {
+                    "ranks": degree,
+                    "rows": rows,
+                    "case": case,
+                    "forward": alone[0] / spent[0],
+                    "backward": alone[1] / spent[1],
+                    "both": sum(alone) / sum(spent),
+                    "difference": error,
+                }
+            )
     return found
 
 
@@ -192,7 +202,7 @@ def launches(bench: Bench) -> list[dict[str, Any]]:
     mesh = hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1)
     for rows in (256,) if bench.small else (1024, 4096, 16384):
         layout = make_layout(Documents.from_bounds([0, rows]), 1, rows, mesh)
-        layout.work(MaskKind(), bench.device)
+        layout.device_schedule(MaskSpec(), bench.device)
         q, k, v, _ = (t[None] for t in bench.tensors(rows))
 
         def layers(count: int = 20, q: Tensor = q, k: Tensor = k, v: Tensor = v, layout: Any = layout) -> None:

@@ -6,7 +6,7 @@ One training step of a small Llama, prepared by Accelerate: loss and MLPs in chu
 plain Transformers in one process at the same lengths. Two figures of the busiest rank: live bytes, the largest sum of
 tensors alive at once of those that the step makes (weights and their gradients are there before), and RSS, the largest
 resident set during the step over what the process had before. Two short steps come first, so that what a process sets
-up once is there. The prediction of live bytes is the planner's (`hf_usp.costs.footprint`). Exits with 1 where live
+up once is there. The prediction of live bytes is the planner's (`hf_usp.planner.memory_model`). Exits with 1 where live
 bytes of a mesh are over --flat times those of one rank. Writes results/length-<date>.md, .json and .png.
 """
 
@@ -28,9 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 CHUNK = 1024
 SIZES: dict[str, Any] = {
-    "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 32,
-}  # fmt: skip
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
 # processes, ulysses degree
 MESHES = [(1, 1), (2, 2), (2, 1), (4, 2), (4, 1)]
 
@@ -58,7 +63,9 @@ def measure(way: str, ulysses: int, tokens: int) -> dict[str, Any]:
     config = LlamaConfig(**SIZES, max_position_embeddings=tokens, use_cache=False)
     model: Any = LlamaForCausalLM._from_config(config, attn_implementation="sdpa" if way == "plain" else "usp").train()
     if way == "usp":
-        mesh = hf_usp.UspParallelismConfig(cp_size=world, ulysses_degree=ulysses, loss_chunk=CHUNK, mlp_chunk=CHUNK)
+        mesh = hf_usp.UspParallelismConfig(
+            cp_size=world, ulysses_degree=ulysses, loss_chunk_size=CHUNK, mlp_chunk_size=CHUNK
+        )
         # Renamed in Transformers 5.2x.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -86,18 +93,28 @@ def measure(way: str, ulysses: int, tokens: int) -> dict[str, Any]:
 
 def predicted(processes: int, ulysses: int, tokens: int) -> float:
     """Bytes that the step makes on a rank, as the planner counts them; gradients are there already."""
-    from hf_usp.costs.footprint import memory
-    from hf_usp.costs.sizes import Degrees, Job, ModelShape
+    from hf_usp.planner.memory_model import memory
+    from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep
 
     shape = ModelShape(
-        layers=SIZES["num_hidden_layers"], hidden=SIZES["hidden_size"], intermediate=SIZES["intermediate_size"],
-        heads=SIZES["num_attention_heads"], kv_heads=SIZES["num_key_value_heads"], head_dim=SIZES["head_dim"],
+        layers=SIZES["num_hidden_layers"],
+        hidden=SIZES["hidden_size"],
+        intermediate=SIZES["intermediate_size"],
+        heads=SIZES["num_attention_heads"],
+        kv_heads=SIZES["num_key_value_heads"],
+        head_dim=SIZES["head_dim"],
         vocab=SIZES["vocab_size"],
-    )  # fmt: skip
-    job = Job(
-        tokens=tokens, element=4, optimizer=0, checkpointing=True, loss_chunk=CHUNK, mlp_chunk=CHUNK,
-        shard_params=False, accumulate=True,
-    )  # fmt: skip
+    )
+    job = TrainingStep(
+        tokens=tokens,
+        element=4,
+        optimizer=0,
+        checkpointing=True,
+        loss_chunk_size=CHUNK,
+        mlp_chunk_size=CHUNK,
+        shard_params=False,
+        accumulate=True,
+    )
     parts = memory(shape, Degrees(ulysses=ulysses, ring=processes // ulysses), job)
     return parts.total - parts.weights - shape.params * job.element
 
@@ -114,10 +131,15 @@ def run_case(way: str, processes: int, ulysses: int, tokens: int) -> dict[str, A
         started = []
         for rank, report in enumerate(reports):
             environment = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
                 "ACCELERATE_USE_CPU": "true",
-            }  # fmt: skip
+            }
             mine = [*command, "--report", str(report)]
             started.append(subprocess.Popen(mine, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
         said = [process.communicate()[0].decode() for process in started]
@@ -238,7 +260,7 @@ def main() -> None:
     notes = machine_notes(f"python scripts/benchmarks/length.py --per-rank {args.per_rank}")
     sizes = (
         f"Llama of {SIZES['num_hidden_layers']} layers, width {SIZES['hidden_size']}, 8 query and 4 kv heads, "
-        f"vocabulary {SIZES['vocab_size']:,}, fp32; {args.per_rank:,} tokens a rank, loss_chunk and mlp_chunk "
+        f"vocabulary {SIZES['vocab_size']:,}, fp32; {args.per_rank:,} tokens a rank, loss_chunk_size, mlp_chunk_size "
         f"{CHUNK:,}, checkpointed layers; meshes as ring x ulysses. Weights and gradients are not counted."
     )
     text = "\n\n".join(["# Memory against length", *notes.values(), sizes, as_table(lines)])

@@ -42,7 +42,7 @@ def make_step(way: str, device: torch.device, small: bool) -> Callable[[int], fl
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     if way != "plain":
-        config = hf_usp.UspParallelismConfig(cp_size=1, loss_chunk=64 if small else 2048)
+        config = hf_usp.UspParallelismConfig(cp_size=1, loss_chunk_size=64 if small else 2048)
         model = Accelerator(cpu=device.type == "cpu", parallelism_config=config).prepare(model)
 
     def step(tokens: int) -> float:

@@ -46,9 +46,14 @@ def _peak_of_core(share: dict[str, Any], tokens: int) -> int:
 def _peak_of_step(share: dict[str, Any]) -> int:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=32,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+    )
     model = LlamaForCausalLM._from_config(config, attn_implementation="usp")
 
     def step() -> None:

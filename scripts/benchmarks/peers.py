@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import hf_usp
-from hf_usp.batch import cut, make_layout
-from hf_usp.integers.layout import Documents
+from hf_usp.batch.layout import make_layout
+from hf_usp.batch.shard import shard_tensor
+from hf_usp.sharding.masks import Documents
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -67,21 +68,21 @@ def ours(tokens: int, ulysses: int) -> Contender:
     """This library."""
     ring = dist.get_world_size() // ulysses
     mesh = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses)
-    layouts: dict[int, hf_usp.Layout] = {}
+    layouts: dict[int, hf_usp.SequenceLayout] = {}
 
-    def layout_of(length: int) -> hf_usp.Layout:
+    def find_layout(length: int) -> hf_usp.SequenceLayout:
         if length not in layouts:
             layouts[length] = make_layout(Documents.from_bounds([0, length]), 1, length, mesh)
             layouts[length].kernel = "cpu_flash"
         return layouts[length]
 
-    layout_of(tokens)
+    find_layout(tokens)
     return Contender(
         "hf_usp",
         ulysses,
         ring,
-        lambda full: cut(full, layout_of(full.shape[1])).contiguous(),
-        lambda q, k, v: hf_usp.usp_attention(q, k, v, layout_of(q.shape[1] * ring * ulysses)),
+        lambda full: shard_tensor(full, find_layout(full.shape[1])).contiguous(),
+        lambda q, k, v: hf_usp.usp_attention(q, k, v, find_layout(q.shape[1] * ring * ulysses)),
     )
 
 
@@ -131,9 +132,13 @@ def yunchang(ulysses: int) -> Contender:
     else:
         layer = LongContextAttention(ring_impl_type="zigzag", attn_type=kind)
     return Contender(
-        "yunchang", ulysses, world // ulysses, zigzag(ulysses) if ulysses < world else contiguous,
-        lambda q, k, v: layer(q, k, v, causal=True), "flash-attn stand-in",
-    )  # fmt: skip
+        "yunchang",
+        ulysses,
+        world // ulysses,
+        zigzag(ulysses) if ulysses < world else contiguous,
+        lambda q, k, v: layer(q, k, v, causal=True),
+        "flash-attn stand-in",
+    )
 
 
 def ring_flash_attn() -> Contender:
@@ -146,10 +151,13 @@ def ring_flash_attn() -> Contender:
     from ring_flash_attn import zigzag_ring_flash_attn_func
 
     return Contender(
-        "ring-flash-attn", 1, dist.get_world_size(), zigzag(1),
+        "ring-flash-attn",
+        1,
+        dist.get_world_size(),
+        zigzag(1),
         lambda q, k, v: zigzag_ring_flash_attn_func(q, k, v, causal=True, group=dist.group.WORLD),
         "flash-attn stand-in",
-    )  # fmt: skip
+    )
 
 
 def ringmaster(ulysses: int, schedule: str) -> Contender:
@@ -221,9 +229,15 @@ def deepspeed() -> Contender:
         batch, length, heads, width = q.shape
         if not made:
             made[0] = UlyssesSPAttentionHF(
-                attn=core, batch_size=batch, attn_head_count=heads, attn_head_size=width, kv_head_count=k.shape[2],
-                num_hidden_layers=1, process_group=dist.group.WORLD, seq_length_is_variable=True,
-            )  # fmt: skip
+                attn=core,
+                batch_size=batch,
+                attn_head_count=heads,
+                attn_head_size=width,
+                kv_head_count=k.shape[2],
+                num_hidden_layers=1,
+                process_group=dist.group.WORLD,
+                seq_length_is_variable=True,
+            )
         places = torch.arange(length)[None] + dist.get_rank() * length
         out = made[0](caller, *(t.transpose(1, 2) for t in (q, k, v)), None, position_ids=places)[0]
         return out.view(batch, length, heads, width)

@@ -22,9 +22,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 
-from hf_usp.integers.dealing import deal_row  # noqa: E402
-from hf_usp.integers.layout import Documents, Mask  # noqa: E402
-from hf_usp.integers.plan import make_plan  # noqa: E402
+from hf_usp.sharding.load_balance import assign_tokens  # noqa: E402
+from hf_usp.sharding.masks import Documents, Mask  # noqa: E402
+from hf_usp.sharding.schedule import make_ring_schedule  # noqa: E402
 
 
 def packed(num_tokens: int, number: int, sigma: float, seed: int) -> Documents:
@@ -57,9 +57,9 @@ def main() -> None:
             dealing, plans, orders = [], [], set()
             for seed in range(4):
                 mask = Mask(packed(args.tokens, args.documents, sigma, seed))
-                ms, dealt = cpu_ms(partial(deal_row, 1, args.tokens, ring, "auto", [mask]), args.repeats)
+                ms, dealt = cpu_ms(partial(assign_tokens, 1, args.tokens, ring, "auto", [mask]), args.repeats)
                 dealing.append(ms)
-                plans.append(cpu_ms(partial(make_plan, dealt.shards, mask, 0), args.repeats)[0])
+                plans.append(cpu_ms(partial(make_ring_schedule, dealt.shards, mask, 0), args.repeats)[0])
                 orders.add(dealt.order)
             most = max(a + b for a, b in zip(dealing, plans, strict=True))
             cells = [str(ring), str(sigma), ", ".join(sorted(orders))]

@@ -33,9 +33,18 @@ from notes import machine_notes  # noqa: E402
 ROWS = 16
 # way, processes, ulysses degree
 CASES = [
-    ("plain", 1, 1), ("hf_usp", 1, 1), ("hf_usp", 2, 2), ("hf_usp", 2, 1), ("cp", 2, 1), ("sp", 2, 2),
-    ("hf_usp", 4, 4), ("hf_usp", 4, 2), ("hf_usp", 4, 1), ("cp", 4, 1), ("sp", 4, 4),
-]  # fmt: skip
+    ("plain", 1, 1),
+    ("hf_usp", 1, 1),
+    ("hf_usp", 2, 2),
+    ("hf_usp", 2, 1),
+    ("cp", 2, 1),
+    ("sp", 2, 2),
+    ("hf_usp", 4, 4),
+    ("hf_usp", 4, 2),
+    ("hf_usp", 4, 1),
+    ("cp", 4, 1),
+    ("sp", 4, 4),
+]
 
 
 # --- in a process of a run --------------------------------------------------------------------------------------------
@@ -47,9 +56,16 @@ def model_of(way: str) -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=32, max_position_embeddings=1 << 20, use_cache=False,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=1 << 20,
+        use_cache=False,
+    )
     return LlamaForCausalLM._from_config(config, attn_implementation="usp" if way == "hf_usp" else "sdpa")
 
 
@@ -93,18 +109,30 @@ def arguments_of(way: str, world: int, ulysses: int, steps: int, folder: str) ->
         handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
         more = {"parallelism_config": ParallelismConfig(sp_size=world, sp_backend="deepspeed", sp_handler=handler)}
         more["deepspeed"] = {
-            "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto",
-            "gradient_accumulation_steps": "auto", "gradient_clipping": 1.0, "zero_optimization": {"stage": 0},
+            "train_micro_batch_size_per_gpu": "auto",
+            "train_batch_size": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": 0},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
             "zero_allow_untested_optimizer": True,
-        }  # fmt: skip
+        }
     elif way == "cp":
         more = {"parallelism_config": ParallelismConfig(cp_size=world)}
         more["fsdp"], more["fsdp_config"] = "full_shard auto_wrap", {"fsdp_version": 2}
     return TrainingArguments(
-        output_dir=folder, per_device_train_batch_size=1, max_steps=steps, logging_steps=1, learning_rate=1e-3,
-        report_to=[], save_strategy="no", disable_tqdm=True, seed=0, lr_scheduler_type="constant", **more,
-    )  # fmt: skip
+        output_dir=folder,
+        per_device_train_batch_size=1,
+        max_steps=steps,
+        logging_steps=1,
+        learning_rate=1e-3,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=0,
+        lr_scheduler_type="constant",
+        **more,
+    )
 
 
 def run_main(args: argparse.Namespace) -> None:
@@ -132,9 +160,10 @@ def run_main(args: argparse.Namespace) -> None:
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(marks[::2], marks[1::2], strict=True)]
     kept = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "wall": min(wall for wall, _ in steps[1:]), "cpu": min(cpu for _, cpu in steps[1:]),
+        "wall": min(wall for wall, _ in steps[1:]),
+        "cpu": min(cpu for _, cpu in steps[1:]),
         "memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
-    }  # fmt: skip
+    }
     args.report.with_suffix(f".{os.environ['RANK']}.json").write_text(json.dumps(kept))
 
 
@@ -153,10 +182,20 @@ def run_case(case: tuple[str, int, int], args: argparse.Namespace, folder: Path)
     logs, processes = [], []
     try:
         for rank in range(world):
-            environment = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            } | ({"DS_ACCELERATOR": "cpu", "DS_SKIP_CUDA_CHECK": "1"} if way == "sp" else {})  # fmt: skip
+            environment = (
+                os.environ
+                | {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world),
+                    "LOCAL_WORLD_SIZE": str(world),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "OMP_NUM_THREADS": "1",
+                    "HF_HUB_OFFLINE": "1",
+                }
+                | ({"DS_ACCELERATOR": "cpu", "DS_SKIP_CUDA_CHECK": "1"} if way == "sp" else {})
+            )
             log = report.with_suffix(f".{rank}.log").open("w+")
             logs.append(log)
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
@@ -177,9 +216,11 @@ def run_case(case: tuple[str, int, int], args: argparse.Namespace, folder: Path)
     ranks = [json.loads(path.read_text()) for path in reports]
     wall = max(rank["wall"] for rank in ranks)
     return line | {
-        "tokens_per_second": args.tokens / wall, "cpu": max(rank["cpu"] for rank in ranks),
-        "memory": max(rank["memory"] for rank in ranks), "losses": ranks[0]["losses"],
-    }  # fmt: skip
+        "tokens_per_second": args.tokens / wall,
+        "cpu": max(rank["cpu"] for rank in ranks),
+        "memory": max(rank["memory"] for rank in ranks),
+        "losses": ranks[0]["losses"],
+    }
 
 
 def _last_error(logs: list[Any]) -> str:

@@ -36,13 +36,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from notes import machine_notes  # noqa: E402
 
 import hf_usp  # noqa: E402
-from hf_usp.batch import cut, make_layout  # noqa: E402
-from hf_usp.costs.machines import Link, Machine  # noqa: E402
-from hf_usp.costs.roofline import attention  # noqa: E402
-from hf_usp.costs.sizes import Degrees, Job, ModelShape  # noqa: E402
-from hf_usp.integers.degrees import split_heads  # noqa: E402
-from hf_usp.integers.layout import Documents  # noqa: E402
-from hf_usp.integers.plan import ring_per_node  # noqa: E402
+from hf_usp.batch.layout import make_layout  # noqa: E402
+from hf_usp.batch.shard import shard_tensor  # noqa: E402
+from hf_usp.planner.hardware import Link, Machine  # noqa: E402
+from hf_usp.planner.roofline import attention  # noqa: E402
+from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep  # noqa: E402
+from hf_usp.sharding.heads import split_heads  # noqa: E402
+from hf_usp.sharding.masks import Documents  # noqa: E402
+from hf_usp.sharding.schedule import ring_per_node  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH = 8, 2, 64
 SHAPE = ModelShape(1, HEADS * WIDTH, HEADS * WIDTH, HEADS, KV_HEADS, WIDTH, 1)
@@ -98,7 +99,7 @@ def case_seconds(ulysses: int, ring: int, overlap: bool, tokens: int, repeats: i
     layout = make_layout(Documents.from_bounds([0, tokens]), 1, tokens, mesh)
     torch.manual_seed(0)
     full = [torch.randn(1, tokens, heads, WIDTH).bfloat16() for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    q, k, v = (cut(x, layout).contiguous().requires_grad_() for x in full)
+    q, k, v = (shard_tensor(x, layout).contiguous().requires_grad_() for x in full)
     gradient = torch.ones_like(q)
     issue = dist.batch_isend_irecv
 
@@ -147,8 +148,21 @@ class TwoNamespaces:
         try:
             for name in self.names:
                 _run("ip", "netns", "add", name)
-            _run("ip", "link", "add", self.links[0], "netns", self.names[0], "type", "veth",
-                 "peer", "name", self.links[1], "netns", self.names[1])  # fmt: skip
+            _run(
+                "ip",
+                "link",
+                "add",
+                self.links[0],
+                "netns",
+                self.names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                self.links[1],
+                "netns",
+                self.names[1],
+            )
             for name, link, address in zip(self.names, self.links, ADDRESSES, strict=True):
                 _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", link)
                 _run("ip", "-n", name, "link", "set", link, "up")
@@ -162,8 +176,23 @@ class TwoNamespaces:
     def limit(self, megabits: int) -> None:
         """Set the rate of the link, both ways."""
         for name, link in zip(self.names, self.links, strict=True):
-            _run("tc", "-n", name, "qdisc", "replace", "dev", link, "root", "tbf",
-                 "rate", f"{megabits}mbit", "burst", "512kb", "latency", "50ms")  # fmt: skip
+            _run(
+                "tc",
+                "-n",
+                name,
+                "qdisc",
+                "replace",
+                "dev",
+                link,
+                "root",
+                "tbf",
+                "rate",
+                f"{megabits}mbit",
+                "burst",
+                "512kb",
+                "latency",
+                "50ms",
+            )
 
     def __exit__(self, *_: object) -> None:
         for name in self.names:  # takes its end of the link with it
@@ -186,10 +215,15 @@ def run_rate(nodes: TwoNamespaces, megabits: int, args: argparse.Namespace, fold
     try:
         for rank in range(4):
             environment = os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT), "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "WORLD_SIZE": "4",
+                "LOCAL_RANK": str(rank % 2),
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": ADDRESSES[0],
+                "MASTER_PORT": str(PORT),
+                "OMP_NUM_THREADS": "1",
                 "GLOO_SOCKET_IFNAME": nodes.links[rank // 2],
-            }  # fmt: skip
+            }
             inside = ["ip", "netns", "exec", nodes.names[rank // 2], *command]
             processes.append(subprocess.Popen(inside, env=environment))
         deadline = time.monotonic() + args.limit
@@ -219,19 +253,19 @@ def predicted_crossing(ulysses: int, ring: int, tokens: int) -> int:
                 total += tokens // 4 * unit * both
         for step in mesh_plan(layout, ring_rank).steps[1:]:
             row = 2 * mine.num_kv * unit
-            total += 2 * step.num_sent * row * (step.reader * ulysses + ulysses_rank >= 2)
-            total += step.receive_rows * row * (step.source * ulysses + ulysses_rank >= 2)
+            total += 2 * step.num_sent * row * (step.send_rank * ulysses + ulysses_rank >= 2)
+            total += step.num_received * row * (step.recv_rank * ulysses + ulysses_rank >= 2)
     return total
 
 
 def mesh_plan(layout: Any, rank: int) -> Any:
     """The ring plan of one rank."""
-    from hf_usp.batch import MaskKind
-    from hf_usp.integers.layout import over_batch
-    from hf_usp.integers.plan import make_plan
+    from hf_usp.batch.layout import MaskSpec
+    from hf_usp.sharding.load_balance import over_batch
+    from hf_usp.sharding.schedule import make_ring_schedule
 
-    return make_plan(
-        over_batch(layout.shards, 1, layout.padded), layout.mask(MaskKind()), rank, layout.mesh.ring_per_node
+    return make_ring_schedule(
+        over_batch(layout.shards, 1, layout.padded), layout.mask(MaskSpec()), rank, layout.mesh.ring_per_node
     )
 
 
@@ -240,11 +274,21 @@ def prediction(way: str, tokens: int, megabits: int, found: dict[str, float]) ->
     ulysses, ring, overlap = WAYS[way]
     link = megabits * 1e6 / 8
     machine = Machine(
-        "two namespaces", found["flops"], 1e9, 4e9,
-        (Link(2, found["loopback"], latency=1e-3), Link(4, link, shared=link, latency=1e-3)), 1,
-        attention=1.0, backward=1.0, causal=1.0, full_ramp=0.0, causal_ramp=0.0, tail=0.0, launch=1e-3,
-    )  # fmt: skip
-    job, degrees = Job(tokens, overlap=overlap), Degrees(ulysses, ring)
+        "two namespaces",
+        found["flops"],
+        1e9,
+        4e9,
+        (Link(2, found["loopback"], latency=1e-3), Link(4, link, shared=link, latency=1e-3)),
+        1,
+        attention=1.0,
+        backward=1.0,
+        causal=1.0,
+        full_ramp=0.0,
+        causal_ramp=0.0,
+        tail=0.0,
+        launch=1e-3,
+    )
+    job, degrees = TrainingStep(tokens, overlap=overlap), Degrees(ulysses, ring)
     return sum(attention(SHAPE, degrees, job, machine, backward=back).seconds for back in (False, True))
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import hf_usp
-from hf_usp.batch import MaskKind, make_layout
-from hf_usp.core import ring
-from hf_usp.integers.layout import Documents
+from hf_usp.attention import ring
+from hf_usp.batch.device_schedule import head_runs
+from hf_usp.batch.layout import MaskSpec, make_layout
 from hf_usp.kernels import KERNELS, Softmax
-from hf_usp.work import head_runs
+from hf_usp.sharding.masks import Documents
 
 
 class _Arrived:
@@ -41,7 +41,7 @@ class Mailbox:
         self._counts.clear()
 
     def post(self, group: Any, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> _Arrived:
-        """In place of `hf_usp.comm.post`."""
+        """In place of `hf_usp.distributed.comm.post`."""
         for tensor, reader in sends:
             if tensor.numel() and self.keep:
                 self._messages[self._next(self.rank, reader)] = tensor.clone()
@@ -58,7 +58,7 @@ class Mailbox:
 
     def replacing(self) -> AbstractContextManager[Any]:
         """The block in which rings use this mailbox."""
-        return patch.object(ring, "post", self.post)
+        return patch.object(ring, "start_p2p", self.post)
 
 
 class VirtualRing:
@@ -74,7 +74,7 @@ class VirtualRing:
             mesh = hf_usp.UspMesh(degree, 1, rank, 0, tuple(range(degree)), group, None, None)
             layout = make_layout(Documents.from_bounds(edges), 1, edges[-1], mesh)
             assert layout.padded == layout.length, "the length is a multiple of 2 R"
-            work = layout.work(MaskKind(), q.device)
+            work = layout.device_schedule(MaskSpec(), q.device)
             self.calls.append(ring.RingCall(work, mesh, KERNELS[kernel], Softmax(q.shape[2] ** -0.5), heads))
             self.rows.append(torch.from_numpy(layout.shards[rank]).to(q.device))
             self.parts.append([t[self.rows[rank]] for t in tensors])

@@ -15,7 +15,7 @@ from ..ranks import PRELOAD
 from .run import rank_main
 
 EXCEPTION = re.compile(r"^(\[rank\d+\]: )?(\w+\.)*\w*(Error|Exception|Interrupt)\b")
-IMPORTED = ("transformers.trainer", "transformers.models.mistral.modeling_mistral", "hf_usp.parallelism", "hf_usp.cli")
+IMPORTED = ("transformers.trainer", "transformers.models.mistral.modeling_mistral", "hf_usp.config", "hf_usp.tools.cli")
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,17 @@ TEXT = "boom at this place"
 def rank_main(rank: int, world: int, port: int, folder: str, case: dict[str, Any]) -> None:
     """A process as a launcher starts it: output in a file, an exception that ends it through `sys.excepthook`."""
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", HF_HUB_OFFLINE="1",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        HF_HUB_OFFLINE="1",
         ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
+    )
     output = os.open(f"{folder}/out.{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -100,15 +107,28 @@ def train(folder: str, case: dict[str, Any]) -> None:
     degrees = dict(zip(("cp_size", "ulysses_degree"), case.get("mesh", (3, 1)), strict=True))
     parallel = degrees | case.get("options", {}) | (case.get("other", {}) if mine else {})
     settings: dict[str, Any] = {
-        "output_dir": folder, "report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False,
-        "parallelism_config": hf_usp.UspParallelismConfig(**parallel), "per_device_train_batch_size": 2,
-        "max_steps": 4, "save_steps": 3, "eval_steps": 2, "eval_strategy": "steps", "logging_steps": 1,
-        "prediction_loss_only": True, **(case.get("args", {}) if mine else {}),
-    }  # fmt: skip
+        "output_dir": folder,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "parallelism_config": hf_usp.UspParallelismConfig(**parallel),
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "save_steps": 3,
+        "eval_steps": 2,
+        "eval_strategy": "steps",
+        "logging_steps": 1,
+        "prediction_loss_only": True,
+        **(case.get("args", {}) if mine else {}),
+    }
     trainer = Trainer(
-        model=model, args=TrainingArguments(**settings), train_dataset=Data(), eval_dataset=rows(8, 33),
+        model=model,
+        args=TrainingArguments(**settings),
+        train_dataset=Data(),
+        eval_dataset=rows(8, 33),
         data_collator=default_data_collator,
-    )  # fmt: skip
+    )
     step, save, prepare = trainer.training_step, trainer._save_rng_state, trainer.accelerator.prepare
     create = trainer.create_optimizer
 

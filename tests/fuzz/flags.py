@@ -13,15 +13,28 @@ from .driver import Act
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 TINY = {
-    "model_type": "llama", "vocab_size": 257, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1,
-    "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 512,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 257,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+}
 # Files that stand in the folder of a run.
 FILES: dict[str, str] = {
-    "model.json": json.dumps(TINY), "small.json": json.dumps({**TINY, "vocab_size": 100}), "broken.json": "{",
-    "float.json": '{"model_type": "llama", "hidden_size": 24.0}', "a.txt": "hello world " * 40, "empty.txt": "",
-    "one.txt": "a", "file": "x", "checkpoint-3/trainer_state.json": '{"global_step": 3', "texts/t.txt": "inside " * 60,
-}  # fmt: skip
+    "model.json": json.dumps(TINY),
+    "small.json": json.dumps({**TINY, "vocab_size": 100}),
+    "broken.json": "{",
+    "float.json": '{"model_type": "llama", "hidden_size": 24.0}',
+    "a.txt": "hello world " * 40,
+    "empty.txt": "",
+    "one.txt": "a",
+    "file": "x",
+    "checkpoint-3/trainer_state.json": '{"global_step": 3',
+    "texts/t.txt": "inside " * 60,
+}
 # Flag -> values; those with a dot or a slash are files of that folder, if they are there.
 VALUES: dict[str, tuple[str, ...]] = {
     "--config_name": ("model.json", "small.json", "broken.json", "float.json", "no.json", "", "texts"),
@@ -38,8 +51,8 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--context-parallel-algo": ("ulysses_cp_algo", "hybrid_cp_algo", "foo"),
     "--ulysses-degree-in-cp": ("1", "2", "0", "x"),
     "--tensor-model-parallel-size": ("1", "2", "0", "-1"),
-    "--loss-chunk": ("8", "0", "-1", "x"),
-    "--mlp-chunk": ("8", "0", "-1"),
+    "--loss-chunk-size": ("8", "0", "-1", "x"),
+    "--mlp-chunk-size": ("8", "0", "-1"),
     "--profile_step": ("1", "0", "-1"),
     "--peak_tflops": ("1", "0", "nan"),
     "--resume_from_checkpoint": ("last", "checkpoint-3", "no"),
@@ -48,10 +61,18 @@ VALUES: dict[str, tuple[str, ...]] = {
 
 def fuzz_finetune(folder: Path, r: random.Random) -> tuple[Act, Any]:
     flags = {
-        "--config_name": "model.json", "--train_file": "a.txt", "--sequence_length": "32", "--max_steps": "1",
-        "--output_dir": "out", "--report_to": "none", "--use_cpu": "true", "--cache_dir": "cache",
-        "--per_device_train_batch_size": "1", "--disable_tqdm": "true", "--save_strategy": "no",
-    }  # fmt: skip
+        "--config_name": "model.json",
+        "--train_file": "a.txt",
+        "--sequence_length": "32",
+        "--max_steps": "1",
+        "--output_dir": "out",
+        "--report_to": "none",
+        "--use_cpu": "true",
+        "--cache_dir": "cache",
+        "--per_device_train_batch_size": "1",
+        "--disable_tqdm": "true",
+        "--save_strategy": "no",
+    }
     for name in r.sample(list(VALUES), r.randint(1, 3)):
         flags[name] = r.choice(VALUES[name])
     if "--model_name_or_path" in flags:

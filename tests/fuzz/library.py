@@ -11,28 +11,96 @@ import torch
 
 import hf_usp
 from hf_usp import data
-from hf_usp.integers import packing
+from hf_usp.data import packing
 
 from .driver import Act
 
 DTYPES = (
-    torch.long, torch.int32, torch.int16, torch.uint8, torch.bool, torch.float32, torch.float64, torch.bfloat16,
-    torch.float16, torch.complex64, torch.int8,
-)  # fmt: skip
+    torch.long,
+    torch.int32,
+    torch.int16,
+    torch.uint8,
+    torch.bool,
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.int8,
+)
 ODD: tuple[Any, ...] = (
-    None, 0, 1, 2, 4, 8, -1, 3, True, False, "2", "", "auto", "balanced", "zigzag", "spiral", 2.0, math.nan, math.inf,
-    1e300, 10**30, [], {}, (), [2], b"2", object(), torch.tensor(2), "eager", "cpu_flash", "flash_attn", "x" * 2000,
-    "cpu", "h100-nvlink", "no.json", "/etc/passwd.json", "\ud800", "\x1b[31m",
-)  # fmt: skip
+    None,
+    0,
+    1,
+    2,
+    4,
+    8,
+    -1,
+    3,
+    True,
+    False,
+    "2",
+    "",
+    "auto",
+    "balanced",
+    "zigzag",
+    "spiral",
+    2.0,
+    math.nan,
+    math.inf,
+    1e300,
+    10**30,
+    [],
+    {},
+    (),
+    [2],
+    b"2",
+    object(),
+    torch.tensor(2),
+    "eager",
+    "cpu_flash",
+    "flash_attn",
+    "x" * 2000,
+    "cpu",
+    "h100-nvlink",
+    "no.json",
+    "/etc/passwd.json",
+    "\ud800",
+    "\x1b[31m",
+)
 OPTIONS = (
-    "cp_size", "ulysses_degree", "dp_replicate_size", "dp_shard_size", "tp_size", "sequence_order", "gather_outputs",
-    "loss_chunk", "mlp_chunk", "offload_checkpoints", "kernel", "self_check", "ranks_per_node", "machine",
-    "sequence_length", "sp_size",
-)  # fmt: skip
+    "cp_size",
+    "ulysses_degree",
+    "dp_replicate_size",
+    "dp_shard_size",
+    "tp_size",
+    "sequence_order",
+    "gather_outputs",
+    "loss_chunk_size",
+    "mlp_chunk_size",
+    "offload_checkpoints",
+    "kernel",
+    "self_check",
+    "ranks_per_node",
+    "machine",
+    "sequence_length",
+    "sp_size",
+)
 COUNTS: tuple[Any, ...] = (
-    torch.tensor(3), torch.tensor(3.5), 7, 0, -1, math.nan, "3", None, torch.tensor([1, 2]), True, torch.tensor(-2),
-    torch.tensor(3, dtype=torch.bfloat16), torch.tensor(math.nan),
-)  # fmt: skip
+    torch.tensor(3),
+    torch.tensor(3.5),
+    7,
+    0,
+    -1,
+    math.nan,
+    "3",
+    None,
+    torch.tensor([1, 2]),
+    True,
+    torch.tensor(-2),
+    torch.tensor(3, dtype=torch.bfloat16),
+    torch.tensor(math.nan),
+)
 
 
 def alone() -> hf_usp.UspMesh:
@@ -59,9 +127,21 @@ def shaped(r: random.Random, rows: int, length: int, wrong: float = 0.1) -> tupl
     if r.random() > wrong:
         return rows, length
     return r.choice(
-        [(rows, length + 1), (rows + 1, length), (rows * length,), (rows, length, 1), (1, length), (rows, 1), (),
-         (0, length), (rows, 0), (rows, 1, length, length), (3, rows, length), (4, rows, length)]
-    )  # fmt: skip
+        [
+            (rows, length + 1),
+            (rows + 1, length),
+            (rows * length,),
+            (rows, length, 1),
+            (1, length),
+            (rows, 1),
+            (),
+            (0, length),
+            (rows, 0),
+            (rows, 1, length, length),
+            (3, rows, length),
+            (4, rows, length),
+        ]
+    )
 
 
 def padding(r: random.Random, rows: int, length: int) -> Any:
@@ -108,9 +188,10 @@ def batch(r: random.Random) -> dict[Any, Any]:
         "num_items_in_batch": (0.15, lambda: r.choice(COUNTS)),
         "token_type_ids": (0.1, lambda: tensor(r, shaped(r, rows, length))),
         r.choice(["pixel_values", "use_cache", "", "max_length_q"]): (
-            0.05, lambda: r.choice([torch.zeros(2, 2), 5, "x", None, torch.zeros(())])
+            0.05,
+            lambda: r.choice([torch.zeros(2, 2), 5, "x", None, torch.zeros(())]),
         ),
-    }  # fmt: skip
+    }
     for name, (often, make) in makers.items():
         if r.random() < often:
             x[name] = make()

@@ -21,10 +21,18 @@ from .driver import ENDINGS, Tally, try_all
 ROOT = Path(__file__).parents[2]
 # Name, number of inputs, the longest that they may take together in seconds, whether each runs in its own process.
 PLAN: dict[str, tuple[int, float, bool]] = {
-    "shard": (8000, 240, False), "attention": (6000, 240, False), "config": (7000, 60, False),
-    "mesh": (2500, 60, False), "packing": (4500, 60, False), "collator": (4000, 60, False), "rows": (600, 120, False),
-    "plan": (1000, 240, False), "explain": (1000, 240, False), "check": (100, 240, True), "finetune": (300, 600, True),
-}  # fmt: skip
+    "shard": (8000, 240, False),
+    "attention": (6000, 240, False),
+    "config": (7000, 60, False),
+    "mesh": (2500, 60, False),
+    "packing": (4500, 60, False),
+    "collator": (4000, 60, False),
+    "rows": (600, 120, False),
+    "plan": (1000, 240, False),
+    "explain": (1000, 240, False),
+    "check": (100, 240, True),
+    "finetune": (300, 600, True),
+}
 
 
 def fuzzers(folder: Path) -> dict[str, Callable[[random.Random], tuple]]:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hf_usp.integers.layout import Documents, Mask
 from hf_usp.kernels import KERNELS, Kernel, Softmax, choose_kernel, kernel_report
+from hf_usp.sharding.masks import Documents, Mask
 
-from ..cases import (
+from ..attention.virtual_ring import dense_mask, two_tiles, virtual_ring
+from ..kernels.cases import (
     HEADS,
     WINDOWS,
     Case,
@@ -29,7 +30,6 @@ from ..cases import (
     plain,
     segments,
 )
-from ..merge import dense_mask, two_tiles, virtual_ring
 
 pytestmark = pytest.mark.gpu
 Record = Callable[[str, object], None]

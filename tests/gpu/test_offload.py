@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_usp.models.offload import offload_checkpoints
+from hf_usp.memory.activation_offload import offload_checkpoints
 
 from ..tiny import largest_difference, tiny_model
 

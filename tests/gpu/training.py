@@ -15,7 +15,7 @@ import torch
 
 import hf_usp
 
-from ..cpu_accelerator import cpu_as_accelerator, cpu_deepspeed
+from ..integrations.cpu_accelerator import cpu_as_accelerator, cpu_deepspeed
 from ..tiny import HYBRID, rows, tiny_model
 
 MESHES = {"ring": 1, "ulysses": 2}  # ulysses degrees of two processes
@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
     "fp32": Case(on_cpu=False),  # the rest of the tests are this on CPU
     "bf16": Case(arguments={"bf16": True}, limit=None),
     "fp16 with a loss scale": Case(arguments={"fp16": True, "max_grad_norm": 0.5}, limit=None, on_cpu=False),
-    "offloaded checkpoints": Case(arguments=CHECKPOINTS, config={"offload_checkpoints": True, "loss_chunk": 16}),
+    "offloaded checkpoints": Case(arguments=CHECKPOINTS, config={"offload_checkpoints": True, "loss_chunk_size": 16}),
     "Liger's kernels": Case(
         ("llama", {}), {"use_liger_kernel": True, "bf16": True}, needs=("liger_kernel",), limit=None, on_cpu=False
     ),
@@ -143,11 +143,21 @@ def train(folder: str, device: str, name: str, ulysses: int | None, exact: bool 
         if device == "cpu" and "fsdp_config" in options:
             options["fsdp_config"]["cpu_offload"] = False  # it pins memory; `test_fsdp2.py` goes without
         args = TrainingArguments(
-            output_dir=folder, report_to=[], use_cpu=device == "cpu" and not sharded, disable_tqdm=True,
-            dataloader_pin_memory=False, parallelism_config=config, per_device_train_batch_size=2, max_steps=3,
-            save_strategy="no", logging_steps=1, learning_rate=0.05, gradient_accumulation_steps=2,
-            ddp_find_unused_parameters=False, **options,
-        )  # fmt: skip
+            output_dir=folder,
+            report_to=[],
+            use_cpu=device == "cpu" and not sharded,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            parallelism_config=config,
+            per_device_train_batch_size=2,
+            max_steps=3,
+            save_strategy="no",
+            logging_steps=1,
+            learning_rate=0.05,
+            gradient_accumulation_steps=2,
+            ddp_find_unused_parameters=False,
+            **options,
+        )
         # After the arguments: from_pretrained then partitions for ZeRO-3.
         model = model_of(case, device, "eager" if config is None else "usp", f"{folder}/base")
         before = trained(model)

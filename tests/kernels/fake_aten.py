@@ -19,9 +19,16 @@ BACKWARD = torch.ops.aten._flash_attention_backward.default
 # Keyword-only arguments of both operators in torch 2.11.
 KEYWORDS = {"scale", "window_size_left", "window_size_right"}
 TYPES: dict[str, type | tuple[type, ...]] = {
-    "Tensor": Tensor, "Optional[Tensor]": (Tensor, type(None)), "float": float, "Optional[float]": (float, type(None)),
-    "bool": bool, "int": int, "Optional[int]": (int, type(None)), "SymInt": int, "Optional[SymInt]": (int, type(None)),
-}  # fmt: skip
+    "Tensor": Tensor,
+    "Optional[Tensor]": (Tensor, type(None)),
+    "float": float,
+    "Optional[float]": (float, type(None)),
+    "bool": bool,
+    "int": int,
+    "Optional[int]": (int, type(None)),
+    "SymInt": int,
+    "Optional[SymInt]": (int, type(None)),
+}
 
 
 def kernel() -> CudaFlashKernel:
@@ -64,7 +71,7 @@ def bind(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, An
 
 def _call(given: dict[str, Any]) -> stand_in.Varlen:
     return stand_in.Varlen(
-        *(given[name] for name in ("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k")),
+        *(given[name] for name in ("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_seqlen_q", "max_seqlen_k")),
         scale=given["scale"],
         causal=given["is_causal"],
         left=given["window_size_left"],

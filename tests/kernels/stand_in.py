@@ -26,10 +26,10 @@ class Varlen:
     q: Tensor
     k: Tensor
     v: Tensor
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
     scale: float
     causal: bool
     left: int
@@ -45,30 +45,33 @@ class Varlen:
         assert width % 8 == 0 and width <= 256, "head size is a multiple of 8 and at most 256"
         assert self.q.shape[1] % self.k.shape[1] == 0, "heads of keys divide heads of queries"
         assert self.k.shape == self.v.shape and self.k.shape[2] == width, "one width, and one shape of k and v"
-        for cu, x, longest in ((self.cu_q, self.q, self.max_q), (self.cu_k, self.k, self.max_k)):
+        for cu, x, longest in (
+            (self.cu_seqlens_q, self.q, self.max_seqlen_q),
+            (self.cu_seqlens_k, self.k, self.max_seqlen_k),
+        ):
             assert cu.dtype == torch.int32 and cu.ndim == 1 and cu.is_contiguous() and cu.device == x.device
             edges = cu.tolist()
             assert edges[0] == 0 and edges[-1] == len(x), "rows outside every segment would stay unwritten"
             assert longest >= max(b - a for a, b in pairwise(edges)), "rows beyond the maximum are never computed"
-        assert len(self.cu_q) == len(self.cu_k)
-        assert all(isinstance(x, int) for x in (self.max_q, self.max_k, self.left, self.right))
+        assert len(self.cu_seqlens_q) == len(self.cu_seqlens_k)
+        assert all(isinstance(x, int) for x in (self.max_seqlen_q, self.max_seqlen_k, self.left, self.right))
 
     @property
     def window(self) -> tuple[int, int]:
         """The window as the device sees it, after the host's clamps; (-1, -1) means no mask."""
-        left, right = self.left, 0 if self.causal and self.max_q > 1 else self.right
-        left = -1 if left >= self.max_k else left
-        right = -1 if right >= self.max_k else right
+        left, right = self.left, 0 if self.causal and self.max_seqlen_q > 1 else self.right
+        left = -1 if left >= self.max_seqlen_k else left
+        right = -1 if right >= self.max_seqlen_k else right
         if left < 0 and right > 0:
-            left = self.max_k
+            left = self.max_seqlen_k
         if left >= 0 and right < 0:
-            right = self.max_k
+            right = self.max_seqlen_k
         return left, right
 
     def segments(self) -> Segments:
         left, right = self.window
-        edges_q, edges_k = tuple(self.cu_q.tolist()), tuple(self.cu_k.tolist())
-        return Segments(edges_q, edges_k, left, right, self.cu_q, self.cu_k)
+        edges_q, edges_k = tuple(self.cu_seqlens_q.tolist()), tuple(self.cu_seqlens_k.tolist())
+        return Segments(edges_q, edges_k, left, right, self.cu_seqlens_q, self.cu_seqlens_k)
 
     @property
     def softmax(self) -> Softmax:
@@ -84,7 +87,7 @@ def check_rows(name: str, x: Tensor, dtype: torch.dtype) -> None:
 
 def forward(call: Varlen) -> tuple[Tensor, Tensor]:
     call.check()
-    assert not (call.max_q == 1 and call.q.shape[1] > call.k.shape[1]), "the path made for decoding"
+    assert not (call.max_seqlen_q == 1 and call.q.shape[1] > call.k.shape[1]), "the path made for decoding"
     return EagerKernel().forward(call.q, call.k, call.v, call.segments(), call.softmax)
 
 

@@ -13,10 +13,12 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from hf_usp.integers.layout import Documents, Mask, cut_tiles, deal, visible
 from hf_usp.kernels import KERNELS, Segments
+from hf_usp.sharding.load_balance import fixed_assignment
+from hf_usp.sharding.masks import Documents, Mask, visible
+from hf_usp.sharding.tiles import cut_tiles
 
-from ..cases import Case, Data, allowed, assert_close, compute, draw, errors, oracle
+from .cases import Case, Data, allowed, assert_close, compute, draw, errors, oracle
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -59,7 +61,7 @@ def test_no_plan_makes_an_empty_segment() -> None:
     """Single-token documents, windows of one key, more ranks than tokens: tiles always have queries and keys."""
     for mask in (Mask(Documents.from_bounds([0, 1, 2, 9]), left=0), Mask(Documents.from_bounds([0, 5]))):
         for order in ("contiguous", "zigzag"):
-            shards = deal(mask.documents.num_tokens, 4, order)
+            shards = fixed_assignment(mask.documents.num_tokens, 4, order)
             for mine in shards:
                 for theirs in shards:
                     tiles = cut_tiles(*visible(mine, theirs, mask))

@@ -5,11 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_usp.integers.layout import Documents, Mask
 from hf_usp.kernels import KERNELS, Kernel
+from hf_usp.sharding.masks import Documents, Mask
 
-from ..cases import HEADS, WINDOWS, Case, Data, allowed, assert_close, assert_no_worse, compute, draw, oracle, plain
-from ..merge import dense_mask, two_tiles, virtual_ring
+from ..attention.virtual_ring import dense_mask, two_tiles, virtual_ring
+from .cases import (
+    HEADS,
+    WINDOWS,
+    Case,
+    Data,
+    allowed,
+    assert_close,
+    assert_no_worse,
+    compute,
+    draw,
+    oracle,
+    plain,
+)
 
 CPU_KERNELS = [KERNELS["eager"], KERNELS["cpu_flash"]]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6}

@@ -14,14 +14,26 @@ import torch
 from torch import Tensor
 
 from hf_usp.errors import UspKernelError
-from hf_usp.integers.layout import Documents, Mask
 from hf_usp.kernels import Kernel, Segments, Softmax, choose_kernel, varlen
 from hf_usp.kernels.cuda_flash import CudaFlashKernel
 from hf_usp.kernels.flash_attn import FlashAttnKernel
+from hf_usp.sharding.masks import Documents, Mask
 
-from ..cases import HEADS, WINDOWS, Case, Data, allowed, assert_no_worse, compute, draw, oracle, plain, segments
-from ..merge import dense_mask, two_tiles, virtual_ring
+from ..attention.virtual_ring import dense_mask, two_tiles, virtual_ring
 from . import fake_aten, fake_flash_attn
+from .cases import (
+    HEADS,
+    WINDOWS,
+    Case,
+    Data,
+    allowed,
+    assert_no_worse,
+    compute,
+    draw,
+    oracle,
+    plain,
+    segments,
+)
 
 Adapter = Callable[[], Kernel]
 
@@ -132,7 +144,7 @@ def test_torch_itself_accepts_the_call(dtype: torch.dtype) -> None:
 
 def _as_given(call: Segments) -> varlen.Bounds:
     """The arguments without the care that `bounds` takes."""
-    return varlen.Bounds(call.max_q, call.max_k, call.left < 0 and call.right == 0, call.left, call.right)
+    return varlen.Bounds(call.max_seqlen_q, call.max_seqlen_k, call.left < 0 and call.right == 0, call.left, call.right)
 
 
 def _window_off_by_one(call: Segments) -> varlen.Bounds:

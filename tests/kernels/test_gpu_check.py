@@ -15,8 +15,12 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
 def test_without_a_gpu_it_refuses_and_writes_nothing(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, str(SCRIPT), "--output", str(tmp_path / "results")],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert ended.returncode == 2
     assert "finds no CUDA device" in ended.stderr and "Traceback" not in ended.stderr
     assert not (tmp_path / "results").exists()
@@ -26,10 +30,14 @@ def test_every_check_fails_without_a_gpu() -> None:
     """The checks are found without the project's pytest settings, and none is skipped for want of a device."""
     code = "import gpu_check as g; r = g.run_checks(); print(json.dumps([r.checks, r.left_out]))"
     ended = subprocess.run(
-        [sys.executable, "-c", f"import json; {code}"], cwd=SCRIPT.parent.parent,
+        [sys.executable, "-c", f"import json; {code}"],
+        cwd=SCRIPT.parent.parent,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{SCRIPT.parent}:{SCRIPT.parent.parent}"},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     checks, left_out = json.loads(ended.stdout.splitlines()[-1])
     assert {"test_two_processes_equal_one[bf16]", "test_gradients_and_peak"} <= {check["check"] for check in checks}
     assert {check["outcome"] for check in checks} == {"failed"}

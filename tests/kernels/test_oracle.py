@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..cases import WINDOWS, allowed, draw
 from ..oracle import dense_attention, dense_lse
+from .cases import WINDOWS, allowed, draw
 
 
 def test_oracle_is_torchs_attention() -> None:

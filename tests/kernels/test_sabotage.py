@@ -11,13 +11,13 @@ from torch import Tensor
 from hf_usp.kernels import Segments, Softmax
 from hf_usp.kernels.eager import EagerKernel
 
-from ..cases import WINDOWS, Case, allowed, assert_close, assert_no_worse, compute, draw, oracle, plain
-from ..merge import two_tiles
+from ..attention.virtual_ring import two_tiles
+from .cases import WINDOWS, Case, allowed, assert_close, assert_no_worse, compute, draw, oracle, plain
 
 
 class WindowOffByOne(EagerKernel):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, softmax: Softmax) -> tuple[Tensor, Tensor]:
-        return super().forward(q, k, v, replace(segments, left=segments.left + 1), softmax)
+        return super().forward(q, k, v, replace(segments, window_size_left=segments.window_size_left + 1), softmax)
 
 
 class GradientOff(EagerKernel):
@@ -30,7 +30,7 @@ class TopLeft(EagerKernel):
     """Causal as `is_causal` of torch's operators aligns it: query a sees the keys up to a."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, softmax: Softmax) -> tuple[Tensor, Tensor]:
-        square = replace(segments, k_edges=segments.q_edges, cu_k=segments.cu_q)
+        square = replace(segments, k_offsets=segments.q_offsets, cu_seqlens_k=segments.cu_seqlens_q)
         return super().forward(q, k[: len(q)], v[: len(q)], square, softmax)
 
 

@@ -14,16 +14,23 @@ from pathlib import Path
 
 import pytest
 
-from hf_usp.versions import OLDEST
+from hf_usp.compat import OLDEST
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = Path(sys.prefix) / "oldest"
 # One of each kind: sinks, chunks, latent attention, a rope that sees the length, the gated delta rule, Mamba-2, both
 # directions; and what is refused by a module's output and by its mask.
 ROWS = (
-    "gpt_oss", "llama4_text", "deepseek_v3", "phi3/longrope", "qwen3_next", "mamba2", "bert/both directions",
-    "minimax", "deepseek_v32",
-)  # fmt: skip
+    "gpt_oss",
+    "llama4_text",
+    "deepseek_v3",
+    "phi3/longrope",
+    "qwen3_next",
+    "mamba2",
+    "bert/both directions",
+    "minimax",
+    "deepseek_v32",
+)
 
 
 def run(*tests: str) -> str:
@@ -50,5 +57,5 @@ def test_rows_of_the_table() -> None:
 
 @pytest.mark.timeout(300)
 def test_masks_keywords_and_token_counts() -> None:
-    counts = "tests/test_token_counts.py::test_tokens_not_averaged_over_devices[(4, 2)-1]"
+    counts = "tests/integrations/test_token_counts.py::test_tokens_not_averaged_over_devices[(4, 2)-1]"
     assert " passed" in run("tests/models/test_upstream.py", counts)

@@ -18,8 +18,9 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
 import hf_usp
-from hf_usp.integers.layout import Documents, Mask
-from hf_usp.models.modeling import HARMLESS, read_mask_function, usp_attention_forward
+from hf_usp.models.attention_interface import HARMLESS, usp_attention_forward
+from hf_usp.models.mask_interface import read_mask_function
+from hf_usp.sharding.masks import Documents, Mask
 
 LENGTH = 23
 LEFT_PADDING = torch.zeros(1, dtype=torch.int64)
@@ -35,14 +36,20 @@ TRANSLATED: dict[str, tuple[Any, ...]] = {
 PARTS = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay", "blockwise_overlay"}
 # Padding and documents: the layout has them, and our mask function is not asked for them.
 OF_THE_BATCH = {
-    "padding_mask_function", "packed_sequence_mask_function", "packed_sequence_compatibility_function",
+    "padding_mask_function",
+    "packed_sequence_mask_function",
+    "packed_sequence_compatibility_function",
     "add_offsets_to_mask_function",
-}  # fmt: skip
+}
 CREATORS = {
-    "create_causal_mask", "create_bidirectional_mask", "create_sliding_window_causal_mask",
-    "create_bidirectional_sliding_window_mask", "create_chunked_causal_mask", "create_recurrent_attention_mask",
+    "create_causal_mask",
+    "create_bidirectional_mask",
+    "create_sliding_window_causal_mask",
+    "create_bidirectional_sliding_window_mask",
+    "create_chunked_causal_mask",
+    "create_recurrent_attention_mask",
     "create_masks_for_generate",
-}  # fmt: skip
+}
 # Keywords at the calls of attention in modeling files: those that usp translates, those that it refuses by name, and
 # the names of tensors where they are passed by name.
 KEYWORDS = {"scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "query", "key", "value"}
@@ -73,9 +80,9 @@ def test_a_translated_mask_is_what_the_function_says(name: str) -> None:
     zero = torch.zeros((), dtype=torch.int64)
     dense = torch.stack([torch.stack([torch.as_tensor(function(zero, zero, q, k)) for k in places]) for q in places])
     documents = Documents.from_bounds(np.array([0, LENGTH]))
-    if kind.chunk:
-        documents = documents.chunked(kind.chunk, LENGTH if kind.by_row else 0)
-    low, high = Mask(documents, kind.left, kind.right).interval(np.arange(LENGTH))
+    if kind.chunk_size:
+        documents = documents.chunked(kind.chunk_size, LENGTH if kind.chunks_from_row_start else 0)
+    low, high = Mask(documents, kind.window_left, kind.window_right).interval(np.arange(LENGTH))
     ours = (places >= torch.from_numpy(low)[:, None]) & (places < torch.from_numpy(high)[:, None])
     assert torch.equal(dense.bool(), ours)
 
@@ -135,7 +142,7 @@ def test_a_new_keyword_would_be_noticed() -> None:
 
 @pytest.mark.parametrize("keyword", [*sorted(REFUSED), "brand_new"])
 def test_keywords_that_are_not_translated_are_refused(keyword: str) -> None:
-    layout: Any = type("Layout", (), {"by_hand": False})()
+    layout: Any = type("SequenceLayout", (), {"manual_loop": False})()
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(hf_usp.UspModelError, match=f"passes `{keyword}` to its attention"):
         usp_attention_forward(torch.nn.Identity(), x, x, x, None, usp=layout, **{keyword: torch.ones(2)})

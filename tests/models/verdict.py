@@ -99,7 +99,7 @@ def judge_here(subject: str, self_check: bool) -> Verdict:
 
 def _judge_here(subject: str, self_check: bool) -> Verdict:
     from hf_usp import UspError
-    from hf_usp.models.steady import Steady
+    from hf_usp.models.selfcheck.determinism import DeterministicSampling
 
     try:
         reference = tiny_model(subject, "eager").train()
@@ -112,7 +112,7 @@ def _judge_here(subject: str, self_check: bool) -> Verdict:
         return Verdict.everywhere(REFUSED, _found(refusal))
     except Exception as problem:
         return Verdict.everywhere(CRASH, _words(problem))
-    with Steady() as seen:
+    with DeterministicSampling() as seen:
         expected, problems = _references(reference)
         verdict, mesh = Verdict(drawn=tuple(sorted(seen.drawn))), CASES["plain"]
         for rank, (form, degrees) in enumerate(CASES.items()):
@@ -187,11 +187,11 @@ def _references(reference: Any) -> tuple[Step | None, list[str]]:
 
 def attach_to(model: Any, degrees: tuple[int, int], self_check: bool) -> Any:
     """What `Accelerator.prepare` does to a model, on a mesh of (ring, ulysses) degrees."""
-    from hf_usp.models.bodies import mask_kinds
-    from hf_usp.models.prepare import attach
-    from hf_usp.shard import ShardOptions
+    from hf_usp.batch.shard import ShardOptions
+    from hf_usp.models.backbone import mask_specs
+    from hf_usp.models.hooks import attach_hooks
 
-    return attach(model, mesh_of(*degrees), ShardOptions("auto", mask_kinds(model)), True, self_check)
+    return attach_hooks(model, mesh_of(*degrees), ShardOptions("auto", mask_specs(model)), True, self_check)
 
 
 def attach_again(model: Any, degrees: tuple[int, int], checked: Any) -> Any:

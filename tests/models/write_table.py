@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 
-from hf_usp.versions import OLDEST
+from hf_usp.compat import OLDEST
 
 from ..ranks import Ranks
 from . import versions_page

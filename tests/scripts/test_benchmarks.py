@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import hf_usp
-from hf_usp.batch import cut, make_layout
-from hf_usp.explain.numbers import Case, explain
-from hf_usp.integers.layout import Documents
-from hf_usp.mesh import UspMesh
+from hf_usp.batch.layout import make_layout
+from hf_usp.batch.shard import shard_tensor
+from hf_usp.distributed.mesh import UspMesh
+from hf_usp.sharding.masks import Documents
+from hf_usp.tools.explain.numbers import Case, explain
 
 from ..ranks import Ranks
 
@@ -37,7 +38,7 @@ def test_what_crosses_between_two_nodes_is_what_explain_says(two_nodes: ModuleTy
     traffic = it.traffic
     mesh = UspMesh(4 // ulysses, ulysses, 0, 0, tuple(range(4)), None, None, None, ring_per_node=max(1, 2 // ulysses))
     layout = make_layout(Documents.from_bounds([0, 2048]), 1, 2048, mesh)
-    orders = [[step.source for step in plan.steps] for plan in (two_nodes.mesh_plan(layout, 0), it.plans[0])]
+    orders = [[step.recv_rank for step in plan.steps] for plan in (two_nodes.mesh_plan(layout, 0), it.plans[0])]
     assert orders[0] == orders[1] == {1: [0, 2, 3, 1], 2: [0, 1], 4: [0]}[ulysses]
     between = (traffic.ring + traffic.ulysses)[:2, 2:]
     assert two_nodes.predicted_crossing(ulysses, 4 // ulysses, 2048) == between.sum() > 0
@@ -65,7 +66,7 @@ def waited(blocking: bool) -> tuple[int, int, int, int]:
     layout = make_layout(Documents.from_bounds([0, 512]), 1, 512, mesh)
     torch.manual_seed(0)
     full = [torch.randn(1, 512, heads, 16) for heads in (4, 2, 2)]
-    q, k, v = (cut(x, layout).contiguous().requires_grad_() for x in full)
+    q, k, v = (shard_tensor(x, layout).contiguous().requires_grad_() for x in full)
     issue = dist.batch_isend_irecv
 
     def issue_and_wait(operations: list) -> list:
@@ -119,10 +120,11 @@ def test_memory_is_flat_when_length_grows_with_ranks(four_ranks: Ranks, tmp_path
         {"way": "usp", "processes": processes, "ulysses": ulysses, "tokens": 512 * processes, **figures}
         | {"predicted": length.predicted(processes, ulysses, 512 * processes)}
         for processes, ulysses, found in (
-            (1, 1, [measured("usp", 1, 512)]), (4, 2, four_ranks.run(measured, "usp", 2, 2048)),
+            (1, 1, [measured("usp", 1, 512)]),
+            (4, 2, four_ranks.run(measured, "usp", 2, 2048)),
         )
         for figures in found
-    ]  # fmt: skip
+    ]
     lines.append({"way": "plain", "processes": 1, "ulysses": 1, "tokens": 2048} | measured("plain", 1, 2048))
     one, *mesh, plain = lines
     assert not length.too_large(lines, 1.10)

@@ -55,9 +55,9 @@ def test_refused_when_parsed(flags: str, message: str, monkeypatch: pytest.Monke
 def test_one_process_per_sequence_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert parse("").parallelism_config() is None
-    config = parse("--loss-chunk 512").parallelism_config()
+    config = parse("--loss-chunk-size 512").parallelism_config()
     assert config is not None
-    assert (config.cp_size, config.loss_chunk) == (1, 512)
+    assert (config.cp_size, config.loss_chunk_size) == (1, 512)
 
 
 def test_layers_are_split_inside_and_weights_sharded_over_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

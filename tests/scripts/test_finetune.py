@@ -30,7 +30,7 @@ TINY_GPT_OSS = TINY_LLAMA | {
 @pytest.mark.parametrize(
     ("rows", "algorithm", "model"),
     [
-        ("--sequence_length 101 --loss-chunk 16", "ulysses_cp_algo", TINY_GPT_OSS),
+        ("--sequence_length 101 --loss-chunk-size 16", "ulysses_cp_algo", TINY_GPT_OSS),
         ("", "megatron_cp_algo", TINY_LLAMA),
     ],
     ids=["packed", "whole"],
@@ -104,7 +104,7 @@ def test_wrong_flags_end_the_run_before_it_starts(
         ("--output_dir {}/broken.json", "--output_dir .*Remedy: name another folder with --output_dir"),
         ("--cache_dir {}/broken.json", "--cache_dir .*Remedy: name another folder with --cache_dir"),
         ("--tokenizer_name {}", "the tokenizer .*--tokenizer_name bytes"),
-        ("--loss-chunk 0", "loss_chunk=0"),
+        ("--loss-chunk-size 0", "loss_chunk_size=0"),
     ],
 )
 def test_what_is_not_there_ends_the_run_before_texts_are_packed(

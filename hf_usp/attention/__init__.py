@@ -1,0 +1,1 @@
+"""Attention over the mesh: ulysses all-to-alls around a ring."""

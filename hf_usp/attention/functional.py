@@ -1,0 +1,142 @@
+"""The functional core: exact attention over a sequence that is spread over a 2D mesh of ranks.
+
+Shape suffixes: B rows, L local tokens of a row, H query heads, G kv heads, D key width, E value width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch.layout import MaskSpec, SequenceLayout
+from ..batch.sharded_tensors import make_handle
+from ..errors import UspModelError
+from ..kernels import Softmax
+from ..sharding.masks import UNLIMITED
+from ..utils.autograd import forbid_double_backward
+from ..utils.validation import check_switches
+from .call import AttentionCall, Inputs, backward, begin, check_tensors, forward, needed_inputs
+from .custom_op import attend_custom_op, needs_custom_op
+from .ulysses import Heads, gather_heads_scatter_seq, gather_heads_scatter_seq_backward
+
+
+def usp_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Attention of local queries over the keys of all ranks of the layout's mesh. Differentiable.
+
+    Args:
+        q: local queries [B, L, H, D], as `hf_usp.shard` cut the tokens.
+        k, v: local keys [B, L, G, D] and values [B, L, G, E]; H is a multiple of G, E may differ from D.
+        layout: of this batch, the same on every rank (`hf_usp.shard(...)["usp"]`).
+        scaling: factor of q.k, by default D ** -0.5.
+        sliding_window: a query sees this many keys, itself included; with `causal=False`, that many on either side.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        sinks: one extra score per query head [H] that only joins the normaliser (gpt-oss).
+        causal: a query sees no later key.
+
+    Returns:
+        [B, L, H, E] in the dtype of q. Rows that see no key (padding) are zero.
+
+    Raises:
+        UspError subclasses, on every rank alike, for shapes and arguments that do not fit.
+
+    Source: USP, arXiv 2405.07719, section 3 (Ulysses and Ring composed on a 2D mesh).
+    """
+    check_tensors(q, k, v, sinks)
+    check_switches(causal=causal)
+    if not isinstance(layout, SequenceLayout):
+        raise UspModelError(
+            f"layout={layout!r:.100}",
+            rule="the layout says which tokens this rank holds",
+            remedy='pass hf_usp.shard(batch, mesh)["usp"]',
+        )
+    if sliding_window is not None and (isinstance(sliding_window, bool) or not isinstance(sliding_window, int)):
+        raise UspModelError(
+            f"sliding_window={sliding_window!r}",
+            rule="a window is a whole number of keys",
+            remedy="pass sliding_window=1 or more as an int, or None for no window",
+        )
+    if sliding_window is not None and sliding_window < 1:
+        raise UspModelError(
+            f"sliding_window={sliding_window}",
+            rule="a window holds at least the query itself",
+            remedy="pass sliding_window=1 or more, or None for no window",
+        )
+    left = UNLIMITED if sliding_window is None else sliding_window - 1
+    mask_spec = MaskSpec(left, 0) if causal else MaskSpec(left, left)
+    width = q.shape[-1] if q.ndim and q.shape[-1] else 1  # other shapes are refused further down
+    softmax = Softmax(width**-0.5 if scaling is None else scaling, softcap)
+    return attend((q, k, v, sinks), layout, mask_spec, softmax)
+
+
+def attend(
+    inputs: Inputs, layout: SequenceLayout, mask_spec: MaskSpec, softmax: Softmax, handle: Tensor | None = None
+) -> Tensor:
+    """The same for any kind of mask; see `usp_attention`.
+
+    Args:
+        inputs: q_BLHD, k_BLGD, v_BLGE, sinks_H or None.
+        ticket: of the layout (see `tickets`), which torch.compile needs; without it a graph ends here.
+
+    Returns:
+        out_BLHE.
+    """
+    if handle is not None and needs_custom_op():
+        return attend_custom_op(inputs, handle, layout.mesh, mask_spec, softmax)
+    return _attend_outside_of_graphs(inputs, layout, mask_spec, softmax)
+
+
+@torch.compiler.disable
+def _attend_outside_of_graphs(inputs: Inputs, layout: SequenceLayout, mask_spec: MaskSpec, softmax: Softmax) -> Tensor:
+    if needs_custom_op():
+        return attend_custom_op(inputs, make_handle(layout), layout.mesh, mask_spec, softmax)
+    call = begin(inputs, layout, mask_spec, softmax)
+    out_ThE = _Attention.apply(*inputs, call)
+    if layout.mesh.ulysses_group is None:
+        return gather_heads_scatter_seq(out_ThE, call.heads)
+    return _TokensToHeads.apply(out_ThE, call.heads)
+
+
+class _Attention(torch.autograd.Function):
+    """q_BLHD, k_BLGD, v_BLGE, sinks_H -> out_ThE."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall) -> Tensor:
+        inputs = (q, k, v, sinks)
+        kept = forward(inputs, call)
+        ctx.save_for_backward(*needed_inputs(inputs, kept), *kept)
+        ctx.call = call
+        return kept[1]
+
+    @staticmethod
+    @forbid_double_backward
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # Unless the graph is retained, the list is now all that holds them.
+        return *backward(grads[0], saved, ctx.call), None
+
+
+class _TokensToHeads(torch.autograd.Function):
+    """out_ThE -> out_BLHE, apart from attention so that the gradient that comes in is free while tiles are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, out_ThE: Tensor, heads: Heads) -> Tensor:
+        ctx.heads = heads
+        return gather_heads_scatter_seq(out_ThE, heads)
+
+    @staticmethod
+    @forbid_double_backward
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return gather_heads_scatter_seq_backward(grads[0], ctx.heads), None

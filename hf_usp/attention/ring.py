@@ -1,0 +1,234 @@
+"""Ring attention: one loop forward, its mirror image backward. The plan says what each step sends and computes.
+
+Shape suffixes: T own tokens of the ring shard (query rows), K key rows at hand, H query heads, G kv heads, D key width,
+E value width.
+
+Forward: the rows that readers need are on their way while this step's tiles are computed; every tile's output and
+log-sum-exp are merged in fp32. Backward: keys and values travel again, and each tile's dK, dV go straight home, in
+their own dtype, where the owner sums them in fp32. Tiles are given the FINAL output and log-sum-exp, so partial
+gradients simply add (Ring Attention, arXiv 2310.01889; the merge is FlashAttention's, arXiv 2205.14135). What parts
+are summed in, and what needs no sum, is decided in `merge.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..batch.device_schedule import DeviceSchedule, DeviceStep
+from ..distributed.comm import P2PHandle, start_p2p
+from ..distributed.mesh import UspMesh
+from ..kernels import Kernel, Softmax
+from ..utils.profiling import MERGE, TILES, annotate
+from .softmax_merge import GradientSum, OnlineSoftmax
+
+
+@dataclass(frozen=True, eq=False)
+class RingCall:
+    """Everything about one attention call that is not a tensor."""
+
+    work: DeviceSchedule
+    mesh: UspMesh
+    kernel: Kernel
+    softmax: Softmax
+    heads: list[tuple[slice, slice]]
+
+
+class Block(NamedTuple):
+    """Keys and values at hand, k_KGD and v_KGE. message: what they arrived in, of which they are views, or None."""
+
+    k: Tensor
+    v: Tensor
+    message: Tensor | None = None
+
+
+def ring_forward(
+    q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, sinks_H: Tensor | None, call: RingCall
+) -> tuple[Tensor, Tensor]:
+    """Attention of this rank's queries over the keys of all ring ranks: out_THE and its log-sum-exp lse_HT."""
+    if _needs_no_merge(sinks_H, call):
+        with annotate(TILES):
+            return call.kernel.forward(q_THD, k_TGD, v_TGE, call.work.stages[0].calls[0].segments, call.softmax)
+    merged = OnlineSoftmax(q_THD, v_TGE.shape[2], call.work, exact=sinks_H is not None)
+    for stage, block in _arrivals(k_TGD, v_TGE, call):
+        _tiles_forward(stage, q_THD, block(), merged, call)
+    out_THE, lse_HT = merged.result()
+    if sinks_H is not None:
+        # A sink is one more key with score `sinks` and value zero: it only joins the normaliser, once, at the end.
+        total_HT = torch.logaddexp(lse_HT, sinks_H.to(lse_HT.dtype)[:, None])
+        out_THE *= (lse_HT - total_HT).exp().T[..., None]
+        lse_HT = total_HT
+    return out_THE.to(q_THD.dtype), lse_HT
+
+
+def ring_backward(
+    dout_THE: Tensor,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGE: Tensor,
+    sinks_H: Tensor | None,
+    out_THE: Tensor,
+    lse_HT: Tensor,
+    call: RingCall,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, in the dtype they were summed in, and of the sinks, given the final output and lse."""
+    rows = (dout_THE, q_THD, out_THE, lse_HT)
+    if _needs_no_merge(sinks_H, call):
+        segments = call.work.stages[0].calls[0].segments
+        with annotate(TILES):
+            return (*call.kernel.backward(dout_THE, q_THD, k_TGD, v_TGE, *rows[2:], segments, call.softmax), None)
+    work = call.work
+    dq, dk, dv = GradientSum(q_THD, work.rows), GradientSum(k_TGD, work.keys), GradientSum(v_TGE, work.keys)
+    coming_home: Callable[[], None] | None = None
+    for stage, block in _arrivals(k_TGD, v_TGE, call):
+        if stage.recv_rank == call.mesh.ring_rank:
+            _tiles_backward(stage, rows, block(), (dq, dk, dv), call)
+            continue
+        packed = _partial_gradients(stage, rows, block(), dq, call)
+        if coming_home is not None:
+            coming_home()
+            coming_home = None  # and with it the memory of what came
+        coming_home = _send_home(stage, packed, dk, dv, call.mesh)
+        del packed
+    if coming_home is not None:
+        coming_home()
+    return dq.result(), dk.result(), dv.result(), _sink_gradient(dout_THE, out_THE, lse_HT, sinks_H)
+
+
+def _needs_no_merge(sinks_H: Tensor | None, call: RingCall) -> bool:
+    """One kernel call is the whole answer, bit for bit."""
+    return call.work.is_single_call and len(call.heads) == 1 and sinks_H is None
+
+
+def _tiles_forward(stage: DeviceStep, q_THD: Tensor, block: Block, merged: OnlineSoftmax, call: RingCall) -> None:
+    """Compute a stage's tiles and merge them."""
+    for part in stage.calls:
+        q_rows, k_rows, v_rows = q_THD[part.rows], block.k[part.keys], block.v[part.keys]
+        for h, g in call.heads:
+            with annotate(TILES):
+                out, lse = call.kernel.forward(q_rows[:, h], k_rows[:, g], v_rows[:, g], part.segments, call.softmax)
+            with annotate(MERGE):
+                merged.add(out, lse, part, h)
+            del out, lse  # before the next ones are made
+        del q_rows, k_rows, v_rows
+
+
+def _tiles_backward(
+    stage: DeviceStep,
+    rows: tuple[Tensor, ...],
+    block: Block,
+    sums: tuple[GradientSum, GradientSum, GradientSum],
+    call: RingCall,
+) -> None:
+    """Add the gradients of a stage's tiles to `sums` (of dq, dk, dv); `rows` = dout, q, out, lse."""
+    dout_THE, q_THD, out_THE, lse_HT = rows
+    for part in stage.calls:
+        at = part.rows
+        dout_rows, q_rows, out_rows, lse_rows = dout_THE[at], q_THD[at], out_THE[at], lse_HT[:, at]
+        k_rows, v_rows = block.k[part.keys], block.v[part.keys]
+        for h, g in call.heads:
+            with annotate(TILES):
+                dq, dk, dv = call.kernel.backward(
+                    dout_rows[:, h],
+                    q_rows[:, h],
+                    k_rows[:, g],
+                    v_rows[:, g],
+                    out_rows[:, h],
+                    lse_rows[h],
+                    part.segments,
+                    call.softmax,
+                )
+            with annotate(MERGE):
+                sums[0].add(dq, at, h, is_first_write=part.first_write_q)
+                sums[1].add(dk, part.keys, g, is_first_write=part.first_write_k, unique_keys=part.unique_keys)
+                sums[2].add(dv, part.keys, g, is_first_write=part.first_write_k, unique_keys=part.unique_keys)
+            del dq, dk, dv
+        del dout_rows, q_rows, out_rows, lse_rows, k_rows, v_rows
+
+
+def _partial_gradients(
+    stage: DeviceStep, rows: tuple[Tensor, ...], block: Block, dq: GradientSum, call: RingCall
+) -> Tensor:
+    """dK, dV of the keys that arrived, summed in the message that takes them home; dq is added to.
+
+    Where one kernel call has read all of the keys, their gradients take their place in the message that they came in.
+    """
+    assert block.message is not None
+    once = len(stage.calls) == len(call.heads) == 1
+    packed = block.message if once else torch.empty_like(block.message)
+    dk, dv = (GradientSum(x, stage.keys, into=x) for x in _unpack(packed, block.k, block.v))
+    _tiles_backward(stage, rows, block, (dq, dk, dv), call)
+    dk.result()
+    dv.result()
+    return packed
+
+
+def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Any:
+    """Yield each stage with a function that returns its keys and values, the next stage's transfer already started."""
+    stages = call.work.stages
+    ready: Callable[[], Block] = lambda: Block(k_TGD, v_TGE)  # noqa: E731
+    for i, stage in enumerate(stages):
+        now = ready
+        if i + 1 < len(stages):
+            ready = _start(stages[i + 1], k_TGD, v_TGE, call.mesh)
+        yield stage, now
+
+
+def _start(stage: DeviceStep, k_TGD: Tensor, v_TGE: Tensor, mesh: UspMesh) -> Callable[[], Block]:
+    """Send the key and value rows that the send_rank needs, packed side by side; receive those that this rank needs."""
+    packed = _pack(k_TGD[stage.send], v_TGE[stage.send])
+    arriving = packed.new_empty(stage.num_received, packed.shape[1])
+    pending = _exchange(mesh, (packed, stage.send_rank), (arriving, stage.recv_rank))
+    held = [arriving]  # emptied when taken, so that the block lives no longer than its tiles
+    del packed, arriving
+
+    def block() -> Block:
+        pending.wait()
+        message = held.pop()
+        return Block(*_unpack(message, k_TGD, v_TGE), message)
+
+    return block
+
+
+def _send_home(
+    stage: DeviceStep, packed: Tensor, dk: GradientSum, dv: GradientSum, mesh: UspMesh
+) -> Callable[[], None]:
+    """The mirror of `_start`: gradients of the received rows go to their owner; add those that come back."""
+    arriving = packed.new_empty(stage.num_sent, packed.shape[1])
+    pending = _exchange(mesh, (packed, stage.recv_rank), (arriving, stage.send_rank))
+
+    def add() -> None:
+        pending.wait()
+        if stage.num_sent:
+            for total, part in zip((dk, dv), _unpack(arriving, dk.like, dv.like), strict=True):
+                total.add(part, stage.send, slice(None), is_first_write=False)
+
+    return add
+
+
+def _exchange(mesh: UspMesh, send: tuple[Tensor, int], receive: tuple[Tensor, int]) -> P2PHandle:
+    assert mesh.ring_group is not None
+    ranks = mesh.ring_ranks
+    return start_p2p(mesh.ring_group, [(send[0], ranks[send[1]])], [(receive[0], ranks[receive[1]])])
+
+
+def _pack(k_KGD: Tensor, v_KGE: Tensor) -> Tensor:
+    return torch.cat([k_KGD.flatten(1), v_KGE.flatten(1)], dim=1)
+
+
+def _unpack(packed: Tensor, k_TGD: Tensor, v_TGE: Tensor) -> tuple[Tensor, Tensor]:
+    """Views on the keys and values in a packed message, with the widths of `k_TGD` and `v_TGE`."""
+    k, v = packed.split([k_TGD.shape[1:].numel(), v_TGE.shape[1:].numel()], dim=1)
+    return k.unflatten(1, k_TGD.shape[1:]), v.unflatten(1, v_TGE.shape[1:])
+
+
+def _sink_gradient(dout_THE: Tensor, out_THE: Tensor, lse_HT: Tensor, sinks_H: Tensor | None) -> Tensor | None:
+    """d loss / d sink = - sum over rows of (the sink's weight) x (dout . out)."""
+    if sinks_H is None:
+        return None
+    delta_HT = (dout_THE.to(lse_HT.dtype) * out_THE).sum(-1).T
+    return -((sinks_H.to(lse_HT.dtype)[:, None] - lse_HT).exp() * delta_HT).sum(-1).to(sinks_H.dtype)

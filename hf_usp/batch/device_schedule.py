@@ -1,0 +1,168 @@
+"""A plan made ready for one device: indices and segment edges as tensors, once per batch and mask.
+
+No layer plans, and none copies integers to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels import Segments
+from ..sharding.intervals import IntArray
+from ..sharding.schedule import RingSchedule
+from ..sharding.tiles import Tiles, group_by_window
+
+Index = slice | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class WriteCounts:
+    """How the parts of a sum over tiles lie on its rows.
+
+    max_parts: the largest number of parts that a row gets. rows_to_zero: rows
+    that must be initialised (output 0, lse -inf), because no tile writes them first.
+    """
+
+    max_parts: int
+    rows_to_zero: Index
+
+
+@dataclass(frozen=True, eq=False)
+class KernelCall:
+    """One kernel call: the query rows and key rows it gathers, and its segments.
+
+    first_write_q, first_write_k: whether no call before has reached any of these rows (of these keys, in its stage), so
+    that its results are written instead of added. unique_keys: whether no key is gathered twice.
+    """
+
+    rows: Index
+    keys: Index
+    first_write_q: bool
+    first_write_k: bool
+    unique_keys: bool
+    segments: Segments
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceStep:
+    """One step of the ring on this device; `recv_rank` and `send_rank` are ring ranks.
+
+    keys: of the sums over its tiles.
+    """
+
+    recv_rank: int
+    send_rank: int
+    send: Index
+    num_sent: int
+    num_received: int
+    calls: tuple[KernelCall, ...]
+    keys: WriteCounts
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceSchedule:
+    """All stages. `is_single_call`: one call over all rows and keys in order, whose result needs no merge.
+
+    rows: of the sums over tiles of a query. keys: of the sums over own tiles and over what readers send home.
+    """
+
+    num_rows: int
+    stages: tuple[DeviceStep, ...]
+    is_single_call: bool
+    rows: WriteCounts
+    keys: WriteCounts
+
+
+class _WriteTracker:
+    """Which rows have been reached, and by how many parts."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.parts = np.zeros(num_rows, dtype=np.int64)
+        self.rows_to_zero = np.ones(num_rows, dtype=bool)
+
+    def is_first_write(self, intervals: IntArray) -> bool:
+        """Count one more part on these rows; whether it is the first on all of them, and the only one."""
+        size = len(self.parts) + 1
+        changes = np.bincount(intervals[:, 0], minlength=size) - np.bincount(intervals[:, 1], minlength=size)
+        more = np.cumsum(changes)[:-1]
+        first = bool(more.max(initial=0) <= 1) and not self.parts[more > 0].any()
+        self.parts += more
+        if first:
+            self.rows_to_zero[more > 0] = False
+        return first
+
+    def summary(self, device: torch.device) -> WriteCounts:
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], self.rows_to_zero, [0])).astype(np.int8)))
+        return WriteCounts(int(self.parts.max(initial=0)), _index(edges.reshape(-1, 2), device))
+
+
+def make_device_schedule(plan: RingSchedule, device: torch.device) -> DeviceSchedule:
+    """Copy a plan's integers to `device`."""
+    rows, keys = _WriteTracker(plan.num_tokens), _WriteTracker(plan.num_tokens)
+    stages = []
+    for i, step in enumerate(plan.steps):
+        reached = _WriteTracker(step.num_received) if i else keys
+        calls = tuple(_call(tiles, rows, reached, device) for tiles in group_by_window(step.tiles))
+        send = _index(step.send_intervals, device)
+        of_keys = reached.summary(device)
+        stages.append(
+            DeviceStep(step.recv_rank, step.send_rank, send, step.num_sent, step.num_received, calls, of_keys)
+        )
+    for step in plan.steps:
+        keys.parts[expand_intervals(step.send_intervals)] += 1
+    every = [call for stage in stages for call in stage.calls]
+    whole = slice(0, plan.num_tokens)
+    alone = all(stage.num_sent == 0 and stage.num_received == 0 for stage in stages)
+    is_single_call = alone and len(every) == 1 and every[0].rows == whole and every[0].keys == whole
+    return DeviceSchedule(plan.num_tokens, tuple(stages), is_single_call, rows.summary(device), keys.summary(device))
+
+
+def _call(tiles: Tiles, rows: _WriteTracker, keys: _WriteTracker, device: torch.device) -> KernelCall:
+    q_offsets = np.concatenate(([0], np.cumsum(tiles.q1 - tiles.q0)))
+    k_offsets = np.concatenate(([0], np.cumsum(tiles.k1 - tiles.k0)))
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.from_numpy(edges.astype(np.int32)).to(device) for edges in (q_offsets, k_offsets)
+    )
+    of_rows, of_keys = np.stack([tiles.q0, tiles.q1], axis=1), np.stack([tiles.k0, tiles.k1], axis=1)
+    by_start = of_keys[np.argsort(of_keys[:, 0], kind="stable")]
+    return KernelCall(
+        rows=_index(of_rows, device),
+        keys=_index(of_keys, device),
+        first_write_q=rows.is_first_write(of_rows),
+        first_write_k=keys.is_first_write(of_keys),
+        unique_keys=bool((by_start[1:, 0] >= by_start[:-1, 1]).all()),
+        segments=Segments(
+            tuple(q_offsets.tolist()),
+            tuple(k_offsets.tolist()),
+            int(tiles.left[0]),
+            int(tiles.right[0]),
+            cu_seqlens_q,
+            cu_seqlens_k,
+        ),
+    )
+
+
+def _index(intervals: IntArray, device: torch.device) -> Index:
+    """Rows of these intervals, in their order: a slice where they are consecutive, else their numbers."""
+    if len(intervals) == 0:
+        return slice(0, 0)
+    if (intervals[1:, 0] == intervals[:-1, 1]).all():
+        return slice(int(intervals[0, 0]), int(intervals[-1, 1]))
+    return torch.from_numpy(expand_intervals(intervals)).to(device)
+
+
+def expand_intervals(intervals: IntArray) -> IntArray:
+    """The numbers inside the intervals [M, 2], in their order."""
+    lengths = intervals[:, 1] - intervals[:, 0]
+    ends = np.cumsum(lengths)
+    return np.arange(int(lengths.sum())) + np.repeat(intervals[:, 0] - ends + lengths, lengths)
+
+
+def head_runs(runs: Sequence[tuple[int, int, int, int]]) -> list[tuple[slice, slice]]:
+    """Query-head and kv-head slices of the uniform runs of a `HeadShare`."""
+    return [(slice(q0, q1), slice(k0, k1)) for q0, q1, k0, k1 in runs]

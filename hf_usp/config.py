@@ -1,0 +1,293 @@
+"""Accelerate's side: a parallelism config whose context-parallel axis is ours.
+
+Accelerate's own context parallelism starts wherever `cp_enabled` is true, and it wants FSDP2, sdpa and no sliding
+window. This config answers False there, but keeps `cp_size` and a mesh axis named "cp": the prepared dataloader then
+gives all ranks of that axis the same batch, the Trainer counts tokens and steps right, and nobody shards but us.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+from accelerate import Accelerator, ParallelismConfig
+
+from .distributed.agreement import verify_same_on_all_processes, versions
+from .distributed.comm import world_size
+from .distributed.mesh import DeviceMesh, kept_mesh
+from .errors import UspConfigError
+from .integrations.accelerate import AcceleratorPatch
+from .kernels import KERNELS
+from .planner.hardware import check_machine
+from .sharding.degrees import check_degrees
+from .sharding.load_balance import ALL_ORDERS
+from .utils.validation import check_positive_int, check_switches, size_from_environment
+
+AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+
+
+# What a config has beside the sizes of its axes, by the names of the constructor's parameters.
+OPTIONS = (
+    "ulysses_degree",
+    "sequence_order",
+    "gather_outputs",
+    "loss_chunk_size",
+    "mlp_chunk_size",
+    "offload_checkpoints",
+    "kernel",
+    "self_check",
+    "ranks_per_node",
+    "machine",
+    "sequence_length",
+)
+
+
+OF_A_NODE = ("ranks_per_node", "machine", "sequence_length")  # may differ: a degree is chosen from those of all ranks
+
+
+class UspParallelismConfig(ParallelismConfig):
+    """Parallelism of a run whose sequences are sharded by USP.
+
+    Pass it to `TrainingArguments(parallelism_config=...)` or `Accelerator(parallelism_config=...)`; models that are
+    prepared then take full batches and shard them themselves.
+
+    Args:
+        cp_size: ranks that share a sequence (default: the environment's PARALLELISM_CONFIG_CP_SIZE, or 1).
+        ulysses_degree: of these, how many exchange heads. The rest is the ring:
+            `ring_degree = cp_size // ulysses_degree`. None: chosen at `prepare`, as `hf-usp plan` ranks
+            degrees for this model on this machine, ulysses inside a node; on an unknown GPU by bytes moved.
+        dp_replicate_size, dp_shard_size, tp_size: as in `ParallelismConfig`. If neither data-parallel size is given
+            (nor set in the environment), the ranks left over are data parallel: dp_shard under FSDP, else dp_replicate.
+        sequence_order: "auto" (what suits the masks of the batch), "contiguous", "zigzag", or "balanced" (chunks dealt
+            so that ranks have equal work, also for packed documents of uneven length).
+        gather_outputs: whether logits and hidden states come back whole on every rank, or as this rank's share.
+        loss_chunk_size: with labels, compute the loss of this rank's tokens in chunks of so many, without ever holding
+            all their logits; `outputs.logits` is then None. The same loss and gradients; also for cp_size=1. Under
+            tensor parallelism each rank computes the logits of its entries of the vocabulary.
+        mlp_chunk_size: compute the MLPs of all layers in chunks of so many tokens, again in the backward; also for one
+            rank.
+        offload_checkpoints: keep the inputs of checkpointed layers (gradient checkpointing) in CPU memory.
+        kernel: name of the attention kernel to use; None: the best installed.
+        self_check: whether a prepared model first shows on a short random batch that sharding changes nothing.
+        ranks_per_node: the ulysses degree is chosen so that its groups lie inside a node; None: LOCAL_WORLD_SIZE.
+        machine: it is chosen for this preset of `hf-usp plan`, or file of `hf-usp check`; None: by the GPU's name.
+        sequence_length: and for rows of so many tokens; None: 8,192 for each rank that shares them.
+
+    Raises:
+        UspConfigError: sizes or options that fit neither each other nor the number of processes.
+    """
+
+    def __init__(
+        self,
+        cp_size: int | None = None,
+        ulysses_degree: int | None = None,
+        *,
+        dp_replicate_size: int | None = None,
+        dp_shard_size: int | None = None,
+        tp_size: int | None = None,
+        sequence_order: str = "auto",
+        gather_outputs: bool = False,
+        loss_chunk_size: int | None = None,
+        mlp_chunk_size: int | None = None,
+        offload_checkpoints: bool = False,
+        kernel: str | None = None,
+        self_check: bool = True,
+        ranks_per_node: int | None = None,
+        machine: str | None = None,
+        sequence_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss_chunk_size = _renamed(kwargs, "loss_chunk", "loss_chunk_size", loss_chunk_size)
+        mlp_chunk_size = _renamed(kwargs, "mlp_chunk", "mlp_chunk_size", mlp_chunk_size)
+        self.ulysses_degree = ulysses_degree
+        self.sequence_order = sequence_order
+        self.gather_outputs = gather_outputs
+        self.loss_chunk_size, self.mlp_chunk_size = loss_chunk_size, mlp_chunk_size
+        self.offload_checkpoints = offload_checkpoints
+        self.kernel = kernel
+        self.self_check = self_check
+        self.ranks_per_node, self.machine, self.sequence_length = ranks_per_node, machine, sequence_length
+        in_environment = any(f"PARALLELISM_CONFIG_{axis}_SIZE" in os.environ for axis in ("DP_REPLICATE", "DP_SHARD"))
+        self.fill_data_parallel = dp_replicate_size is None and dp_shard_size is None and not in_environment
+        given = {"dp_replicate": dp_replicate_size, "dp_shard": dp_shard_size, "cp": cp_size, "tp": tp_size}
+        given["sp"] = kwargs.pop("sp_size", None)
+        for axis, size in given.items():
+            if size is None:
+                size = size_from_environment(f"PARALLELISM_CONFIG_{axis.upper()}_SIZE", os.environ)
+            kwargs[f"{axis}_size"] = size
+        super().__init__(**kwargs)
+
+    def __post_init__(self) -> None:
+        cp_size: int = self.cp_size  # type: ignore[has-type]
+        check_positive_int(**{f"{axis}_size": getattr(self, f"{axis}_size") for axis in (*AXES, "sp")})
+        check_options(cp_size, self.ulysses_degree, self.sequence_order, self.kernel, KERNELS)
+        check_choice(self.ranks_per_node, self.machine, self.sequence_length)
+        check_chunks(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
+        check_switches(
+            gather_outputs=self.gather_outputs, offload_checkpoints=self.offload_checkpoints, self_check=self.self_check
+        )
+        # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
+        self.cp_size = 1
+        super().__post_init__()
+        self.cp_size = self._sizes["cp"] = cp_size
+        if self.sp_size > 1:
+            raise UspConfigError(
+                f"sp_size={self.sp_size}", rule="sequences are sharded once, along cp", remedy="leave sp_size at 1"
+            )
+
+    @property
+    def ring_degree(self) -> int | None:
+        """cp_size // ulysses_degree; None until the ulysses degree is chosen."""
+        return None if self.ulysses_degree is None else self.cp_size // self.ulysses_degree
+
+    @property
+    def cp_enabled(self) -> bool:
+        """False: keeps Accelerate's own context parallelism out. Ours is on when cp_size > 1."""
+        return False
+
+    @property
+    def active_mesh_dims(self) -> list[str]:
+        return super().active_mesh_dims + (["cp"] if self.cp_size > 1 else [])
+
+    @property
+    def dp_shard_cp_dim_names(self) -> list[str]:
+        return super().dp_shard_cp_dim_names + (["cp"] if self.cp_size > 1 else [])
+
+    @property
+    def dp_cp_dim_names(self) -> list[str]:
+        return super().dp_cp_dim_names + (["cp"] if self.cp_size > 1 else [])
+
+    def of_groups(self) -> UspParallelismConfig:
+        """This config as an accelerator tells of it, whose processes are groups of cp_size ranks."""
+        return _OfGroups(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The sizes and options as `TrainingArguments` writes them: arguments that make such a config again.
+
+        Data-parallel sizes that are still to be filled in are None.
+        """
+        sizes = {f"{axis}_size": size for axis, size in self._sizes.items()}
+        if self.fill_data_parallel:
+            sizes |= {"dp_replicate_size": None, "dp_shard_size": None}
+        return sizes | {name: getattr(self, name) for name in OPTIONS}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
+
+    def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
+        """The mesh over all processes, ranks left over filled in; None for a single one.
+
+        Every rank comes here once, before there is any group: raises `UspConfigError` on all of them where one has
+        other options or versions.
+        """
+        world = world_size()
+        options = {name: value for name, value in self.to_json().items() if name not in OF_A_NODE}
+        verify_same_on_all_processes(versions() | options)
+        self._adopt_model_sizes(world)
+        if self.fill_data_parallel and world % self.total_size == 0 and world > self.total_size:
+            sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+            self._set_size("dp_shard" if sharded else "dp_replicate", world // self.total_size)
+        self.fill_data_parallel = False
+        if self.total_size != world:
+            raise _wrong_world(self, world)
+        if world == 1:
+            return None
+        key = ("device mesh", device_type, *(self._sizes[axis] for axis in AXES))
+        build = super().build_device_mesh
+        return kept_mesh(key, lambda: build(device_type))
+
+    def _adopt_model_sizes(self, world: int) -> None:
+        """Take over what the Trainer reads off a model that was loaded with a `DistributedConfig` and sets on us.
+
+        Such a model's data-parallel axis (its `fsdp_size`) is dp_shard x cp here: it knows no axis of ours.
+        """
+        if self.tp_size > 1 and self.total_size == world * self.cp_size and self.dp_shard_size % self.cp_size == 0:
+            self._set_size("dp_shard", self.dp_shard_size // self.cp_size)
+        for axis in AXES:
+            self._sizes[axis] = getattr(self, f"{axis}_size")
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        """Called by Accelerate with the accelerator that was made with this config: here its `prepare` learns of us."""
+        if self.total_size != accelerator.num_processes:
+            raise _wrong_world(self, accelerator.num_processes)
+        if self.cp_size > 1 or self.loss_chunk_size or self.mlp_chunk_size or self.offload_checkpoints:
+            AcceleratorPatch(accelerator, self)
+
+
+class _OfGroups(UspParallelismConfig):
+    """A config with the attributes of another one, but a `cp_size` of 1."""
+
+    def __init__(self, config: UspParallelismConfig) -> None:
+        self.__dict__ = config.__dict__
+
+    @property
+    def cp_size(self) -> int:  # type: ignore[override]
+        """1: the Trainer divides by it what it gathers, and that counts a group once.
+
+        Only `Trainer.get_total_train_batch_size`, which the Trainer logs, divides the number of all processes by it
+        (`args.world_size`, which nobody can set). It is told the size.
+        """
+        asked = sys._getframe(2).f_code.co_name
+        return self.__dict__["cp_size"] if asked == "get_total_train_batch_size" else 1
+
+
+def _renamed(kwargs: dict[str, Any], old: str, new: str, value: int | None) -> int | None:
+    """The value of an option that may be given by its old name, for one release."""
+    if old not in kwargs:
+        return value
+    warnings.warn(f"UspParallelismConfig({old}=...) is now {new}=...", FutureWarning, stacklevel=3)
+    given = kwargs.pop(old)
+    return given if value is None else value
+
+
+def _wrong_world(config: UspParallelismConfig, world: int) -> UspConfigError:
+    sizes = {axis: config._sizes[axis] for axis in AXES}
+    product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    return UspConfigError(
+        f"{product} = {config.total_size} ranks, in {world} process(es)",
+        rule="the product of the sizes is the number of processes",
+        remedy=f"start {config.total_size} processes (accelerate launch --num_processes {config.total_size}), or "
+        "choose sizes whose product fits; leave both data-parallel sizes out to have them filled in",
+    )
+
+
+def check_options(
+    cp_size: int, ulysses_degree: int | None, sequence_order: str, kernel: str | None, kernels: Collection[str]
+) -> None:
+    """Raise `UspConfigError` for degrees that do not fit, and for orders and kernels that are not there."""
+    check_positive_int(cp_size=cp_size, ulysses_degree=ulysses_degree)
+    if ulysses_degree is not None:
+        check_degrees(cp_size, ulysses_degree)
+    if sequence_order not in ("auto", *ALL_ORDERS):
+        raise UspConfigError(
+            f"sequence_order={sequence_order!r}",
+            rule=f"it is one of auto, {', '.join(ALL_ORDERS)}",
+            remedy="use 'auto'",
+        )
+    if kernel is not None and kernel not in list(kernels):
+        raise UspConfigError(
+            f"kernel={kernel!r}",
+            rule=f"a kernel is one of {', '.join(kernels)}, or None",
+            remedy="leave it out to let hf_usp choose",
+        )
+
+
+def check_chunks(loss_chunk_size: int | None, mlp_chunk_size: int | None, gather_outputs: bool) -> None:
+    """Raise `UspConfigError` for chunks of no tokens, and for logits that are both left out and to be gathered."""
+    check_positive_int(loss_chunk_size=loss_chunk_size, mlp_chunk_size=mlp_chunk_size)
+    if loss_chunk_size is not None and gather_outputs:
+        raise UspConfigError(
+            f"loss_chunk_size={loss_chunk_size} with gather_outputs=True",
+            rule="a loss in chunks leaves no logits to be gathered",
+            remedy="choose one: loss_chunk_size for training, gather_outputs for predict and compute_metrics",
+        )
+
+
+def check_choice(ranks_per_node: int | None, machine: str | None, sequence_length: int | None) -> None:
+    """Raise `UspConfigError` for what no ulysses degree can be chosen from. Files are looked at when they are read."""
+    check_positive_int(ranks_per_node=ranks_per_node, sequence_length=sequence_length)
+    if machine is not None and not (isinstance(machine, str) and machine.endswith(".json")):
+        check_machine(machine)

@@ -1,0 +1,1 @@
+"""Process groups: the mesh, messages, failures of other ranks, losses over ranks."""

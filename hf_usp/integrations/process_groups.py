@@ -1,0 +1,99 @@
+"""Ranks that share a batch, counted as one process: the one place where Accelerate and the Trainer learn of it.
+
+The `state` of an accelerator of ours answers for a world whose processes are context-parallel groups: `num_processes`
+is their number, and `parallelism_config` tells of no context parallelism. `gather` and `reduce` follow (gathering.py),
+and so does the loss of a model that was given `num_items_in_batch` (loss.py). Whoever counts with an accelerator then
+counts as over data parallelism alone. Ranks of tensor parallelism count, as in Transformers, which divides by them.
+
+While it prepares models, loaders and optimizers, Accelerate sees the world as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import AcceleratorState
+from accelerate.utils import DummyScheduler
+from torch.distributed.fsdp import FullStateDictConfig
+
+
+class GroupState(AcceleratorState):
+    """An accelerator's state, with groups for processes; the same attributes otherwise."""
+
+    def __init__(self, state: AcceleratorState) -> None:
+        self.__dict__ = state.__dict__
+
+    @property
+    def num_processes(self) -> int:
+        return self.__dict__["num_processes"] // self.__dict__["parallelism_config"].cp_size
+
+    @property
+    def parallelism_config(self) -> Any:
+        return self.__dict__["parallelism_config"].of_groups()
+
+
+@contextmanager
+def all_processes(accelerator: Accelerator) -> Iterator[None]:
+    """While this lasts, the accelerator tells of all processes."""
+    told = accelerator.state
+    accelerator.state = AcceleratorState()
+    try:
+        yield
+    finally:
+        accelerator.state = told
+
+
+def step_for_groups(accelerator: Accelerator) -> None:
+    """Let the prepared schedulers take a step for each group, where Accelerate's take one for each process."""
+    for scheduler in accelerator._schedulers:
+        if type(scheduler) is AcceleratedScheduler:
+            scheduler.step = partial(_step, scheduler, accelerator)
+
+
+def _step(prepared: AcceleratedScheduler, accelerator: Accelerator, *args: Any, **kwargs: Any) -> None:
+    stock = AcceleratedScheduler.step
+    if prepared.split_batches or not prepared.step_with_optimizer or not prepared.gradient_state.sync_gradients:
+        stock(prepared, *args, **kwargs)
+        return
+    prepared.split_batches = True  # a call is one step then
+    try:
+        for _ in range(accelerator.num_processes):
+            # As in Accelerate: OneCycleLR refuses steps after its last.
+            if not hasattr(prepared.scheduler, "total_steps") or (
+                prepared.scheduler._step_count <= prepared.scheduler.total_steps
+            ):
+                stock(prepared, *args, **kwargs)
+    finally:
+        prepared.split_batches = False
+
+
+def count_for_groups(scheduler: Any, model_parallel_size: int) -> Any:
+    """A scheduler to be prepared. DeepSpeed's own divides its number of steps by the number of all processes."""
+    if not isinstance(scheduler, DummyScheduler) or scheduler.total_num_steps is None:
+        return scheduler
+    scheduler = copy.copy(scheduler)
+    scheduler.total_num_steps *= model_parallel_size
+    return scheduler
+
+
+class FirstRankOnly(FullStateDictConfig):
+    """A full state dict, on the first rank and in CPU memory.
+
+    Accelerate would have it on all ranks where the accelerator has one process, and then not load it under FSDP2.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, name in ("offload_to_cpu", "rank0_only") or value)
+
+
+def keep_full_states_on_first_rank(accelerator: Accelerator) -> None:
+    """Before an accelerator under FSDP tells of groups."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and isinstance(plugin.state_dict_config, FullStateDictConfig):
+        plugin.state_dict_config = FirstRankOnly()

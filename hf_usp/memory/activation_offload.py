@@ -1,0 +1,169 @@
+"""Activation checkpoints in CPU memory: what a checkpointed layer is recomputed from does not stay on the device.
+
+With activation checkpointing a layer keeps its input alone, yet at 131,072 local tokens of width 4,096 that is 1 GiB a
+layer in bf16. Here exactly these inputs go to pinned CPU memory while the next layers compute, on a stream of their
+own, and come back in the backward, each fetched one layer before it is needed. Nothing else is moved: not what a policy
+such as `hf_usp.save_attention_outputs` keeps, nor what is saved outside checkpointed layers.
+
+It wraps whatever checkpointing function the layers have when a forward begins, of either kind, so it does not matter
+who enabled it, and when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from ..errors import UspModelError
+from ..models.pickling import NotSaved
+
+# The newer of the two names that Transformers has for it. Releases that have both warn about the older one.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(PreTrainedModel, f"{CHECKPOINTING}_enable"):
+    CHECKPOINTING = "gradient_checkpointing"
+
+
+@dataclass(eq=False)
+class OffloadedTensor:
+    """A tensor that waits in CPU memory. before: the one that was parked before it, needed next after it."""
+
+    host: Tensor
+    device: torch.device
+    before: OffloadedTensor | None
+    fetched: Tensor | None = None
+
+
+class ActivationOffloader:
+    """Moves tensors to CPU memory and back, beside the computation. Tensors that are there already stay as they are."""
+
+    def __init__(self) -> None:
+        self.last: OffloadedTensor | None = None
+        self.streams: dict[torch.device, Any] = {}
+
+    def park(self, tensor: Tensor) -> Tensor | OffloadedTensor:
+        """Start copying to pinned memory; the device's memory is free once the copy is done."""
+        if not self.is_far(tensor):
+            return tensor
+        streams, stream = self._streams(tensor.device)
+        stream.wait_stream(streams.current_stream(tensor.device))  # what computes the tensor
+        host = self.buffer(tensor)
+        with streams.stream(stream):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)
+        self.last = OffloadedTensor(host, tensor.device, self.last)
+        return self.last
+
+    def fetch(self, parked: Tensor | OffloadedTensor) -> Tensor:
+        """The tensor on its device, and the one before it on its way there."""
+        if isinstance(parked, Tensor):
+            return parked
+        streams, stream = self._streams(parked.device)
+        tensor = self._bring(parked)
+        current = streams.current_stream(parked.device)
+        current.wait_stream(stream)
+        tensor.record_stream(current)
+        if parked.before is not None and parked.before.fetched is None:
+            self._bring(parked.before)
+        parked.before, parked.fetched = None, None
+        return tensor
+
+    def _bring(self, parked: OffloadedTensor) -> Tensor:
+        """On the same stream as the copy out, so after it."""
+        if parked.fetched is None:
+            streams, stream = self._streams(parked.device)
+            with streams.stream(stream):
+                parked.fetched = self.copy_back(parked)
+        return parked.fetched
+
+    def _streams(self, device: torch.device) -> tuple[Any, Any]:
+        """The module that has the device's streams (torch.cuda), and ours."""
+        module = self.module(device)
+        if device not in self.streams:
+            self.streams[device] = module.Stream(device)
+        return module, self.streams[device]
+
+    # What a test without such a device puts in the place of one.
+
+    def is_far(self, tensor: Tensor) -> bool:
+        """Whether a tensor is outside CPU memory."""
+        return tensor.device.type != "cpu"
+
+    def module(self, device: torch.device) -> Any:
+        """`torch.cuda` and the like."""
+        return torch.get_device_module(device)
+
+    def buffer(self, tensor: Tensor) -> Tensor:
+        """Pinned memory for a copy."""
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+    def copy_back(self, parked: OffloadedTensor) -> Tensor:
+        """A copy on the device, on its way."""
+        return parked.host.to(parked.device, non_blocking=True)
+
+
+class Offloaded:
+    """A checkpointing function whose saved inputs are parked; what the layer saves inside is its own affair."""
+
+    def __init__(self, function: Callable[..., Any], garage: ActivationOffloader) -> None:
+        self.function, self.garage = function, garage
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock function; its own hooks are the inner ones."""
+        with saved_tensors_hooks(self.garage.park, self.garage.fetch):
+            return self.function(*args, **kwargs)
+
+
+class OffloadedCheckpoints(NotSaved):
+    """The hook of one model."""
+
+    def __init__(self, model: PreTrainedModel, garage: ActivationOffloader) -> None:
+        self.garage = garage
+        self.handle = model.register_forward_pre_hook(self.begin)
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before a forward in training: wrap the checkpointing function of every layer that has one."""
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        self.garage.last = None
+        layers: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        if not layers:
+            raise UspModelError(
+                f"offload_checkpoints with {type(model).__name__}, none of whose layers is checkpointed",
+                rule="what is offloaded are the inputs of checkpointed layers, by Transformers' own checkpointing",
+                remedy=f"TrainingArguments({CHECKPOINTING}=True), or model.{CHECKPOINTING}_enable()",
+            )
+        new = {layer._gradient_checkpointing_func for layer in layers}
+        new = {function for function in new if not isinstance(function, Offloaded)}
+        if not all(_saves_to_outer_hooks(function) for function in new):
+            raise UspModelError(
+                f"offload_checkpoints with {type(model).__name__}, whose checkpointing moves inputs itself",
+                rule="one of the two moves them: hooks nearer to a layer come first, and ours would move nothing",
+                remedy=f"leave offload=True out of {CHECKPOINTING}_kwargs, or offload_checkpoints (which copies "
+                "while layers compute)",
+            )
+        for layer in layers:
+            if layer._gradient_checkpointing_func in new:
+                layer._gradient_checkpointing_func = Offloaded(layer._gradient_checkpointing_func, self.garage)
+
+
+def _saves_to_outer_hooks(function: Callable[..., Any]) -> bool:
+    """Whether hooks around a checkpointing function get what it saves; `offload=True` of Transformers has its own."""
+    saved: list[Tensor] = []
+    with torch.enable_grad(), saved_tensors_hooks(saved.append, lambda _: saved[0]):
+        function(torch.neg, torch.zeros(1, requires_grad=True))
+    return bool(saved)
+
+
+def offload_checkpoints(model: PreTrainedModel, garage: ActivationOffloader | None = None) -> OffloadedCheckpoints:
+    """Keep the inputs of a model's checkpointed layers in CPU memory until the backward. Again changes nothing."""
+    for hook in model._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, OffloadedCheckpoints):
+            return owner
+    return OffloadedCheckpoints(model, garage or ActivationOffloader())

@@ -1,0 +1,214 @@
+"""The MLP of every layer in chunks of tokens: what it computes between its matrices never exists for all tokens.
+
+An MLP looks at one token at a time, and between its matrices a token is several times as wide as outside: gate, up,
+activation and product of a Llama are about 4 x 3.5 hidden states. Here the MLP runs chunk by chunk. Its input is all
+that is kept, and the backward computes each chunk again before it goes back through it (as ALST's TiledMLP does).
+
+The module itself runs, by its own code, on each chunk; its weights are inputs of the one autograd function around it,
+so their gradients appear once and whole: DDP, FSDP2 and accumulation see an ordinary layer. They are summed over chunks
+in fp32 (or fp64), so bf16 loses nothing by chunks.
+
+Found by structure: a child of a decoder layer that takes one argument and holds at least two matrices. That it works
+token by token is tried out, not believed.
+
+Shape suffixes: T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UspModelError
+from ..kernels import accumulation_dtype
+from ..utils.autograd import forbid_double_backward
+from ..utils.dtypes import autocast_dtype
+
+Forward = Callable[[nn.Module, Tensor], Tensor]
+TRIED = 8  # tokens of the trial
+
+
+class TiledMLP:
+    """`forward` of one MLP, in chunks of `chunk` tokens; bound to the module like any method."""
+
+    __name__ = "forward"
+
+    def __init__(self, stock: Forward, chunk: int) -> None:
+        self.stock, self.chunk, self.tried = stock, chunk, False
+
+    @torch.compiler.disable
+    def __call__(self, mlp: nn.Module, hidden: Tensor) -> Tensor:
+        """The MLP's output for hidden states of any leading shape. A graph of torch.compile ends here."""
+        if not self.tried:
+            self.try_out(mlp, hidden.detach().flatten(0, -2)[None, :TRIED])
+        tokens = hidden.shape[:-1].numel()
+        if tokens <= self.chunk:
+            return self.stock(mlp, hidden)
+        weights = [p for p in mlp.parameters() if p.requires_grad]
+        _check_gathered(mlp, weights)
+        out_TD = _InChunks.apply(hidden.reshape(1, tokens, -1), mlp, self, *weights)
+        return out_TD.view(*hidden.shape[:-1], -1)
+
+    def try_out(self, mlp: nn.Module, few_TD: Tensor) -> None:
+        """Raise `UspModelError` unless a few tokens give the same together and in two parts."""
+        self.tried = True
+        cut = few_TD.shape[1] // 3
+        with torch.no_grad():
+            together, parts = self.stock(mlp, few_TD), [self.stock(mlp, x) for x in few_TD.tensor_split([cut], dim=1)]
+        if not all(isinstance(x, Tensor) for x in (together, *parts)):
+            raise _refuse(mlp, "returns more than hidden states", "experts may do so; leave out mlp_chunk_size")
+        tolerance = 8 * torch.finfo(together.dtype).eps ** (0.5 if together.dtype == torch.float64 else 0.75)
+        difference = (together - torch.cat(parts, dim=1)).abs().max()
+        if not difference <= tolerance * together.abs().max():
+            raise _refuse(
+                mlp,
+                "gives other values for some tokens when the others are left out",
+                "leave out mlp_chunk_size; with dropout inside an MLP, set it to 0",
+            )
+
+
+def tile_mlps(model: PreTrainedModel, chunk: int) -> list[nn.Module]:
+    """Make the MLPs of a model's layers compute in chunks of so many tokens; returns them. Again changes nothing.
+
+    Raises:
+        UspModelError: a model without MLPs of their own in its layers, with experts or convolutions in them, with
+            dropout, or whose MLPs are not token by token.
+    """
+    mlps = find_mlps(model)
+    for mlp in mlps:
+        if chunked(mlp):
+            continue
+        forward: Any = mlp.forward
+        if getattr(forward, "__self__", None) is not mlp:
+            raise _refuse(
+                mlp, "has a forward that somebody has replaced", "leave out mlp_chunk_size, or what replaced it"
+            )
+        ours = TiledMLP(forward.__func__, chunk)
+        if all(_is_whole(p) for p in mlp.parameters()):
+            width = model.config.get_text_config().hidden_size
+            first = next(mlp.parameters())
+            few_TD = torch.linspace(-1, 1, TRIED * width, device=first.device, dtype=first.dtype).view(1, TRIED, width)
+            ours.try_out(mlp, few_TD.sin())
+        mlp.forward = MethodType(ours, mlp)
+    return mlps
+
+
+def _is_whole(weight: nn.Parameter) -> bool:
+    """Whether a weight can be computed with: here, and no part of one that FSDP2 has sharded."""
+    return weight.is_floating_point() and weight.device.type != "meta" and not hasattr(weight, "placements")
+
+
+def untile_mlps(model: nn.Module) -> None:
+    """The MLPs are as they were before."""
+    for module in model.modules():
+        if chunked(module):
+            stock = module.__dict__.pop("forward").__func__.stock
+            if type(module).forward is not stock:
+                module.forward = MethodType(stock, module)
+
+
+def chunked(module: nn.Module) -> bool:
+    """Whether a module computes in chunks."""
+    return isinstance(getattr(module.__dict__.get("forward"), "__func__", None), TiledMLP)
+
+
+def find_mlps(model: PreTrainedModel) -> list[nn.Module]:
+    """The MLPs of all layers, found by their structure. Raises `UspModelError` where there are none, or others too."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # which loads every auto class
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    mlps = [child for layer in layers for child in layer.children() if _is_mlp(child)]
+    if not mlps:
+        raise UspModelError(
+            f"mlp_chunk_size with {type(model).__name__}, whose layers have no MLP as a module of its own",
+            rule="an MLP is a child of a decoder layer, takes hidden states alone and has at least two matrices",
+            remedy="leave out mlp_chunk_size",
+        )
+    for mlp in mlps:
+        if any(p.ndim > 2 for p in mlp.parameters()) or any(isinstance(m, nn.ModuleList) for m in mlp.modules()):
+            raise _refuse(mlp, "holds experts or convolutions", "leave out mlp_chunk_size for this model")
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in mlp.modules()):
+            raise _refuse(mlp, "drops out values", "set this dropout to 0 in the model's config")
+    return mlps
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    takes = inspect.signature(module.forward).parameters.values()
+    alone = len(takes) == 1 and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in takes)
+    return (alone or chunked(module)) and sum(p.ndim >= 2 for p in module.parameters()) >= 2
+
+
+def _refuse(mlp: nn.Module, what: str, remedy: str) -> UspModelError:
+    rule = "an MLP in chunks is a function of one token at a time, the same at every call"
+    return UspModelError(f"mlp_chunk_size with {type(mlp).__name__}, which {what}", rule=rule, remedy=remedy)
+
+
+def _check_gathered(mlp: nn.Module, weights: list[nn.Parameter]) -> None:
+    """Refuse weights that are gathered and freed inside the MLP: around all chunks they must stay."""
+    inner = any(hasattr(m, "set_reshard_after_forward") for m in mlp.modules() if m is not mlp)
+    if inner or any(hasattr(p, "ds_id") for p in weights):
+        raise _refuse(
+            mlp,
+            "has weights that are gathered inside it (ZeRO-3, or FSDP2 around single matrices)",
+            "wrap whole decoder layers with FSDP2, or use ZeRO-2",
+        )
+    if any(p._backward_hooks for p in weights):
+        raise _refuse(mlp, "has weights with gradient hooks", "remove them: they would run for every chunk")
+
+
+class _InChunks(torch.autograd.Function):
+    """Forward without a graph, chunk by chunk; backward with the graph of one chunk at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, mlp: nn.Module, run: TiledMLP, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_TD, *weights)
+        ctx.mlp, ctx.run, ctx.autocast = mlp, run, _autocast(hidden_TD)
+        first_TD = run.stock(mlp, hidden_TD[:, : run.chunk])
+        out_TD = first_TD.new_empty(1, hidden_TD.shape[1], first_TD.shape[-1])
+        out_TD[:, : run.chunk] = first_TD
+        del first_TD
+        for start in range(run.chunk, hidden_TD.shape[1], run.chunk):
+            out_TD[:, start : start + run.chunk] = run.stock(mlp, hidden_TD[:, start : start + run.chunk])
+        return out_TD
+
+    @staticmethod
+    @forbid_double_backward
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD = ctx.saved_tensors[0]
+        mlp, run, wants = ctx.mlp, ctx.run, ctx.needs_input_grad[0]
+        weights = [p for p in mlp.parameters() if p.requires_grad]
+        totals: list[Tensor | None] = [None] * len(weights)
+        d_hidden_TD = torch.empty_like(hidden_TD) if wants else None
+        for start in range(0, hidden_TD.shape[1], run.chunk):
+            chunk = slice(start, start + run.chunk)
+            with torch.enable_grad(), ctx.autocast():
+                part_TD = hidden_TD[:, chunk].detach().requires_grad_(wants)
+                out_TD = run.stock(mlp, part_TD)
+            inputs = [*([part_TD] if wants else []), *weights]
+            found = list(torch.autograd.grad(out_TD, inputs, grads[0][:, chunk], allow_unused=True))
+            del out_TD
+            if d_hidden_TD is not None:
+                d_hidden_TD[:, chunk] = found.pop(0)
+            totals = [_add(total, part) for total, part in zip(totals, found, strict=True)]
+            del found  # before those of the next chunk are made
+        back = [None if total is None else total.to(p.dtype) for total, p in zip(totals, weights, strict=True)]
+        return d_hidden_TD, None, None, *back
+
+
+def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if part is None:
+        return total
+    return part.to(accumulation_dtype(part.dtype)) if total is None else total.add_(part)
+
+
+def _autocast(tensor: Tensor) -> Callable[[], AbstractContextManager[Any]]:
+    """The autocast of the forward, for the backward."""
+    kind, dtype = tensor.device.type, autocast_dtype(tensor)
+    return nullcontext if dtype is None else lambda: torch.autocast(kind, dtype)

@@ -1,0 +1,271 @@
+"""What makes a model take full batches: two hooks that cut before its forward and put together after it.
+
+The hooks sit on the outermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. Everything about one forward
+travels in its `SequenceLayout`; between calls they keep only what the self-check found and the shapes of the last
+outputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from ..batch.shard import ShardOptions, get_tokens, shard_tensor
+from ..distributed.failures import refuse_after_failure, report_failure
+from ..distributed.loss import reduce_loss
+from ..distributed.mesh import UspMesh
+from ..errors import UspError, UspModelError
+from .attention_interface import NAME
+from .backbone import (
+    PER_TOKEN_OUTPUTS,
+    BackboneHooks,
+    find_backbone,
+    find_layout,
+    gather_outputs,
+    recompute_pooler,
+    shard_for_backbone,
+)
+from .consistency import check_weights
+from .direct_calls import DirectForwardCalls
+from .moe_aux_loss import MoeAuxLoss, wants_router_logits
+from .pickling import NotSaved
+from .positions import length_dependent_ropes, own_positions, visible_positions
+from .recurrent_layers import RecurrentLayers
+from .selfcheck.check import self_check
+from .selfcheck.training import refuse_scaled_noise, training_check
+from .tensor_parallel import PartialGradients
+from .trl_fused_head import FUSED, unshard_fields, validate_trl_trainer
+from .unsharded import PreparedLayers, check_outside_loss, guard_share, is_generation
+from .validation import validate_call, validate_model
+
+
+class ContextParallelHooks(NotSaved):
+    """The two hooks of one prepared model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mesh: UspMesh,
+        options: ShardOptions,
+        gather_outputs: bool,
+        check: bool,
+        around: nn.Module,
+    ) -> None:
+        self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
+        self.unchecked = self.unchecked_training = check
+        self.uncompared = mesh.group is not None  # the weights, with those of the other ranks
+        self.inexact: frozenset[str] = frozenset()  # what the self-check found besides
+        self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
+        self.failed: BaseException | None = None  # what ended a forward or backward on this rank
+        self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
+        body = find_backbone(model)
+        self.inside, self.needs_full_hidden_states = body.module is not model, body.needs_full_hidden_states
+        self._handles = (
+            model.register_forward_pre_hook(self.pre_forward, with_kwargs=True),
+            model.register_forward_hook(self.post_forward, with_kwargs=True),
+            model.register_forward_hook(self.on_error, with_kwargs=True, always_call=True),
+            *(BackboneHooks(body, mesh).handles if self.inside else ()),
+        )
+        self.router = MoeAuxLoss(model)  # its hook runs after ours, where both are on one model
+        self.layers = PreparedLayers([*body.module.modules(), *_beside(model, around)])
+        self.entry = DirectForwardCalls(model)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.recurrent.release()
+        self.partial.release()
+        self.router.remove()
+        self.layers.release()
+        self.entry.remove()
+
+    @torch.compiler.disable
+    def pre_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the forward: the full batch becomes this rank's share."""
+        batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if "usp" in batch or is_generation(model, batch):
+            return args, kwargs
+        if self.failed is not None:
+            raise refuse_after_failure(self.failed)
+        try:
+            with self.entry.closed():
+                return (), self._shard(model, batch)
+        except Exception as problem:
+            report_failure(problem)  # others may wait for this rank
+            if not isinstance(problem, UspError):
+                self.failed = problem
+            raise
+
+    def _shard(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's share of a full batch, after the self-check of the first one."""
+        # Not that of the parameters: FSDP2 may keep them on another device than the one it computes on.
+        tokens = get_tokens(batch)
+        device = tokens.device if isinstance(tokens, Tensor) else next(model.parameters()).device
+        if self.uncompared:  # not before: wrappers give all ranks the weights of the first
+            check_weights(model, self.mesh, device)
+            self.uncompared = False
+        if self.unchecked:
+            # Every rank comes here with its first batch, whatever that batch is.
+            self.inexact = self_check(model, self.mesh, self.options, device)
+            self.unchecked = False
+            if "visible" in self.inexact:
+                self.options = replace(self.options, positions=visible_positions)
+        if self.unchecked_training and model.training:
+            training_check(model, self.mesh, self.options, device)
+            self.unchecked_training = False
+        items = batch.get("num_items_in_batch")
+        share, layout = shard_for_backbone(model, batch, self.mesh, self.options, lambda b: self._check(model, b))
+        num_labels = share.pop("num_labels", None)
+        if num_labels is not None:
+            share["num_items_in_batch"] = num_labels if items is None else items
+        layout.shifted = batch.get("shift_labels") is not None
+        layout.pass_states = False if "states" in self.inexact else None
+        layout.router_logits = self._wants_router_logits(model, batch)
+        if layout.router_logits:
+            self.router.learn(model, self.mesh, device)
+            share["output_router_logits"] = False
+        return share
+
+    def _check(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+        """Refuse what this model cannot do with this batch."""
+        validate_call(model, batch)
+        validate_trl_trainer(model, batch)
+        # Pooled features and the loss of experts are whole as well.
+        whole = (
+            self.needs_full_hidden_states
+            or getattr(model, "pooler", None) is not None
+            or self._wants_router_logits(model, batch)
+        )
+        if not (whole or self.gather_outputs or batch.get(FUSED)):
+            check_outside_loss(model, batch)
+        refuse_scaled_noise(model)
+        positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+        if "left" in self.inexact and positions is None and mask is not None and not bool(mask[:, 0].all()):
+            raise UspModelError(
+                f"left padding without position_ids for {type(model).__name__}",
+                rule="this model counts positions in a way of its own unless it gets position_ids",
+                remedy="pass position_ids, or pad on the right",
+            )
+        apart = "packed" not in self.inexact or mask is not None or batch.get("cu_seq_lens_q") is not None
+        if apart or positions is None:
+            return
+        if positions.ndim == 3 and len(positions) == 4 and self.recurrent.layers:
+            positions = positions[0]  # masks of the models that take four rows heed the first; their recurrences do not
+        if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
+            raise UspModelError(
+                f"packed documents, told apart by position_ids, for {type(model).__name__}",
+                rule="a sharded run equals one process, where masks or recurrent layers of this model ignore "
+                "position_ids and documents see each other",
+                remedy="pass cu_seq_lens_q as well, which keeps documents apart as flash attention does "
+                "(hf_usp.data.Collator(..., cu_seq_lens=True), "
+                "DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or do not pack",
+            )
+
+    def _wants_router_logits(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
+        return not self.needs_full_hidden_states and wants_router_logits(model, batch)
+
+    @torch.compiler.disable
+    def on_error(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Torch calls this also when the forward raised: there is no output then."""
+        problem = sys.exc_info()[1]
+        if output is None and problem is not None and find_layout(kwargs) is not None:
+            report_failure(problem)
+            self.failed = problem
+
+    @torch.compiler.disable
+    def post_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the forward: the loss of the whole batch, and whole outputs where they were asked for."""
+        layout = find_layout(kwargs)
+        if layout is None or layout.mesh is not self.mesh:
+            return output
+        self.shares = frozenset()
+        if layout.calls == 0:
+            raise UspModelError(
+                f"no attention layer of {type(model).__name__} called the attention function {NAME!r}",
+                rule="the model's attention goes through Transformers' attention interface",
+                remedy="this model has attention code of its own and cannot be sharded; train it without "
+                "UspParallelismConfig, or use an architecture that supports attn_implementation='sdpa' as a function",
+            )
+        if self.needs_full_hidden_states:
+            return output
+        if layout.router_logits:
+            mask = kwargs["attention_mask"].as_subclass(Tensor)
+            output = self.router.add(
+                output, layout, shard_tensor(mask, layout, 0) if self.inside else mask, self.gather_outputs
+            )
+        if output.get("loss") is not None:
+            assert self.mesh.group is not None
+            output["loss"] = reduce_loss(output["loss"], self.mesh.group, self.mesh.size)
+        if kwargs.get(FUSED):
+            return unshard_fields(output, layout, layout.shifted)
+        if not self.inside:
+            recompute_pooler(model, output, layout, gathered=False)
+        if self.gather_outputs:
+            gather_outputs(output, layout)
+        else:
+            left = {name: output[name] for name in PER_TOKEN_OUTPUTS if output.get(name) is not None}
+            self.shares = frozenset(tuple(x.shape) for x in tree_leaves(left) if isinstance(x, Tensor))
+            for name, share in left.items():
+                output[name] = guard_share(name, share)
+        return output
+
+
+def _beside(model: PreTrainedModel, around: nn.Module) -> Iterator[nn.Module]:
+    """Layers of further Transformers models in the module around one that attend with "usp": nobody shards for them."""
+    seen = set(model.modules())
+    for other in around.modules():
+        if isinstance(other, PreTrainedModel) and other not in seen:
+            seen.update(other.modules())
+            if attends_sharded(other):
+                yield from find_backbone(other).module.modules()
+
+
+def attends_sharded(module: nn.Module) -> bool:
+    """Whether the outermost Transformers model in a module, if there is one, has attn_implementation="usp"."""
+    model = next((candidate for candidate in module.modules() if isinstance(candidate, PreTrainedModel)), None)
+    return model is not None and getattr(model.config.get_text_config(), "_attn_implementation", None) == NAME
+
+
+def attach_hooks(
+    module: nn.Module, mesh: UspMesh, options: ShardOptions, gather_outputs: bool = False, check: bool = True
+) -> ContextParallelHooks:
+    """Make the Transformers model inside `module` shard its batches over `mesh`. Attaching again replaces the first."""
+    model = find_model(module)
+    validate_model(model)
+    previous = get_hooks(model)
+    if previous is not None:
+        previous.remove()
+    looks = bool(length_dependent_ropes(model))
+    options = replace(options, positions=own_positions(model), largest_position=looks)
+    return ContextParallelHooks(model, mesh, options, gather_outputs, check, module)
+
+
+def find_model(module: nn.Module) -> PreTrainedModel:
+    """The outermost Transformers model in a module (which may be wrapped by PEFT, DDP and the like)."""
+    for candidate in module.modules():
+        if isinstance(candidate, PreTrainedModel):
+            return candidate
+    raise UspModelError(
+        f"{type(module).__name__} holds no Transformers model",
+        rule="UspParallelismConfig prepares Transformers models",
+        remedy="for a module of your own use hf_usp.shard and hf_usp.usp_attention",
+    )
+
+
+def get_hooks(module: nn.Module) -> ContextParallelHooks | None:
+    """The hooks of a prepared model, if it is one."""
+    for model in module.modules():
+        for hook in model._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, ContextParallelHooks):
+                return owner
+    return None

@@ -1,0 +1,1 @@
+"""The self-check: sharded and unsharded forwards of a short batch are compared."""

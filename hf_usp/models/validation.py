@@ -1,0 +1,93 @@
+"""Models and calls that are refused for what can be seen without running the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..errors import UspModelError
+from .attention_interface import NAME, no_attention_weights
+from .backbone import accepts_any_keyword, find_backbone, validate_outer_model
+from .recurrent_layers import has_recurrent_layers
+from .tensor_parallel import check_tensor_parallel
+from .unsharded import cache_in, wants_some_logits
+
+
+def validate_model(model: PreTrainedModel) -> None:
+    """Refuse, at `prepare`, what can be seen without running the model."""
+    name, config = type(model).__name__, model.config
+    implementation = getattr(config.get_text_config(), "_attn_implementation", None)
+    if implementation != NAME:
+        raise UspModelError(
+            f"{name} with attn_implementation={implementation!r} under UspParallelismConfig",
+            rule=f"a model whose sequences are sharded attends with attn_implementation={NAME!r}",
+            remedy=f"from_pretrained(..., attn_implementation={NAME!r})",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UspModelError(
+            f"{name} is an encoder-decoder model",
+            rule="one sequence of tokens attends to itself",
+            remedy="use a decoder-only model",
+        )
+    check_tensor_parallel(model)
+    # A model whose layers all are recurrent has no attention to speak of, and no positions.
+    recurrent = has_recurrent_layers(model)
+    supported = any(getattr(type(model), f"_supports_{way}", False) for way in ("attention_backend", "sdpa"))
+    if not supported and not recurrent:
+        raise UspModelError(
+            f"{name} has attention code of its own",
+            rule="the model's attention goes through Transformers' attention interface",
+            remedy="use an architecture that does (Llama, Qwen, Mistral, Gemma, OLMo, ...)",
+        )
+    body = find_backbone(model).module
+    if body is not model:
+        validate_outer_model(model, body)
+    if not accepts_any_keyword(type(body).forward):
+        raise UspModelError(
+            f"{type(body).__name__}.forward takes no further keywords",
+            rule="the layout, shifted labels and num_items_in_batch reach layers and loss through **kwargs",
+            remedy="use an architecture whose forward takes **kwargs",
+        )
+    if "position_ids" not in inspect.signature(type(body.base_model).forward).parameters and not recurrent:
+        raise UspModelError(
+            f"{type(body.base_model).__name__} takes no position_ids",
+            rule="each rank passes the positions of its tokens; a model that counts them itself starts at 0 everywhere",
+            remedy="use an architecture whose forward takes position_ids",
+        )
+
+
+def validate_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Refuse what this model cannot do with this batch."""
+    config = model.config
+    cache = cache_in(batch)
+    if cache is not None or wants_some_logits(batch):
+        raise UspModelError(
+            f"{cache or 'logits_to_keep'} together with labels, or in a training step",
+            rule="a sharded forward sees whole sequences and computes the loss over all of them",
+            remedy="train without a cache (prefix tuning keeps its prefix there) and without logits_to_keep; with "
+            "UspParallelismConfig(gather_outputs=True) take some of the whole logits instead",
+        )
+    if batch.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise no_attention_weights()
+    if batch.get("return_dict") is False:
+        raise UspModelError("return_dict=False", rule="a sharded forward returns a ModelOutput", remedy="leave it out")
+    has_labels = batch.get("labels") is not None or batch.get("shift_labels") is not None
+    if not has_labels and batch.get("num_items_in_batch") is not None:
+        raise UspModelError(
+            "num_items_in_batch without labels: a loss outside the model (label smoothing, compute_loss_func)",
+            rule="the model computes the loss of its share; a loss of whole logits would count once for every rank",
+            remedy="set label_smoothing_factor=0 and no compute_loss_func; or, in your own loop, average a loss of "
+            "gathered logits over ranks (gather_outputs=True)",
+        )
+    if not has_labels:
+        return
+    if model.loss_function is not ForCausalLMLoss and not find_backbone(model).needs_full_hidden_states:
+        raise UspModelError(
+            f"{type(model).__name__} with labels and the loss {getattr(model.loss_function, '__name__', 'custom')}",
+            rule="a loss is a sum over tokens that takes shift_labels and num_items_in_batch (ForCausalLMLoss)",
+            remedy="use the model's ForCausalLM class with its own loss function",
+        )

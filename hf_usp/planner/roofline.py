@@ -1,0 +1,253 @@
+"""What a training step should cost: seconds, exposed communication and memory, from sizes and rates alone. No torch.
+
+Symbols: S tokens of a row, s = S / (U R) of one rank, n = U s of a ring shard, h query heads, g kv heads,
+m = max(g, U), d head width, e bytes of an element, u = s d e. Per rank and layer, causal:
+
+    attention         forward 2 S^2 h d / (U R) FLOPs, backward 5/2 of it: the area of the mask, nothing else
+    ulysses           (2 h + 2 m) (1 - 1/U) u bytes forward, the same backward; nothing hides them
+    ring              a hop carries 2 m u bytes, backward also the gradients of as many rows; a step computes n^2 / 2 of
+                      the area. Exposed is what the transfer takes longer than the step: hidden once
+                      n >= e F / (G B), G = h / g, F FLOP/s, B bytes/s. The last gradients come home behind nothing
+    merge             every step but the first reads and writes the fp32 output, and in the backward dq
+
+Hops are in the order of the plan (`plan.shifts`): those between nodes first, those inside the node last.
+Times are those of the slowest rank: in zigzag order one receives whole blocks in every step although the mean is 3/4.
+Everything that does not depend on the degrees is kept simple on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..sharding.heads import split_heads
+from ..sharding.schedule import ring_per_node, shifts
+from .hardware import Machine
+from .memory_model import Memory, memory, mlp_tokens, param_shards
+from .workload import Degrees, ModelShape, TrainingStep, check
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Seconds of one layer's attention in one direction on the slowest rank; `ring_exposed` of `ring` is not hidden."""
+
+    tiles: float
+    merges: float
+    ulysses: float
+    ring: float
+    ring_exposed: float
+
+    @property
+    def seconds(self) -> float:
+        return self.tiles + self.merges + self.ulysses + self.ring_exposed
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of communication that nothing hides."""
+        return self.ulysses + self.ring_exposed
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step of one rank. Seconds by kind; `flops` are those that the model needs, recomputation not counted."""
+
+    attention: float
+    linear: float
+    ulysses: float
+    ring: float
+    tensor_parallel: float
+    data_parallel: float
+    offload: float
+    ring_hidden: float
+    flops: float
+    tokens: int
+    memory: Memory
+    peak_flops: float
+
+    @property
+    def seconds(self) -> float:
+        return self.attention + self.linear + self.exposed
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of communication that nothing hides."""
+        return self.ulysses + self.ring + self.tensor_parallel + self.data_parallel + self.offload
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks together."""
+        return self.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / self.seconds / self.peak_flops
+
+
+def predict(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Machine) -> Prediction:
+    """Seconds and bytes of one training step (one optimizer step without accumulation).
+
+    Raises `UspConfigError` for sizes that no run has.
+    """
+    check(model, degrees, job)
+    kinds = [(None, model.layers - model.sliding_layers), (model.window, model.sliding_layers)]
+    ahead = [attention(model, degrees, job, machine, window) for window, _ in kinds]
+    back = [attention(model, degrees, job, machine, window, backward=True) for window, _ in kinds]
+    counts = [count for _, count in kinds]
+    again = 2 if job.checkpointing else 1
+
+    def total(name: str) -> float:
+        pairs = zip(ahead, back, counts, strict=True)
+        return sum(count * (again * getattr(f, name) + getattr(b, name)) for f, b, count in pairs)
+
+    local = job.rows * job.tokens / degrees.cp
+    layer_flops = 2 * local * model.active_layer_params * model.layers / degrees.tp
+    head_flops = 2 * local * model.hidden * model.vocab / degrees.tp
+    linear = (2 + again) * layer_flops + 3 * head_flops
+    if mlp_tokens(job, local) < local:  # once more, in the backward
+        linear += 2 * local * model.active_mlp_params * model.layers / degrees.tp
+    linear /= machine.flops * machine.matmul
+    areas = sum(count * mask_area(job.tokens, window) for window, count in kinds)
+    attention_flops = job.rows * 3.5 * 4 * areas * model.heads * model.head_dim / (degrees.cp * degrees.tp)
+    compute = total("tiles") + total("merges") + linear
+    return Prediction(
+        attention=total("tiles") + total("merges"),
+        linear=linear,
+        ulysses=total("ulysses"),
+        ring=total("ring_exposed"),
+        tensor_parallel=_tensor_parallel(model, degrees, job, machine, local) * (1 + again) / 2,
+        data_parallel=max(0.0, _data_parallel(model, degrees, job, machine) - compute),
+        offload=max(0.0, _offloaded(model, job, local) * 2 / machine.host_bandwidth - compute),
+        ring_hidden=total("ring") - total("ring_exposed"),
+        flops=3 * (layer_flops + head_flops) + attention_flops,
+        tokens=job.rows * job.tokens * degrees.dp_shard * degrees.dp_replicate,
+        memory=memory(model, degrees, job),
+        peak_flops=machine.flops,
+    )
+
+
+def attention(
+    model: ModelShape,
+    degrees: Degrees,
+    job: TrainingStep,
+    machine: Machine,
+    window: int | None = None,
+    *,
+    backward: bool = False,
+) -> Attention:
+    """One layer's attention in one direction, between heads of local tokens and heads of local tokens."""
+    check(model, degrees, job)
+    ulysses, ring, stride = degrees.ulysses, degrees.ring, degrees.tp
+    shares = split_heads(-(-model.heads // stride), max(1, model.kv_heads // stride), ulysses)
+    busiest = max(shares, key=lambda share: share.num_query)
+    heads, kv_heads = busiest.num_query, busiest.num_kv
+    rows = job.tokens // ring
+    row_bytes = model.head_dim * job.element * job.rows
+    payload = (2 * heads + 2 * kv_heads) * rows * row_bytes
+    exchange = machine.all_to_all(payload, ulysses, stride)
+    if ulysses > 1:  # laid out for the message and back: read and written on either side
+        exchange += 4 * payload / machine.memory_bandwidth
+    own, other, foreign, hops = _areas(job.tokens, ring, window)
+    flops = (10.0 if backward else 4.0) * job.rows * heads * model.head_dim
+    length, blocks = min(rows, window or rows), job.rows * heads * rows
+    tiles = machine.tile(flops * own, length, blocks, causal=True, backward=backward)
+    step = machine.tile(flops * other, length, blocks, causal=False, backward=backward) if hops else 0.0
+    merge = _merged_bytes(heads, kv_heads, job, backward) * rows * model.head_dim * job.rows / machine.memory_bandwidth
+    block = 2 * kv_heads * foreign * row_bytes
+    home = block * job.gradients / job.element if backward else 0.0
+    stages = [tiles, *[step + merge] * hops]
+    if job.relay:  # always passes on to its neighbour, and the gradients with the keys
+        ring_seconds = [machine.hop(block + home, ulysses * stride, degrees.cp * stride)] * hops
+        exposed = sum(max(0.0, seconds - (stages[-1] if job.overlap else 0.0)) for seconds in ring_seconds)
+    else:
+        of_window = None if window is None or window >= job.tokens else hops
+        away = transfers(degrees, machine, block, of_window)
+        back = transfers(degrees, machine, home, of_window) if backward else []
+        ring_seconds = away + back
+        exposed = exposed_of(stages, away, back) if job.overlap else sum(ring_seconds)
+    return Attention(tiles + hops * step, hops * merge, exchange, sum(ring_seconds), exposed)
+
+
+def transfers(degrees: Degrees, machine: Machine, size: float, of_window: int | None = None) -> list[float]:
+    """Seconds of each of a ring's transfers, in which every rank sends `size` bytes, in the plan's order.
+
+    of_window: neighbours that a window reaches; they are met in the order of ranks. The group is the one that begins
+    with a node; one that lies otherwise on the nodes may cross more edges.
+    """
+    ring, unit, ranks = degrees.ring, degrees.ulysses * degrees.tp, range(0, degrees.cp * degrees.tp, degrees.tp)
+    per_node = 1 if of_window is not None else ring_per_node(ranks, degrees.ulysses, machine.ranks_per_node)
+    seconds = []
+    for far, near in shifts(ring, per_node)[:of_window]:
+        if far:  # either way around; of a node that sends whole nodes further, all ranks cross its edge
+            seconds.append(machine.hop(size, min(far, ring // per_node - far) * per_node * unit, ring * unit))
+        else:
+            seconds.append(machine.hop(size, min(near, per_node - near) * unit, per_node * unit))
+    return seconds
+
+
+def exposed_of(stages: Sequence[float], away: Sequence[float], back: Sequence[float] = ()) -> float:
+    """Seconds that transfers take longer than the steps that they run beside (`attention/ring.py`).
+
+    stages: of the rank's own tiles, then of each step's. away [i]: keys and values that stage i + 1 waits for, under
+    way during stage i. back [i]: gradients of stage i + 1 on their way home during stage i + 2; the last ones come home
+    when nothing is left to compute.
+    """
+    beside = [*away, 0.0]
+    for i, seconds in enumerate(back[:-1]):
+        beside[i + 2] += seconds
+    late = sum(max(0.0, moving - computing) for moving, computing in zip(beside, stages, strict=True))
+    return late + (back[-1] if back else 0.0)
+
+
+def _merged_bytes(heads: int, kv_heads: int, job: TrainingStep, backward: bool) -> float:
+    """Memory traffic of one ring step's merge, per query row and unit of head width.
+
+    Forward: the new output is cast (6 bytes) and blended into the fp32 one in place (12); in separate operators the
+    blend alone is difference, product and difference (32). Backward: dq, dk and dv are added to (10).
+    """
+    if backward:
+        return 10 * (heads + 2 * kv_heads)
+    return (38 if job.relay else 18) * heads
+
+
+def mask_area(tokens: int, window: int | None) -> float:
+    """(query, key) pairs that a causal mask lets through, with or without a sliding window."""
+    seen = min(tokens, window or tokens)
+    return seen * (seen + 1) / 2 + (tokens - seen) * seen
+
+
+def _areas(tokens: int, ring: int, window: int | None) -> tuple[float, float, int, int]:
+    """Area of a rank's own tokens, area of each further step, key rows that a step brings, and the steps.
+
+    Full attention is dealt in zigzag order, windows in contiguous order.
+    """
+    rows = tokens // ring
+    total = mask_area(tokens, window) / ring
+    if ring == 1:
+        return total, 0.0, 0, 0
+    if window is None or window >= tokens:
+        return total / ring, total / ring, rows, ring - 1
+    hops = min(ring - 1, -(-(window - 1) // rows))
+    if hops == 0:
+        return total, 0.0, 0, 0
+    foreign = min(window - 1, rows * hops)
+    other = min(total, foreign * (foreign + 1) / 2 if foreign < rows else total / 2)
+    return total - other, other / hops, -(-foreign // hops), hops
+
+
+def _tensor_parallel(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Machine, local: float) -> float:
+    """Two all-reduces of the hidden states a layer and direction; nothing hides them."""
+    size = local * model.hidden * job.element
+    return 4 * model.layers * 2 * machine.ring_collective(size, degrees.tp)
+
+
+def _data_parallel(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Machine) -> float:
+    """Parameters gathered twice and gradients scattered once over dp_shard x cp, then summed over the rest."""
+    size = model.params * job.element / degrees.tp
+    shards = param_shards(degrees, job)
+    inside = 3 * machine.ring_collective(size, shards, degrees.tp)
+    outside = degrees.ranks // (degrees.tp * shards)
+    return inside + 2 * machine.ring_collective(size / shards, outside, degrees.tp * shards)
+
+
+def _offloaded(model: ModelShape, job: TrainingStep, local: float) -> float:
+    return local * model.hidden * job.element * model.layers if job.checkpointing and job.offload else 0.0

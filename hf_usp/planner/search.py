@@ -1,0 +1,197 @@
+"""Every legal split of the ranks, its best way to save memory, ranked by tokens a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..errors import UspConfigError
+from ..sharding.degrees import even_degrees
+from .memory_model import Memory
+from .request import PlanRequest
+from .roofline import Prediction, mask_area, predict
+from .workload import Degrees, TrainingStep
+
+LOSS_CHUNK = 2048
+MOST_FACTOR = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One split and the fastest of its ways that fits; where none fits, the smallest one."""
+
+    degrees: Degrees
+    job: TrainingStep
+    prediction: Prediction
+    budget: float
+
+    @property
+    def fits(self) -> bool:
+        return self.prediction.memory.total <= self.budget
+
+    @property
+    def savings(self) -> str:
+        """How memory is saved, in words."""
+        return savings(self.job)
+
+    @property
+    def limit(self) -> str:
+        """What a faster or smaller run would have to change first."""
+        it = self.prediction
+        if not self.fits:
+            kinds = it.memory.at_peak
+            largest = max(kinds, key=lambda kind: kinds[kind])
+            return f"memory: {largest} {kinds[largest] / 1e9:.0f} GB"
+        parts = {
+            "attention": it.attention,
+            "matrix products": it.linear,
+            "ulysses exchange": it.ulysses,
+            "ring transfer": it.ring,
+            "tensor-parallel sums": it.tensor_parallel,
+            "weights and gradients": it.data_parallel,
+            "offloading": it.offload,
+        }
+        largest = max(parts, key=lambda part: parts[part])
+        return f"{largest} {parts[largest] / it.seconds:.0%}"
+
+
+def savings(job: TrainingStep) -> str:
+    """How a job saves memory, in words."""
+    parts = ["checkpoints offloaded" if job.offload else "checkpointing"] if job.checkpointing else []
+    parts += [f"loss in chunks of {job.loss_chunk_size}"] if job.loss_chunk_size else []
+    parts += [f"MLPs in chunks of {job.mlp_chunk_size}"] if job.mlp_chunk_size else []
+    return ", ".join(parts) or "none"
+
+
+def ranked(what: PlanRequest) -> list[Candidate]:
+    """All splits: those that fit by tokens a second, the fastest first, then the others by memory."""
+    found = [best_way(what, degrees) for degrees in splits(what)]
+    return sorted(found, key=worth)
+
+
+def worth(candidate: Candidate) -> tuple[bool, float]:
+    """What candidates are sorted by, the best first; of equals the first, which has the smallest ulysses degree."""
+    it = candidate.prediction
+    return not candidate.fits, -it.tokens_per_second if candidate.fits else it.memory.total
+
+
+def best_inside(what: PlanRequest, tp: int, cp: int) -> Candidate:
+    """The best split with these sizes whose ulysses groups lie inside a node: what `ulysses_degree=None` means."""
+    inside = (d for d in arrangements(what, tp, cp) if d.ulysses == 1 or what.node % (d.ulysses * tp) == 0)
+    return min((best_way(what, degrees) for degrees in inside), key=worth)
+
+
+def splits(what: PlanRequest) -> Iterator[Degrees]:
+    """Tensor parallelism inside a node that leaves whole heads; heads at most 5 % uneven; the rest is data parallel."""
+    model = what.model
+    for tp in _divisors(what.gpus):
+        if tp > (what.most_tp or what.node) or what.node % tp or model.heads % tp or model.kv_heads % tp:
+            continue
+        for cp in _divisors(what.gpus // tp):
+            if cp > what.tokens:
+                continue
+            yield from arrangements(what, tp, cp)
+
+
+def arrangements(what: PlanRequest, tp: int, cp: int) -> Iterator[Degrees]:
+    """Every ulysses x ring of `cp` ranks; heads at most 5 % uneven."""
+    for ulysses in even_degrees(cp, max(1, what.model.heads // tp)):
+        yield Degrees(ulysses, cp // ulysses, tp, dp_shard=what.gpus // (tp * cp))
+
+
+def best_way(what: PlanRequest, degrees: Degrees) -> Candidate:
+    """The fastest of the ways to save memory that fits, else the one that needs least."""
+    ways = [_candidate(what, degrees, job) for job in jobs(what)]
+    fitting = [way for way in ways if way.fits]
+    if fitting:
+        return min(fitting, key=lambda way: way.prediction.seconds)
+    return min(ways, key=lambda way: way.prediction.memory.total)
+
+
+def jobs(what: PlanRequest) -> Iterator[TrainingStep]:
+    """The ways to save memory, those that save less first."""
+    plain = replace(what.like, tokens=what.tokens, rows=what.rows, optimizer=what.optimizer, shard_params=what.gpus > 1)
+    mlps = (None, what.mlp_chunk_size) if what.mlp_chunk_size else (None,)
+    kept = ((False, False), (True, False), (True, True)) if what.allow_offload else ((False, False), (True, False))
+    for mlp, loss, (checkpointing, offload) in product(mlps, (None, LOSS_CHUNK), kept):
+        yield replace(plain, mlp_chunk_size=mlp, loss_chunk_size=loss, checkpointing=checkpointing, offload=offload)
+
+
+def _candidate(what: PlanRequest, degrees: Degrees, job: TrainingStep) -> Candidate:
+    it = predict(what.model, degrees, job, what.machine)
+    if what.documents:
+        it = _packed(what, it)
+    return Candidate(degrees, job, it, what.budget)
+
+
+def _packed(what: PlanRequest, it: Prediction) -> Prediction:
+    """The same step when rows are packed from documents: attention shrinks with the area of the mask.
+
+    Transfers are left as they are for whole rows: an upper bound, as most packed rows move less.
+    """
+    model, kept = what.model, [min(n, what.tokens) for n in what.documents]
+    whole = packed = 0.0
+    for window, layers in ((None, model.layers - model.sliding_layers), (model.window, model.sliding_layers)):
+        packed += layers * sum(mask_area(n, window) for n in kept) / sum(kept) * what.tokens
+        whole += layers * mask_area(what.tokens, window)
+    share = packed / whole
+    of_attention = it.flops - _linear_flops(what, it)
+    return replace(it, attention=it.attention * share, flops=it.flops - of_attention * (1 - share))
+
+
+def _linear_flops(what: PlanRequest, it: Prediction) -> float:
+    model = what.model
+    per_token = 6 * (model.active_layer_params * model.layers + model.hidden * model.vocab)
+    return per_token * it.tokens / what.gpus
+
+
+def longest(what: PlanRequest, degrees: Degrees) -> int:
+    """The longest row, in multiples of 1,024 tokens, whose best way fits this split; 0 where none does."""
+
+    def fits(tokens: int) -> bool:
+        return best_way(replace(what, tokens=tokens, documents=()), degrees).fits
+
+    if not fits(1024):
+        return 0
+    low, high = 1, 2
+    while high < 1 << 21 and fits(high * 1024):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * 1024) else (low, middle)
+    return low * 1024
+
+
+def check_possible(what: PlanRequest, found: list[Candidate]) -> None:
+    """Refuse an impossible budget: how much is missing, and the nearest thing that fits."""
+    if found[0].fits:
+        return
+    best = found[0]
+    missing = best.prediction.memory.total - what.budget
+    reach = max(longest(what, candidate.degrees) for candidate in found)
+    ways = [f"rows of {reach:,} tokens fit"] if reach else []
+    factor = 2
+    while factor <= MOST_FACTOR:
+        more = replace(what, gpus=what.gpus * factor)
+        if what.gpus * factor >= what.machine.ranks_per_node and what.gpus * factor % what.machine.ranks_per_node:
+            break
+        if ranked(more)[0].fits:
+            ways.append(f"{more.gpus} GPUs hold {what.tokens:,} tokens")
+            break
+        factor *= 2
+    raise UspConfigError(
+        f"{what.tokens:,} tokens on {what.gpus} x {what.machine.name}: the smallest split needs "
+        f"{best.prediction.memory.total / 1e9:.1f} GB a rank of {what.budget / 1e9:.1f} GB, {missing / 1e9:.1f} GB too "
+        f"much ({_by_kind(best.prediction.memory)})",
+        rule="weights, gradients, optimizer, activations, logits and buffers fit into the memory of one rank",
+        remedy="; ".join(ways) or "a smaller model, or LoRA: not even 1,024 tokens fit",
+    )
+
+
+def _by_kind(memory: Memory) -> str:
+    return ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in memory.at_peak.items())
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,102 @@
+"""The plans of recurrent layers on a device, made once per batch: index tensors for `scan` and `states`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batch.layout import SequenceLayout
+from .schedule import StateSchedule, make_halo_schedule, make_scan_schedule, make_state_schedule
+
+
+@dataclass(frozen=True, eq=False)
+class HaloWork:
+    """A `HaloSchedule` on a device."""
+
+    send: list[Tensor]
+    receive: list[int]
+    extended: Tensor
+    results: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StateDeviceSchedule:
+    """A `StateSchedule` on a device; `chained` is read on the host.
+
+    inside [n, m]: the tokens of a run. giving: of each tensor of rows, those that give their state on; back_in_order:
+    puts these, one group after the other, into the plan's order.
+    """
+
+    rows: list[Tensor]
+    inside: list[Tensor]
+    back: Tensor
+    gives: list[int]
+    giving: list[Tensor]
+    back_in_order: Tensor
+    takes: list[Tensor]
+    taking: Tensor
+    order: Tensor
+    chained: list[bool]
+
+
+def scan_device_schedule(layout: SequenceLayout, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Index tensors of a `ScanSchedule`: rows, and the way back."""
+
+    def make() -> tuple[list[Tensor], Tensor]:
+        plan = make_scan_schedule(layout.documents, layout.positions_per_rank(), layout.length, layout.padded)
+        rows = [torch.from_numpy(index).to(device) for index in plan.rows]
+        return rows, torch.from_numpy(plan.back).to(device)
+
+    return layout.memoize(("scan", device), make)
+
+
+def halo_device_schedule(layout: SequenceLayout, reach: int, device: torch.device) -> HaloWork:
+    """What a convolution over `reach` earlier tokens fetches."""
+
+    def make() -> HaloWork:
+        plan = make_halo_schedule(layout.documents, layout.positions_per_rank(), layout.mesh.rank, reach)
+        *send, extended, results = (
+            torch.from_numpy(index).to(device) for index in (*plan.send, plan.extended, plan.results)
+        )
+        return HaloWork(send, plan.receive, extended, results)
+
+    return layout.memoize(("halo", reach, device), make)
+
+
+def state_schedule(layout: SequenceLayout) -> StateSchedule:
+    """Runs of tokens, and the states that pass between them."""
+
+    def make() -> StateSchedule:
+        return make_state_schedule(
+            layout.documents, layout.positions_per_rank(), layout.mesh.rank, layout.length, layout.padded
+        )
+
+    return layout.memoize("state_schedule", make)
+
+
+def state_device_schedule(layout: SequenceLayout, device: torch.device) -> StateDeviceSchedule:
+    """What a scan that passes states needs."""
+
+    def make() -> StateDeviceSchedule:
+        plan = state_schedule(layout)
+        inside = [np.arange(rows.shape[1]) < sizes[:, None] for rows, sizes in zip(plan.rows, plan.sizes, strict=True)]
+        edges = np.cumsum([0, *map(len, plan.rows)])
+        places = [np.flatnonzero((plan.giving >= a) & (plan.giving < b)) for a, b in pairwise(edges)]
+        wanted = [plan.giving[place] - a for place, a in zip(places, edges[:-1], strict=True)]
+        rows, marks, giving, takes = (
+            [torch.from_numpy(index).to(device) for index in indices]
+            for indices in (plan.rows, inside, wanted, plan.takes)
+        )
+        in_order = np.argsort(np.concatenate(places))
+        back, back_in_order, taking, order = (
+            torch.from_numpy(index).to(device) for index in (plan.back, in_order, plan.taking, plan.order)
+        )
+        return StateDeviceSchedule(
+            rows, marks, back, plan.gives, giving, back_in_order, takes, taking, order, plan.chained.tolist()
+        )
+
+    return layout.memoize(("states", device), make)

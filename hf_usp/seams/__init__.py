@@ -1,1 +1,0 @@
-"""What happens to an Accelerator besides sharding models: rows, gathering, token counts, DeepSpeed, the degree."""

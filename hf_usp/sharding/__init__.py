@@ -1,0 +1,1 @@
+"""Who holds, sees and sends which token: integers only, no torch."""

@@ -1,0 +1,72 @@
+"""Which heads each ulysses rank keeps. Integers only: no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UspConfigError
+from ..utils.validation import check_positive_int
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """Heads of one ulysses rank: query heads q0..q1-1 and the kv heads k0..k1-1 that they read.
+
+    `runs` cuts them into (q0, q1, k0, k1), local numbers, inside which every kv head serves equally many query heads
+    in order, as grouped-query kernels expect. An even split is one run.
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    runs: tuple[tuple[int, int, int, int], ...]
+
+    @property
+    def num_query(self) -> int:
+        return self.q1 - self.q0
+
+    @property
+    def num_kv(self) -> int:
+        return self.k1 - self.k0
+
+
+def split_heads(num_heads: int, num_kv_heads: int, ulysses_degree: int) -> tuple[HeadShare, ...]:
+    """Deal any number of heads to `ulysses_degree` ranks, as evenly as whole query heads allow.
+
+    A kv head travels once to every rank that reads it. Raises `UspConfigError` where grouped-query attention itself is
+    undefined (num_heads not a multiple of num_kv_heads).
+    """
+    check_heads(num_heads, num_kv_heads)
+    check_positive_int(required=True, ulysses_degree=ulysses_degree)
+    per_kv = num_heads // num_kv_heads
+    shares = []
+    for rank in range(ulysses_degree):
+        # The first num_heads % U ranks take one head more.
+        q0 = rank * (num_heads // ulysses_degree) + min(rank, num_heads % ulysses_degree)
+        q1 = (rank + 1) * (num_heads // ulysses_degree) + min(rank + 1, num_heads % ulysses_degree)
+        k0, k1 = (q0 // per_kv, -(-q1 // per_kv)) if q1 > q0 else (0, 0)
+        shares.append(HeadShare(q0, q1, k0, k1, _runs(q0, q1, per_kv)))
+    return tuple(shares)
+
+
+def check_heads(num_heads: int, num_kv_heads: int) -> None:
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise UspConfigError(
+            f"{num_heads} query heads over {num_kv_heads} kv heads",
+            rule="every kv head serves the same number of query heads, at least one",
+            remedy="check num_attention_heads and num_key_value_heads of the model",
+        )
+
+
+def _runs(q0: int, q1: int, per_kv: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Merge kv heads that serve equally many of the local query heads into uniform runs."""
+    runs: list[tuple[int, int, int, int]] = []
+    for kv in range(q0 // per_kv, -(-q1 // per_kv)):
+        first, last = max(q0, kv * per_kv) - q0, min(q1, (kv + 1) * per_kv) - q0
+        local = kv - q0 // per_kv
+        if runs and (runs[-1][1] - runs[-1][0]) == (last - first) * (runs[-1][3] - runs[-1][2]):
+            runs[-1] = (runs[-1][0], last, runs[-1][2], local + 1)
+        else:
+            runs.append((first, last, local, local + 1))
+    return tuple(runs) if q1 > q0 else ()

@@ -1,0 +1,59 @@
+"""Intervals and runs of token positions. Integers only: no torch.
+
+A shard holds ascending positions, so it is a list of runs of consecutive positions. An interval [lo, hi) of global
+positions is then an interval of rows of the shard (`rows_before`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+IntArray = np.ndarray
+
+
+class Runs(NamedTuple):
+    """Runs of consecutive positions in a shard: the first, the one past the last, and the row of the first."""
+
+    start: IntArray
+    stop: IntArray
+    row: IntArray
+
+
+def find_runs(shard: IntArray) -> Runs:
+    """The runs of ascending positions."""
+    row = np.flatnonzero(np.concatenate(([True], shard[1:] - shard[:-1] != 1))[: len(shard)])
+    start = shard[row]
+    return Runs(start, start + np.diff(np.append(row, len(shard))), row)
+
+
+def rows_before(runs: Runs, positions: IntArray) -> IntArray:
+    """How many rows of a shard come before each of the ascending `positions`.
+
+    The count stands still before, between and after the runs, and climbs by one a position inside them.
+    """
+    pieces = np.searchsorted(positions, np.stack(runs[:2], axis=1).ravel())
+    counts = np.diff(np.concatenate(([0], pieces, [len(positions)])))
+    offset, climbs = np.zeros(len(counts), dtype=np.int64), np.zeros(len(counts), dtype=np.int64)
+    offset[1::2], climbs[1::2] = runs.row - runs.start, 1
+    offset[2::2] = runs.row + runs.stop - runs.start
+    rows = np.repeat(climbs, counts)
+    rows *= positions
+    rows += np.repeat(offset, counts)
+    return rows
+
+
+def merge_intervals(lo: IntArray, hi: IntArray) -> IntArray:
+    """Rows inside at least one of the ascending intervals, as sorted disjoint intervals [M, 2]."""
+    alive = hi > lo
+    lo, hi = lo[alive], hi[alive]
+    apart = lo[1:] > hi[:-1]
+    return np.stack((lo[np.append(True, apart)[: len(lo)]], hi[np.append(apart, True)[: len(hi)]]), axis=1)
+
+
+def compact_intervals(lo: IntArray, hi: IntArray, rows: IntArray) -> tuple[IntArray, IntArray]:
+    """The same intervals counted in a buffer that holds only `rows` (as `merge_intervals` gives them)."""
+    lengths = rows[:, 1] - rows[:, 0]
+    new_lo = rows_before(Runs(rows[:, 0], rows[:, 1], np.cumsum(lengths) - lengths), lo)
+    return new_lo, new_lo + np.maximum(hi - lo, 0)

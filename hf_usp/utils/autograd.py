@@ -1,0 +1,36 @@
+"""Backwards that cannot be differentiated again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from ..errors import UspModelError
+
+Backward = Callable[..., Any]
+
+
+def forbid_double_backward(backward: Backward) -> Backward:
+    """The backward of an autograd function of ours; with `create_graph=True` it raises `UspModelError` instead.
+
+    torch's `once_differentiable` lets the results pass as constants where the gradient that comes in needs none, as
+    that of a loss; second derivatives would lack a part without a word. The first backward of a sharded step is that
+    of its loss, so all ranks stop before any message.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise UspModelError(
+                "a backward with create_graph=True through a function of hf_usp",
+                rule="the backwards of attention, exchanges, chunks and losses are kernels and messages, which have no "
+                "derivatives of their own",
+                remedy="leave out create_graph; second derivatives (gradient penalties, products with the Hessian) "
+                "need one process with attn_implementation='eager'",
+            )
+        return backward(ctx, *grads)
+
+    return checked

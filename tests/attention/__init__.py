@@ -1,0 +1,1 @@
+"""Tests of `hf_usp.attention`, against the dense oracle."""

@@ -1,0 +1,35 @@
+"""Which device small messages travel from, and when a new group is connected, by what its backends are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_usp.distributed import comm
+
+GROUP: Any = object()
+
+
+@pytest.mark.parametrize(
+    ("backends", "device", "connected"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", False),  # "gloo"
+        ("cuda:nccl", "cuda", True),  # "nccl"
+        ("cpu:gloo,cuda:nccl", "cpu", True),  # without a name, and what Accelerate takes for FSDP with offload
+        ("cpu:gloo", "cpu", False),
+    ],
+)
+def test_backends_of_a_group(monkeypatch: pytest.MonkeyPatch, backends: str, device: str, connected: bool) -> None:
+    """On a machine with a GPU: NCCL makes its communicator in a first call of all ranks."""
+    calls = []
+    monkeypatch.setattr(comm.dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(comm.dist, "all_reduce", lambda tensor, group: calls.append(group))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: device)
+    assert comm.group_device(GROUP).type == device
+    comm.init_communicator(GROUP)
+    assert calls == ([GROUP] if connected else [])

@@ -1,1 +1,0 @@
-"""Property tests of the integer rooms: layout, plan and degrees. No torch, no processes."""

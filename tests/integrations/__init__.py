@@ -1,0 +1,1 @@
+"""Tests with the Trainer, Accelerate, FSDP2, DeepSpeed, PEFT and TRL."""

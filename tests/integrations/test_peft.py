@@ -1,0 +1,121 @@
+"""PEFT adapters under the stock Trainer on a mesh: one process's losses, gradients and weights; saved, loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hf_usp
+
+from ..ranks import Ranks
+from ..tiny import largest_difference, rows, tiny_model
+
+# PEFT 0.21 reads a name that Transformers 5.23 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+MESH = (4, 2)
+# init_lora_weights=False: both factors random, so that every adapter weight has a gradient from the first step on.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "dora, head trained": {"r": 2, "target_modules": "all-linear", "use_dora": True, "modules_to_save": ["lm_head"]},
+}
+
+
+def adapted(adapter: str, attention: str, saved: str | None = None) -> Any:
+    """A tiny model with an adapter: the same random one in every process, or a saved one."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    # DoRA with random factors triples rounding errors every step: in fp32 that is 2e-5 of the loss after four.
+    model = tiny_model("qwen2", attention, torch.float64)
+    if saved is not None:
+        return PeftModel.from_pretrained(model, saved, is_trainable=True)
+    torch.manual_seed(5)
+    settings = {"lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", **ADAPTERS[adapter]}
+    return get_peft_model(model, LoraConfig(**settings))
+
+
+def train(
+    folder: str, mesh: tuple[int, int] | None, adapter: str, saved: str | None = None, checkpointing: bool = False
+) -> dict[str, Any]:
+    """`train_model` of a tiny model with an adapter."""
+    return train_model(adapted(adapter, "sdpa" if mesh is None else "usp", saved), folder, mesh, checkpointing)
+
+
+def train_model(model: Any, folder: str, mesh: tuple[int, int] | None, checkpointing: bool = False) -> dict[str, Any]:
+    """Four steps of the stock Trainer on an adapter, saved in `folder`; in one process when `mesh` is None."""
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            named = kwargs["model"].named_parameters()
+            gradients.append({name.removeprefix("module."): p.grad.clone() for name, p in named if p.requires_grad})
+
+    config = None if mesh is None else hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1])
+    # Renamed in Transformers 5.2x; the old name warns there.
+    renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    args = TrainingArguments(
+        output_dir=folder,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        parallelism_config=config,
+        per_device_train_batch_size=2,
+        max_steps=4,
+        save_strategy="no",
+        logging_steps=1,
+        learning_rate=0.05,
+        optim="sgd",
+        gradient_accumulation_steps=2,
+        ddp_find_unused_parameters=False,
+        **{name: checkpointing},
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=rows(16, 39), eval_dataset=rows(3, 39))
+    trainer.add_callback(Gradients())
+    trainer.train()
+    trainer.save_model(folder)
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "evaluation": trainer.evaluate()["eval_loss"],
+        "gradients": gradients,
+        "weights": {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad},
+    }
+
+
+def compare(mine: dict[str, Any], reference: dict[str, Any], evaluation: float = 1e-6) -> None:
+    assert mine["losses"] == pytest.approx(reference["losses"], abs=1e-6)
+    assert mine["evaluation"] == pytest.approx(reference["evaluation"], abs=evaluation)
+    assert len(mine["gradients"]) == 4
+    for here, there in zip(mine["gradients"], reference["gradients"], strict=True):
+        assert all(bool(gradient.any()) for gradient in there.values())
+        assert largest_difference(here, there) < 1e-6
+    assert largest_difference(mine["weights"], reference["weights"]) < 1e-6
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_equal_one_process(four_ranks: Ranks, tmp_path: Path, adapter: str) -> None:
+    one, mesh = str(tmp_path / "one"), str(tmp_path / "mesh")
+    reference = train(one, None, adapter)
+    for mine in four_ranks.run(train, mesh, MESH, adapter, None, True):
+        compare(mine, reference)
+    assert (tmp_path / "mesh" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "mesh" / "model.safetensors").exists()
+    # What the mesh saved is continued on the mesh and in one process.
+    reference = train(str(tmp_path / "again"), None, adapter, mesh)
+    for mine in four_ranks.run(train, str(tmp_path / "on"), MESH, adapter, mesh):
+        compare(mine, reference)
+
+
+def test_modules_that_do_not_exist_are_named() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ValueError, match=r"Target modules.*W_pack.*not found in the base model"):
+        get_peft_model(tiny_model(), LoraConfig(target_modules=["W_pack"]))

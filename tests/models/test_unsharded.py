@@ -1,0 +1,374 @@
+"""Never unsharded in silence: a prepared model is sharded or refuses, whoever calls it and whichever part of it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hf_usp
+from hf_usp.models.hooks import get_hooks
+from hf_usp.models.unsharded import CACHES, MARK
+
+from ..integrations.cpu_accelerator import cpu_as_accelerator
+from ..ranks import Ranks
+from ..tiny import HYBRID, batch_of, largest_difference, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing")
+
+
+def prepared(*modules: nn.Module, **options: Any) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=1, **options)
+    return Accelerator(cpu=True, parallelism_config=config).prepare(*modules)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def averaged(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over ranks, for a model that was called past DDP."""
+    for grad in grads.values():
+        torch.distributed.all_reduce(grad)
+        grad /= torch.distributed.get_world_size()
+    return grads
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    with pytest.raises(hf_usp.UspModelError) as problem:
+        call()
+    return str(problem.value)
+
+
+class TwoModels(nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+
+def ways_around() -> dict[str, Any]:
+    """All ways in which a prepared model may be called besides `model(**batch)`, of one model."""
+    from transformers import DynamicCache
+
+    model, batch = tiny_model("llama"), batch_of("left")
+    twin = tiny_model("llama")
+    before = inspect.signature(model.forward)
+    wrapped = prepared(model)
+    ids, tokens = batch["input_ids"], {n: batch[n] for n in ("input_ids", "attention_mask")}
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    found: dict[str, Any] = {"name": name}
+    assert inspect.signature(model.forward) == before
+
+    model.train()
+    found["refused"] = [
+        refusal(lambda: model.model(ids)),
+        refusal(lambda: wrapped(ids, logits_to_keep=1)),
+        refusal(lambda: wrapped(ids, **{name: DynamicCache()})),
+        refusal(lambda: wrapped(**tokens)),
+        refusal(lambda: model.forward(ids)),
+    ]
+    # A loss of logits beside the model's own: its gradient is refused, looking at them is not.
+    output = wrapped(**batch)
+    (output.loss + 0 * output.logits.square().mean() + output.logits.detach().mean()).backward()
+    output = wrapped(**batch, output_hidden_states=True)
+    found["penalties"] = [
+        refusal(lambda: output.logits.square().mean().backward(retain_graph=True)),
+        refusal(lambda: output.hidden_states[1].mean().backward()),
+    ]
+    model.zero_grad()
+
+    # Sharded, though the hooks of the module are not what is called; with recomputed layers, too.
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    output = model.forward(**batch)
+    output.loss.backward()
+    found["direct"] = (output.logits.shape[1], output.loss.item(), averaged(gradients(model)))
+    model.gradient_checkpointing_disable()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+        found["copy"] = other.forward(**batch).loss.item()
+        assert model.forward(**batch).loss.item() == pytest.approx(found["direct"][1])
+    found["loaded"] = pickle.loads(pickle.dumps(getattr(model.model.layers[0].self_attn, MARK)))
+
+    # Outside of training all is as it was: a whole batch is computed by whoever gets it.
+    model.eval()
+    cached = wrapped(ids, **{name: DynamicCache()})
+    hidden, last = model.model(ids).last_hidden_state, wrapped(ids, logits_to_keep=1).logits
+    found["whole"] = [hidden.detach(), last.detach(), cached.logits.detach(), cached[name].get_seq_length()]
+    with torch.no_grad():
+        found["share"] = wrapped(**tokens).logits.shape[1]
+        found["generated"] = model.train().generate(ids[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+    hooks = get_hooks(model)
+    assert hooks is not None
+    hooks.remove()
+    assert "forward" not in vars(model)
+    assert not any(MARK in vars(module) for module in model.modules())
+    model(**tokens).logits.sum().backward()
+
+    pair = TwoModels(tiny_model("qwen2"), twin)
+    prepared(pair)
+    found["refused"].append(refusal(lambda: pair.second(ids)))
+    alone = prepared(twin, gather_outputs=True)  # the remedy
+    found["alone"] = alone(**tokens).logits.detach()
+    return found
+
+
+def test_ways_around_a_prepared_model(two_ranks: Ranks) -> None:
+    from transformers import DynamicCache
+
+    model, batch = tiny_model("llama", "sdpa"), batch_of("left")
+    ids, length = batch["input_ids"], batch["input_ids"].shape[1]
+    loss = model(**batch).loss
+    loss.backward()
+    reference = gradients(model)
+    real = batch["attention_mask"].bool()
+    generated = model.generate(ids[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    for mine in two_ranks.run(ways_around):
+        texts = [
+            "whole batch in a training step",
+            "logits_to_keep together with labels, or in a training step",
+            f"{mine['name']} together with labels, or in a training step",
+            "without labels",
+            "without labels",
+            "whole batch in a training step",
+        ]
+        assert len(texts) == len(mine["refused"])
+        assert all(text in message for text, message in zip(texts, mine["refused"], strict=True))
+        assert "`logits`" in mine["penalties"][0]
+        assert "`hidden_states`" in mine["penalties"][1]
+        assert all("gather_outputs=True" in message for message in (*mine["refused"], *mine["penalties"]))
+        tokens, direct, grads = mine["direct"]
+        assert tokens == mine["share"] < length
+        assert direct == pytest.approx(loss.item(), abs=1e-6)
+        assert largest_difference(grads, reference) < 1e-6
+        assert mine["copy"] == pytest.approx(torch.tensor(64.0).log().item())
+        assert mine["loaded"] is False
+        hidden, last, logits, cached = mine["whole"]
+        model.eval()
+        torch.testing.assert_close(hidden, model.model(ids).last_hidden_state)
+        torch.testing.assert_close(last, model(ids, logits_to_keep=1).logits)
+        torch.testing.assert_close(logits, model(ids, **{mine["name"]: DynamicCache()}).logits)
+        assert cached == length
+        assert torch.equal(mine["generated"], generated)
+        torch.testing.assert_close(mine["alone"][real], model(**batch).logits[real], atol=1e-5, rtol=1e-4)
+
+
+def own_losses(model: Any, batch: dict[str, Tensor], labels: bool) -> Tensor:
+    """Losses that people make of what a model returns: cross-entropy by hand, of last tokens, a penalty [3 or 4]."""
+    output = model(batch["input_ids"], labels=batch["labels"] if labels else None, output_hidden_states=True)
+    logits, last = output.logits, nn.functional.normalize(output.hidden_states[-1][:, -1], dim=-1)
+    manual_loop = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    contrast = nn.functional.cross_entropy(last @ last.T * 3, torch.arange(len(last)))
+    return torch.stack([manual_loop, contrast, logits.square().mean(), *([output.loss] if labels else [])])
+
+
+def made_outside(sharded: bool) -> list[Any]:
+    model: Any = tiny_model("qwen2", "usp" if sharded else "sdpa")
+    wrapped = prepared(model, gather_outputs=True) if sharded else model
+    found = []
+    for labels in (False, True):
+        losses = own_losses(wrapped, batch_of("plain"), labels)
+        losses.sum().backward()
+        found.append((losses.tolist(), gradients(model)))
+    return found
+
+
+def test_losses_made_outside_are_exact_with_the_remedy(two_ranks: Ranks) -> None:
+    reference = made_outside(False)
+    for mine in two_ranks.run(made_outside, True):
+        for (losses, grads), (right, right_grads) in zip(mine, reference, strict=True):
+            assert losses == pytest.approx(right, abs=1e-5)
+            assert largest_difference(grads, right_grads) < 1e-6
+
+
+class Prompted(nn.Module):
+    """A trained prompt before the embeddings that a model is given, as prompt tuning has it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.model, self.prompt = model, nn.Parameter(torch.randn(1, 3, 32))
+        model.get_input_embeddings().requires_grad_(False)  # unused; DDP wants a gradient for every parameter
+
+    def forward(self, embeddings: Tensor, labels: Tensor, **keywords: Any) -> Any:
+        count = len(embeddings)
+        embeddings = torch.cat([self.prompt.expand(count, -1, -1), embeddings], dim=1)
+        labels = torch.cat([torch.full((count, 3), -100), labels], dim=1)
+        return self.model(inputs_embeds=embeddings, labels=labels, **keywords)
+
+
+def embeddings_given(ranks: int) -> list[dict[str, Tensor]]:
+    """Gradients of a leaf, and of parameters behind and after it: mean loss, a token count, a loss outside, by hand."""
+    batch, found = batch_of("plain"), []
+    torch.manual_seed(2)
+    given = torch.randn(2, 37, 32)
+    items = int((batch["labels"][:, 1:] != -100).sum())
+    for gather in (False, True):
+        module = Prompted(tiny_model("llama", "usp" if ranks > 1 else "sdpa"))
+        wrapped: Any = prepared(module, gather_outputs=gather) if ranks > 1 else module
+        for keywords in ({}, {"num_items_in_batch": 2 * items}):
+            leaf = given.clone().requires_grad_()
+            output = wrapped(leaf, batch["labels"], **keywords)
+            loss = output.loss + (output.logits.square().mean() if gather and not keywords else 0)
+            loss.backward()
+            assert leaf.grad is not None
+            found.append({"leaf": leaf.grad, **gradients(module)})
+    return found
+
+
+def manual_loop() -> Tensor:
+    mesh = hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1)
+    torch.manual_seed(2)
+    leaf = torch.randn(2, 37, 32, requires_grad=True)
+    model = tiny_model("llama")
+    model(**hf_usp.shard({"inputs_embeds": leaf, "labels": batch_of("plain")["labels"]}, mesh)).loss.backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def test_the_gradient_of_given_embeddings_is_that_of_one_process(two_ranks: Ranks) -> None:
+    reference = embeddings_given(1)
+    for mine in two_ranks.run(embeddings_given, 2):
+        for here, there in zip(mine, reference, strict=True):
+            assert largest_difference(here, there) < 1e-6
+    torch.manual_seed(2)
+    leaf = torch.randn(2, 37, 32, requires_grad=True)
+    tiny_model("llama", "sdpa")(inputs_embeds=leaf, labels=batch_of("plain")["labels"]).loss.backward()
+    for grad in two_ranks.run(manual_loop):
+        torch.testing.assert_close(grad, leaf.grad, atol=1e-7, rtol=1e-4)
+
+
+def recurrences() -> list[str]:
+    """Layers without attention know it too; a model of nothing else."""
+    settings: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "state_size": 8,
+        "conv_kernel": 4,
+        "expand": 2,
+        "time_step_rank": 4,
+    }
+    mamba, hybrid = tiny_model("mamba", **settings), tiny_model("qwen3_next", **HYBRID)
+    found = []
+    for model in (mamba, hybrid):
+        wrapped, batch = prepared(model), batch_of("plain")
+        body = model.train().base_model
+        found.append(refusal(partial(body, batch["input_ids"])))
+        wrapped(**batch).loss.backward()
+        body.eval()(batch["input_ids"])
+    return found
+
+
+def test_recurrent_layers_refuse_too(two_ranks: Ranks) -> None:
+    for messages in two_ranks.run(recurrences):
+        assert all("whole batch in a training step" in message for message in messages)
+        assert "MambaMixer" in messages[0]
+        assert "GatedDeltaNet" in messages[1]
+
+
+def adapted(sharded: bool) -> Any:
+    from peft import AdaLoraConfig, get_peft_model
+
+    settings: dict[str, Any] = {
+        "init_r": 4,
+        "target_r": 2,
+        "total_step": 8,
+        "tinit": 1,
+        "tfinal": 2,
+        "init_lora_weights": False,
+    }
+    torch.manual_seed(5)
+    lora = AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], orth_reg_weight=0.5, **settings)
+    return get_peft_model(tiny_model("qwen2", "usp" if sharded else "sdpa", torch.float64), lora)
+
+
+def train_adapted(folder: str, sharded: bool) -> dict[str, Any]:
+    """AdaLoRA calls `model.forward(...)` and adds to the loss what every rank computes in full."""
+    from ..integrations.test_peft import train_model
+
+    model = adapted(sharded)
+    tokens: set[int] = set()
+    model.get_base_model().lm_head.register_forward_hook(lambda m, args, out: tokens.add(out.shape[1]))
+    found = train_model(model, folder, (2, 1) if sharded else None)
+    return {"tokens": tokens, **{name: found[name] for name in ("losses", "evaluation", "weights")}}
+
+
+def test_adalora_under_the_trainer_equals_one_process(two_ranks: Ranks, tmp_path: Path) -> None:
+    reference = train_adapted(str(tmp_path / "one"), False)
+    for mine in two_ranks.run(train_adapted, str(tmp_path / "mesh"), True):
+        assert max(reference["tokens"]) == 39
+        assert max(mine["tokens"]) == 20
+        assert mine["losses"] == pytest.approx(reference["losses"], rel=1e-6)
+        assert mine["evaluation"] == pytest.approx(reference["evaluation"], rel=1e-6)
+        assert largest_difference(mine["weights"], reference["weights"]) < 1e-6
+
+
+# Of one layer, or of a loop over layers: never a keyword of a model that can be prepared.
+OF_A_LAYER = {"layer_past", "layer_state"}
+
+
+def test_every_keyword_that_means_a_cache_is_known() -> None:
+    """In the source of all models: what is annotated as a cache, and XLNet's `mems`, which are tensors."""
+    import transformers
+
+    parameter = re.compile(r"^\s+(\w+)\s*:\s*[^#=\n]*?\w*Cache\b[^#=\n]*(=\s*None)?,\s*$", re.M)
+    found: dict[str, str] = {}
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        found |= {match[1]: path.name for match in parameter.finditer(path.read_text())}
+    assert found.keys() & {"past_key_values", "cache"}
+    assert {"padding_cache", "past_buckets_states"} <= found.keys()
+    unknown = {name: place for name, place in found.items() if name not in CACHES and name not in OF_A_LAYER}
+    assert not unknown
+
+
+def reference_model() -> tuple[Tensor, int]:
+    """A trainer's reference model that TRL wraps in FSDP2 itself, past `prepare`; its fused log-probabilities."""
+    from trl.models import prepare_fsdp
+    from trl.trainer.utils import add_fused_lm_head
+
+    from ..integrations.test_fsdp2 import fsdp2
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.model, reference = tiny_model("llama"), tiny_model("llama", initializer_range=0.1)
+            add_fused_lm_head(reference, outputs=("log_probs",))
+            self.accelerator = fsdp2(self.model, {"cp_size": 2, "ulysses_degree": 1})
+            self.ref_model: Any = prepare_fsdp(reference, self.accelerator)
+
+        def train(self) -> Any:
+            return self.accelerator.prepare(self.model, torch.optim.SGD(self.model.parameters()))
+
+    with cpu_as_accelerator(), torch.no_grad():
+        trainer, seen = Trainer(), []
+        trainer.train()
+        layer = trainer.ref_model.model.layers[0]
+        layer.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+        return trainer.ref_model(**batch_of("plain"), fused_lm_head=True).log_probs, seen[-1]
+
+
+def test_a_reference_model_that_trl_wraps_is_sharded(two_ranks: Ranks) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    alone = tiny_model("llama", "sdpa", initializer_range=0.1)
+    add_fused_lm_head(alone, outputs=("log_probs",))
+    with torch.no_grad():
+        right = alone(**batch_of("plain"), fused_lm_head=True).log_probs
+    for log_probs, tokens in two_ranks.run(reference_model):
+        assert tokens == 20
+        torch.testing.assert_close(log_probs, right, atol=1e-5, rtol=1e-5)

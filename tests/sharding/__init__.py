@@ -1,0 +1,1 @@
+"""Tests of `hf_usp.sharding`, against dense masks."""
