@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, is_compiled_module
 from transformers import PreTrainedModel
 
-from ..batch.shard import ShardOptions
 from ..distributed.agreement import verify_same_on_all_processes
 from ..distributed.failures import refuse_after_failure, reporting_failures, translate_connection_errors
 from ..distributed.mesh import UspMesh
@@ -20,11 +19,9 @@ from ..memory.activation_checkpointing import use_plain_function
 from ..memory.activation_offload import offload_checkpoints
 from ..memory.chunked_loss import ChunkedLoss, chunked_loss
 from ..memory.tiled_mlp import tile_mlps
-from ..models.backbone import find_backbone, mask_specs
 from ..models.consistency import describe_model
 from ..models.hooks import ContextParallelHooks, attach_hooks, attends_sharded, find_model, get_hooks
-from ..models.positions import length_dependent_ropes
-from ..models.recurrent_layers import has_recurrent_layers
+from ..models.traits import inspect_model
 from .data_loader import same_order, same_rows
 from .deepspeed import prepare_for_deepspeed, under_deepspeed
 from .gathering import Gathering, refuse_shares
@@ -159,9 +156,15 @@ class AcceleratorPatch:
         if degree not in self.meshes:
             axis = self.accelerator.torch_device_mesh
             self.meshes[degree] = UspMesh.from_device_mesh(axis, ulysses_degree=degree)
-        options = ShardOptions(config.sequence_order, mask_specs(model), config.kernel)
         self.prepared.append(
-            attach_hooks(module, self.meshes[degree], options, config.gather_outputs, config.self_check)
+            attach_hooks(
+                module,
+                self.meshes[degree],
+                sequence_order=config.sequence_order,
+                kernel=config.kernel,
+                gather_outputs=config.gather_outputs,
+                self_check=config.self_check,
+            )
         )
 
     def _check_compilation(self, module: torch.nn.Module, model: PreTrainedModel) -> None:
@@ -169,10 +172,11 @@ class AcceleratorPatch:
         plugin = getattr(self.accelerator.state, "dynamo_plugin", None)
         if not is_compiled_module(module) and (plugin is None or plugin.backend == DynamoBackend.NO):
             return
+        traits = inspect_model(model)
         for found, reason in (
-            (length_dependent_ropes(model), "whose rotary embedding looks at the largest position"),
-            (has_recurrent_layers(model), "whose recurrent layers look at the mask"),
-            (find_backbone(model).module is not model, "whose sequences are cut inside it (another head, or images)"),
+            (traits.length_dependent_rope, "whose rotary embedding looks at the largest position"),
+            (traits.recurrent, "whose recurrent layers look at the mask"),
+            (traits.backbone.module is not model, "whose sequences are sharded inside it (another head, or images)"),
         ):
             if found:
                 raise UspModelError(

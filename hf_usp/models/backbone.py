@@ -108,6 +108,7 @@ def validate_outer_model(model: PreTrainedModel, body: PreTrainedModel) -> None:
 
 
 def shard_for_backbone(
+    backbone: Backbone,
     model: PreTrainedModel,
     batch: Mapping[str, Any],
     mesh: UspMesh,
@@ -115,10 +116,9 @@ def shard_for_backbone(
     check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Any], SequenceLayout]:
     """Keywords for `model` that make its body run on this rank's share of a full batch; see `shard_with_options`."""
-    body = find_backbone(model)
-    names = {*PER_TOKEN, *DESCRIBED, "attention_mask"} | (set(OF_THE_LOSS) if body.token_loss else set())
-    layout = agree_on_layout(batch, mesh, options, check, None if body.module is model else names)
-    if body.module is model:
+    names = {*PER_TOKEN, *DESCRIBED, "attention_mask"} | (set(OF_THE_LOSS) if backbone.token_loss else set())
+    layout = agree_on_layout(batch, mesh, options, check, None if backbone.module is model else names)
+    if backbone.module is model:
         return {**shard_tensors(batch, layout), "use_cache": False}, layout
     share = {name: value for name, value in batch.items() if name not in DESCRIBED and value is not None}
     tokens = get_tokens(share)
@@ -126,7 +126,7 @@ def shard_for_backbone(
     if mask_BS is None:
         mask_BS = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     share["attention_mask"] = LayoutMask.of(mask_BS, layout)
-    if body.token_loss:
+    if backbone.token_loss:
         share |= shard_labels(shifted_labels(batch), layout)
     return share, layout
 

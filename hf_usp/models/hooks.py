@@ -27,7 +27,6 @@ from .attention_interface import NAME
 from .backbone import (
     PER_TOKEN_OUTPUTS,
     BackboneHooks,
-    find_backbone,
     find_layout,
     gather_outputs,
     recompute_pooler,
@@ -37,11 +36,12 @@ from .consistency import check_weights
 from .direct_calls import DirectForwardCalls
 from .moe_aux_loss import MoeAuxLoss, wants_router_logits
 from .pickling import NotSaved
-from .positions import length_dependent_ropes, own_positions, visible_positions
+from .positions import visible_positions
 from .recurrent_layers import RecurrentLayers
-from .selfcheck.check import self_check
+from .selfcheck.check import measure
 from .selfcheck.training import refuse_scaled_noise, training_check
 from .tensor_parallel import PartialGradients
+from .traits import MeasuredTraits, ModelTraits, inspect_model
 from .trl_fused_head import FUSED, unshard_fields, validate_trl_trainer
 from .unsharded import PreparedLayers, check_outside_loss, guard_share, is_generation
 from .validation import validate_call, validate_model
@@ -53,30 +53,32 @@ class ContextParallelHooks(NotSaved):
     def __init__(
         self,
         model: PreTrainedModel,
+        traits: ModelTraits,
         mesh: UspMesh,
         options: ShardOptions,
+        *,
         gather_outputs: bool,
-        check: bool,
+        self_check: bool,
         around: nn.Module,
     ) -> None:
-        self.mesh, self.options, self.gather_outputs = mesh, options, gather_outputs
-        self.unchecked = self.unchecked_training = check
+        self.traits, self.mesh, self.options, self.gather_outputs = traits, mesh, options, gather_outputs
+        self.self_check = self.unchecked_training = self_check
         self.uncompared = mesh.group is not None  # the weights, with those of the other ranks
-        self.inexact: frozenset[str] = frozenset()  # what the self-check found besides
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
         self.failed: BaseException | None = None  # what ended a forward or backward on this rank
         self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
-        body = find_backbone(model)
-        self.inside, self.needs_full_hidden_states = body.module is not model, body.needs_full_hidden_states
+        backbone = traits.backbone
+        self.inside = backbone.module is not model
+        self.needs_full_hidden_states = backbone.needs_full_hidden_states
         self._handles = (
             model.register_forward_pre_hook(self.pre_forward, with_kwargs=True),
             model.register_forward_hook(self.post_forward, with_kwargs=True),
             model.register_forward_hook(self.on_error, with_kwargs=True, always_call=True),
-            *(BackboneHooks(body, mesh).handles if self.inside else ()),
+            *(BackboneHooks(backbone, mesh).handles if self.inside else ()),
         )
         self.router = MoeAuxLoss(model)  # its hook runs after ours, where both are on one model
-        self.layers = PreparedLayers([*body.module.modules(), *_beside(model, around)])
+        self.layers = PreparedLayers([*backbone.module.modules(), *_beside(model, around)])
         self.entry = DirectForwardCalls(model)
 
     def remove(self) -> None:
@@ -113,29 +115,32 @@ class ContextParallelHooks(NotSaved):
         if self.uncompared:  # not before: wrappers give all ranks the weights of the first
             check_weights(model, self.mesh, device)
             self.uncompared = False
-        if self.unchecked:
+        measured = self.traits.measured
+        if measured is None:
             # Every rank comes here with its first batch, whatever that batch is.
-            self.inexact = self_check(model, self.mesh, self.options, device)
-            self.unchecked = False
-            if "visible" in self.inexact:
+            measured = measure(model, self.traits, self.mesh, self.options, device, self.self_check)
+            self.traits = replace(self.traits, measured=measured)
+            if measured.counts_visible_tokens:
                 self.options = replace(self.options, positions=visible_positions)
         if self.unchecked_training and model.training:
             training_check(model, self.mesh, self.options, device)
             self.unchecked_training = False
         items = batch.get("num_items_in_batch")
-        share, layout = shard_for_backbone(model, batch, self.mesh, self.options, lambda b: self._check(model, b))
+        share, layout = shard_for_backbone(
+            self.traits.backbone, model, batch, self.mesh, self.options, lambda b: self._check(model, b, measured)
+        )
         num_labels = share.pop("num_labels", None)
         if num_labels is not None:
             share["num_items_in_batch"] = num_labels if items is None else items
         layout.shifted = batch.get("shift_labels") is not None
-        layout.pass_states = False if "states" in self.inexact else None
+        layout.pass_states = None if measured.continues_from_states else False
         layout.router_logits = self._wants_router_logits(model, batch)
         if layout.router_logits:
             self.router.learn(model, self.mesh, device)
             share["output_router_logits"] = False
         return share
 
-    def _check(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    def _check(self, model: PreTrainedModel, batch: Mapping[str, Any], measured: MeasuredTraits) -> None:
         """Refuse what this model cannot do with this batch."""
         validate_call(model, batch)
         validate_trl_trainer(model, batch)
@@ -149,13 +154,14 @@ class ContextParallelHooks(NotSaved):
             check_outside_loss(model, batch)
         refuse_scaled_noise(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-        if "left" in self.inexact and positions is None and mask is not None and not bool(mask[:, 0].all()):
+        by_mask = positions is None and mask is not None and not bool(mask[:, 0].all())
+        if by_mask and not measured.knows_left_padding:
             raise UspModelError(
                 f"left padding without position_ids for {type(model).__name__}",
                 rule="this model counts positions in a way of its own unless it gets position_ids",
                 remedy="pass position_ids, or pad on the right",
             )
-        apart = "packed" not in self.inexact or mask is not None or batch.get("cu_seq_lens_q") is not None
+        apart = measured.keeps_documents_apart or mask is not None or batch.get("cu_seq_lens_q") is not None
         if apart or positions is None:
             return
         if positions.ndim == 3 and len(positions) == 4 and self.recurrent.layers:
@@ -226,7 +232,7 @@ def _beside(model: PreTrainedModel, around: nn.Module) -> Iterator[nn.Module]:
         if isinstance(other, PreTrainedModel) and other not in seen:
             seen.update(other.modules())
             if attends_sharded(other):
-                yield from find_backbone(other).module.modules()
+                yield from inspect_model(other).backbone.module.modules()
 
 
 def attends_sharded(module: nn.Module) -> bool:
@@ -236,7 +242,13 @@ def attends_sharded(module: nn.Module) -> bool:
 
 
 def attach_hooks(
-    module: nn.Module, mesh: UspMesh, options: ShardOptions, gather_outputs: bool = False, check: bool = True
+    module: nn.Module,
+    mesh: UspMesh,
+    *,
+    sequence_order: str = "auto",
+    kernel: str | None = None,
+    gather_outputs: bool = False,
+    self_check: bool = True,
 ) -> ContextParallelHooks:
     """Make the Transformers model inside `module` shard its batches over `mesh`. Attaching again replaces the first."""
     model = find_model(module)
@@ -244,9 +256,13 @@ def attach_hooks(
     previous = get_hooks(model)
     if previous is not None:
         previous.remove()
-    looks = bool(length_dependent_ropes(model))
-    options = replace(options, positions=own_positions(model), largest_position=looks)
-    return ContextParallelHooks(model, mesh, options, gather_outputs, check, module)
+    traits = inspect_model(model)
+    options = ShardOptions(
+        sequence_order, traits.mask_specs, kernel, traits.own_positions, largest_position=traits.length_dependent_rope
+    )
+    return ContextParallelHooks(
+        model, traits, mesh, options, gather_outputs=gather_outputs, self_check=self_check, around=module
+    )
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:

@@ -86,12 +86,10 @@ def relative(mine: Tensor, theirs: Tensor, floor: float = 1e-6) -> float:
 
 def prepare(model: Any, ring: int, ulysses: int) -> Any:
     """What `Accelerator.prepare` does to a model."""
-    from hf_usp.batch.shard import ShardOptions
-    from hf_usp.models.backbone import mask_specs
     from hf_usp.models.hooks import attach_hooks
 
     mesh = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses)
-    attach_hooks(model, mesh, ShardOptions("auto", mask_specs(model)))
+    attach_hooks(model, mesh)
     return model
 
 

@@ -93,8 +93,8 @@ def refusal_without(name: str, family: str) -> str:
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        ("modeling.with_global_temperature", "llama4_text"),
-        ("prepare.own_positions", "roberta"),
+        ("attention_interface.with_global_temperature", "llama4_text"),
+        ("traits.own_positions", "roberta"),
     ],
 )
 def test_the_self_check_sees_counted_positions(four_ranks: Ranks, name: str, family: str) -> None:

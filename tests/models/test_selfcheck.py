@@ -166,7 +166,7 @@ class Allocations(TorchDispatchMode):
 
 def cost(family: str, training: bool, changes: dict[str, Any]) -> dict[str, Any]:
     """Tokens of every call of the model in its first two forwards, and the largest tensor of the check itself."""
-    from hf_usp.models.selfcheck.check import self_check
+    from hf_usp.models.selfcheck.check import measure
     from hf_usp.models.selfcheck.training import training_check
 
     from .verdict import attach_to
@@ -185,7 +185,7 @@ def cost(family: str, training: bool, changes: dict[str, Any]) -> dict[str, Any]
     first = list(calls)
     model(**batch)
     with Allocations(model) as seen, hooks.entry.closed():
-        self_check(model, hooks.mesh, hooks.options, torch.device("cpu"))
+        measure(model, hooks.traits, hooks.mesh, hooks.options, torch.device("cpu"))
         training_check(model, hooks.mesh, hooks.options, torch.device("cpu"))
     return {"first": first, "second": calls[len(first) : len(first) + 1], "largest": seen.largest}
 
@@ -258,19 +258,18 @@ def test_families_beyond_us_are_refused(four_ranks: Ranks, family: str) -> None:
 
 def test_it_runs_where_the_batch_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP2 may keep parameters on another device than the one it computes on."""
-    from hf_usp.batch.shard import ShardOptions
     from hf_usp.models import hooks as prepare
 
     class SeenError(Exception):
         pass
 
-    def seen(model: Any, mesh: Any, options: Any, device: torch.device) -> Any:
+    def seen(model: Any, traits: Any, mesh: Any, options: Any, device: torch.device, verdict: bool) -> Any:
         raise SeenError(device.type)
 
-    monkeypatch.setattr(prepare, "self_check", seen)
+    monkeypatch.setattr(prepare, "measure", seen)
     with torch.device("meta"):
         model = tiny_model("llama", "usp")
-    prepare.attach_hooks(model, hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1), ShardOptions())
+    prepare.attach_hooks(model, hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1))
     for batch in (batch_of("plain"), {"inputs_embeds": torch.zeros(1, 5, 8)}):
         model_hooks = prepare.get_hooks(model)
         assert model_hooks is not None

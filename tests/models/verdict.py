@@ -187,17 +187,15 @@ def _references(reference: Any) -> tuple[Step | None, list[str]]:
 
 def attach_to(model: Any, degrees: tuple[int, int], self_check: bool) -> Any:
     """What `Accelerator.prepare` does to a model, on a mesh of (ring, ulysses) degrees."""
-    from hf_usp.batch.shard import ShardOptions
-    from hf_usp.models.backbone import mask_specs
     from hf_usp.models.hooks import attach_hooks
 
-    return attach_hooks(model, mesh_of(*degrees), ShardOptions("auto", mask_specs(model)), True, self_check)
+    return attach_hooks(model, mesh_of(*degrees), gather_outputs=True, self_check=self_check)
 
 
 def attach_again(model: Any, degrees: tuple[int, int], checked: Any) -> Any:
     """On another mesh, with what the self-check found about the model on the first (it takes most of the time)."""
     hooks = attach_to(model, degrees, False)
-    hooks.inexact, hooks.options = checked.inexact, checked.options
+    hooks.traits, hooks.options = checked.traits, checked.options
     return hooks
 
 

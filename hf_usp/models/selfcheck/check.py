@@ -1,10 +1,12 @@
 """The self-check: before its first sharded batch a model shows on a short random one that sharding changes nothing.
 
-The same few tokens go through the model twice, sharded and whole; the outputs of all its modules and the loss are
-compared. Whatever looks at other tokens outside the attention interface (recurrent and convolutional layers, pooling,
-positions that are counted instead of passed) gives itself away, without a list of names. It runs below the model's own
-hooks, so FSDP and DDP do not notice; it leaves the random state, parameters (`untouched`), buffers, gradients and
-training flags as they were.
+The same few tokens run through the model twice, sharded and in full. The outputs of all its modules and the loss are
+compared: the verdict. Whatever looks at other tokens outside the attention interface (recurrent and convolutional
+layers, pooling, positions that are counted instead of passed) shows there, without a list of names. A few other batches
+measure traits of the model (`traits.MeasuredTraits`).
+
+It runs below the model's own hooks, so FSDP and DDP do not notice. It leaves the random state, parameters
+(`isolation`), buffers, gradients and training flags as they were.
 
 Before the first forward in training mode the batch goes through once more in that mode (`training_check`).
 """
@@ -30,58 +32,89 @@ from ...errors import UspError, UspModelError
 from ...utils.dtypes import no_autocast
 from ..backbone import accepts_any_keyword, find_backbone
 from ..positions import length_dependent_ropes, may_count_visible, temperature_tuned, visible_positions
-from ..recurrent_layers import has_recurrent_layers
+from ..traits import MeasuredTraits, ModelTraits
 from .compare import compare
 from .isolation import preserve_parameters
 
 
-def self_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions, device: torch.device) -> frozenset[str]:
-    """Raise `UspModelError` on every rank of the mesh if sharding changes what the model computes.
+def measure(
+    model: PreTrainedModel,
+    traits: ModelTraits,
+    mesh: UspMesh,
+    options: ShardOptions,
+    device: torch.device,
+    verdict: bool = True,
+) -> MeasuredTraits:
+    """Traits that show only when the model runs, after the verdict of the self-check.
 
-    Returns what holds besides: "packed" where one process does not keep documents apart by their restarting
-    `position_ids` (some masks never see position_ids; sharded, documents are apart); "visible" where, without
-    position_ids, a model counts the tokens that the attention_mask shows (`positions.visible_positions`); "left" where
-    it takes yet other positions for a row padded on the left; "states" where the kernel of recurrent layers does not
-    continue from a state that it is given.
+    verdict: raise `UspModelError` on every rank of the mesh if sharding changes the outputs of any module. Without it
+    the same forwards run, but for the one in autocast's dtype, and a model that fails on a short random batch is
+    unknown.
     """
-    group = mesh.group
-    assert group is not None
     batch = random_batch(model, mesh, device)
-    length = batch["input_ids"].shape[1]
-    first = length // 2 + 1
-    packed = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
-    kinds = []
-    exact = without_autocast(options, device)
-
-    def differs(batch: dict[str, Any], options: ShardOptions = exact, pass_states: bool = False) -> bool:
-        """Whether a batch differs on any rank of the mesh."""
-        here = compare(model, batch, mesh, options, pass_states) is not None
-        return bool(all_gather(torch.tensor([here], dtype=torch.int64, device=device), group).any())
-
+    exact = without_autocast(options, device)  # asked before autocast is off
     with isolated_forward(model, device) as overwritten:
         try:
-            found = compare(model, batch, mesh, exact)
-            if exact is not options:
-                with torch.autocast(device.type):  # again, in its dtype; on every rank: it communicates
-                    coarse = compare(model, batch, mesh, options)
-                found = found or coarse
-        except UspError:
-            raise
-        except Exception as problem:
-            raise fails_alone(model, problem) from problem
-        error = None if found is None else refusal(model, found)
-        if overwritten:
-            error = overwrites(model, overwritten)
-        verify_same_across_ranks(torch.zeros(1, dtype=torch.int64, device=device), error, group, UspModelError)
-        if differs({**batch, "position_ids": packed}):
-            kinds.append("packed")
-        left = {**batch, "attention_mask": _left_padding(batch)}
-        if differs(left):
-            visible = replace(exact, positions=visible_positions)
-            kinds.append("visible" if may_count_visible(model) and not differs(left, visible) else "left")
-        if has_recurrent_layers(model) and differs(batch, pass_states=True):
-            kinds.append("states")
-    return frozenset(kinds)
+            if verdict:
+                _give_verdict(model, batch, mesh, options, exact, overwritten)
+            return _measure(model, traits, batch, mesh, exact)
+        except Exception:
+            if verdict:
+                raise
+            return MeasuredTraits()
+
+
+def _give_verdict(
+    model: PreTrainedModel,
+    batch: dict[str, Any],
+    mesh: UspMesh,
+    options: ShardOptions,
+    exact: ShardOptions,
+    overwritten: set[str],
+) -> None:
+    device = batch["input_ids"].device
+    try:
+        found = compare(model, batch, mesh, exact)
+        if exact is not options:
+            with torch.autocast(device.type):  # again, in its dtype; on every rank: it communicates
+                coarse = compare(model, batch, mesh, options)
+            found = found or coarse
+    except UspError:
+        raise
+    except Exception as problem:
+        raise fails_alone(model, problem) from problem
+    error = None if found is None else refusal(model, found)
+    if overwritten:
+        error = overwrites(model, overwritten)
+    assert mesh.group is not None
+    verify_same_across_ranks(torch.zeros(1, dtype=torch.int64, device=device), error, mesh.group, UspModelError)
+
+
+def _measure(
+    model: PreTrainedModel, traits: ModelTraits, batch: dict[str, Any], mesh: UspMesh, options: ShardOptions
+) -> MeasuredTraits:
+    ids = batch["input_ids"]
+    length, device = ids.shape[1], ids.device
+    first = length // 2 + 1
+    restarting = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
+
+    def same(batch: dict[str, Any], options: ShardOptions = options, pass_states: bool = False) -> bool:
+        """Whether a batch gives the same sharded and in full, on all ranks of the mesh."""
+        differs = compare(model, batch, mesh, options, pass_states) is not None
+        assert mesh.group is not None
+        return not bool(all_gather(torch.tensor([differs], dtype=torch.int64, device=device), mesh.group).any())
+
+    left = {**batch, "attention_mask": _left_padding(batch)}
+    counts_in_order = same(left)
+    counts_visible = (
+        not counts_in_order and may_count_visible(model) and same(left, replace(options, positions=visible_positions))
+    )
+    return MeasuredTraits(
+        keeps_documents_apart=same({**batch, "position_ids": restarting}),
+        counts_visible_tokens=counts_visible,
+        knows_left_padding=counts_in_order or counts_visible,
+        continues_from_states=traits.recurrent and same(batch, pass_states=True),
+    )
 
 
 def without_autocast(options: ShardOptions, device: torch.device) -> ShardOptions:

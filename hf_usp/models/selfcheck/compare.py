@@ -28,7 +28,8 @@ def compare(
     pass_states: bool = False,
 ) -> str | None:
     """What differs on this rank between the sharded and the whole run of a batch, in words."""
-    share, layout = shard_for_backbone(model, batch, mesh, options)
+    backbone = find_backbone(model)
+    share, layout = shard_for_backbone(backbone, model, batch, mesh, options)
     layout.pass_states = pass_states
     items = share.pop("num_labels", None)
     given = {} if items is None else {"num_items_in_batch": items}
@@ -44,7 +45,7 @@ def compare(
             rule="a model runs on this rank's tokens, with shift_labels and num_items_in_batch for its loss",
             remedy="train this model without UspParallelismConfig",
         ) from problem
-    if find_backbone(model).module is model:
+    if backbone.module is model:
         recompute_pooler(model, sharded, layout, gathered=False)
     wrong_loss = _loss_difference(model, layout, sharded, whole)  # on every rank: it communicates
     return _difference(model, layout, mine, theirs) or _output_difference(model, layout, sharded, whole) or wrong_loss

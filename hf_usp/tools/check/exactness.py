@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ...attention.functional import usp_attention
-from ...batch.shard import ShardOptions, shard, shard_tensor
+from ...batch.shard import shard, shard_tensor
 from ...batch.unshard import unshard
 from ...distributed.comm import all_reduce_sum
 from ...distributed.mesh import UspMesh
 from ...models.attention_interface import NAME
-from ...models.backbone import mask_specs
 from ...models.hooks import attach_hooks
 from ...planner.request import read_config, shape_of
 
@@ -140,12 +139,12 @@ def model_error(config: PretrainedConfig, mesh: UspMesh, device: torch.device, d
     ids = torch.randint(text.vocab_size, (1, length), generator=torch.Generator().manual_seed(1)).to(device)
     batch = {"input_ids": ids, "labels": ids.clone()}
 
-    def step(attention: str, mask_spec: torch.dtype, over: UspMesh | None) -> dict[str, Tensor]:
+    def step(attention: str, weights: torch.dtype, over: UspMesh | None) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
-        model = model.to(device=device, dtype=mask_spec)
+        model = model.to(device=device, dtype=weights)
         if over is not None and over.size > 1:  # a single rank has nothing to shard: "usp" as one process has it
-            attach_hooks(model, over, ShardOptions("auto", mask_specs(model)))
+            attach_hooks(model, over)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
