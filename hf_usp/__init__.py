@@ -11,6 +11,8 @@ from .compat import check_versions
 from .config import UspParallelismConfig
 from .distributed.mesh import UspMesh
 from .errors import UspBatchError, UspConfigError, UspError, UspKernelError, UspMaskError, UspModelError, UspRankError
+from .integrations.accelerate import remove_context_parallel
+from .integrations.transformers import apply_context_parallel, describe
 from .memory.activation_checkpointing import save_attention_outputs
 from .models.attention_interface import register
 from .models.recurrent_layers import shard_recurrent_layers
@@ -27,6 +29,9 @@ __all__ = [
     "UspModelError",
     "UspParallelismConfig",
     "UspRankError",
+    "apply_context_parallel",
+    "describe",
+    "remove_context_parallel",
     "save_attention_outputs",
     "shard",
     "shard_recurrent_layers",

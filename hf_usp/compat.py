@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from packaging.version import Version
 
@@ -33,3 +34,18 @@ def sources() -> str:
     for path in sorted(root.rglob("*.py")):
         total = zlib.crc32(path.read_bytes(), zlib.crc32(path.relative_to(root).as_posix().encode(), total))
     return f"{total:08x}"
+
+
+def get_reshard_state(unit: Any) -> tuple[Any, Any]:
+    """What an FSDP2 unit does with its parameters after a forward; torch 2.11 to 2.14 have no public getter."""
+    state = unit._get_fsdp_state()
+    group = state._fsdp_param_group
+    return state._auto_reshard_after_forward, None if group is None else group.post_forward_mesh_info
+
+
+def set_reshard_state(unit: Any, before: tuple[Any, Any]) -> None:
+    """Put back what `get_reshard_state` returned."""
+    state = unit._get_fsdp_state()
+    state._auto_reshard_after_forward = before[0]
+    if state._fsdp_param_group is not None:
+        state._fsdp_param_group.post_forward_mesh_info = before[1]

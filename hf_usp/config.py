@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Collection
 from typing import Any
 
 from accelerate import Accelerator, ParallelismConfig
@@ -20,10 +19,10 @@ from .distributed.comm import world_size
 from .distributed.mesh import DeviceMesh, kept_mesh
 from .errors import UspConfigError
 from .integrations.accelerate import AcceleratorPatch
+from .integrations.transformers import validate_memory_options, validate_options
 from .kernels import KERNELS
 from .planner.hardware import check_machine
 from .sharding.degrees import check_degrees
-from .sharding.load_balance import ALL_ORDERS
 from .utils.validation import check_positive_int, check_switches, size_from_environment
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
@@ -80,6 +79,8 @@ class UspParallelismConfig(ParallelismConfig):
         UspConfigError: sizes or options that fit neither each other nor the number of processes.
     """
 
+    cp_size: int
+
     def __init__(
         self,
         cp_size: int | None = None,
@@ -121,11 +122,14 @@ class UspParallelismConfig(ParallelismConfig):
         super().__init__(**kwargs)
 
     def __post_init__(self) -> None:
-        cp_size: int = self.cp_size  # type: ignore[has-type]
+        cp_size = self.cp_size
         check_positive_int(**{f"{axis}_size": getattr(self, f"{axis}_size") for axis in (*AXES, "sp")})
-        check_options(cp_size, self.ulysses_degree, self.sequence_order, self.kernel, KERNELS)
+        check_positive_int(cp_size=cp_size, ulysses_degree=self.ulysses_degree)
+        if self.ulysses_degree is not None:
+            check_degrees(cp_size, self.ulysses_degree)
+        validate_options(self.sequence_order, self.kernel, KERNELS)
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
-        check_chunks(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
+        validate_memory_options(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
         check_switches(
             gather_outputs=self.gather_outputs, offload_checkpoints=self.offload_checkpoints, self_check=self.self_check
         )
@@ -252,38 +256,6 @@ def _wrong_world(config: UspParallelismConfig, world: int) -> UspConfigError:
         remedy=f"start {config.total_size} processes (accelerate launch --num_processes {config.total_size}), or "
         "choose sizes whose product fits; leave both data-parallel sizes out to have them filled in",
     )
-
-
-def check_options(
-    cp_size: int, ulysses_degree: int | None, sequence_order: str, kernel: str | None, kernels: Collection[str]
-) -> None:
-    """Raise `UspConfigError` for degrees that do not fit, and for orders and kernels that are not there."""
-    check_positive_int(cp_size=cp_size, ulysses_degree=ulysses_degree)
-    if ulysses_degree is not None:
-        check_degrees(cp_size, ulysses_degree)
-    if sequence_order not in ("auto", *ALL_ORDERS):
-        raise UspConfigError(
-            f"sequence_order={sequence_order!r}",
-            rule=f"it is one of auto, {', '.join(ALL_ORDERS)}",
-            remedy="use 'auto'",
-        )
-    if kernel is not None and kernel not in list(kernels):
-        raise UspConfigError(
-            f"kernel={kernel!r}",
-            rule=f"a kernel is one of {', '.join(kernels)}, or None",
-            remedy="leave it out to let hf_usp choose",
-        )
-
-
-def check_chunks(loss_chunk_size: int | None, mlp_chunk_size: int | None, gather_outputs: bool) -> None:
-    """Raise `UspConfigError` for chunks of no tokens, and for logits that are both left out and to be gathered."""
-    check_positive_int(loss_chunk_size=loss_chunk_size, mlp_chunk_size=mlp_chunk_size)
-    if loss_chunk_size is not None and gather_outputs:
-        raise UspConfigError(
-            f"loss_chunk_size={loss_chunk_size} with gather_outputs=True",
-            rule="a loss in chunks leaves no logits to be gathered",
-            remedy="choose one: loss_chunk_size for training, gather_outputs for predict and compute_metrics",
-        )
 
 
 def check_choice(ranks_per_node: int | None, machine: str | None, sequence_length: int | None) -> None:

@@ -96,7 +96,15 @@ MODULES = {module_of(path): path for path in SOURCES}
 def imports(path: Path) -> Iterator[tuple[str | None, str]]:
     """Every import of a file, also inside functions: (module of ours, "") or (None, module of others)."""
     package = path.relative_to(ROOT).parent.parts
+    checked = {
+        inner
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(TREES[path]):
+        if node in checked:
+            continue  # only type checkers read it
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield (alias.name.partition(".")[2], "") if alias.name.split(".")[0] == "hf_usp" else (None, alias.name)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, is_compiled_module
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..distributed.agreement import verify_same_on_all_processes
 from ..distributed.failures import refuse_after_failure, reporting_failures, translate_connection_errors
 from ..distributed.mesh import UspMesh
 from ..errors import UspModelError
-from ..memory.activation_checkpointing import use_plain_function
-from ..memory.activation_offload import offload_checkpoints
-from ..memory.chunked_loss import ChunkedLoss, chunked_loss
-from ..memory.tiled_mlp import tile_mlps
-from ..models.consistency import describe_model
-from ..models.hooks import ContextParallelHooks, attach_hooks, attends_sharded, find_model, get_hooks
+from ..models.hooks import ContextParallelHooks, attends_sharded, find_model, get_hooks
 from ..models.traits import inspect_model
+from ..utils.patches import AttributePatches
 from .data_loader import same_order, same_rows
 from .deepspeed import prepare_for_deepspeed, under_deepspeed
 from .gathering import Gathering, refuse_shares
@@ -32,51 +29,109 @@ from .process_groups import (
     keep_full_states_on_first_rank,
     step_for_groups,
 )
+from .transformers import apply_context_parallel, apply_memory_options, remove_from_model
 from .ulysses_degree import chosen_degree
+
+if TYPE_CHECKING:
+    from ..config import UspParallelismConfig
 
 # What makes every forward of a model one of all ranks.
 WRAPPERS = ("DeepSpeedEngine", "FSDPModule", "FullyShardedDataParallel")
 
 
-class AcceleratorPatch:
-    """What an `Accelerator` made with our config does differently, set on that one instance.
+class Replacement(NamedTuple):
+    """A replaced attribute of an accelerator: by what, why, and the upstream issue that would make it unnecessary."""
 
-    `prepare` and `prepare_model` attach the sharding hooks to models; its state, `gather`, `reduce`,
-    `gather_for_metrics` and the schedulers of `prepare_scheduler` count ranks that share a batch once (groups.py,
-    gathering.py); `gather_for_metrics` and `pad_across_processes` refuse logits of which every rank holds a share;
-    `prepare_data_loader` gives ranks of a group the same rows (feed.py); `backward` tells the other ranks what ended it
-    (faults.py). config: the `UspParallelismConfig`.
+    what: str
+    why: str
+    upstream: str
+
+
+# Attributes of one `Accelerator`. Other accelerators and the class are untouched.
+ACCELERATOR_CHANGES = {
+    "prepare": Replacement(
+        "applies context parallelism to models, then Accelerate's own",
+        "a ParallelismConfig is not told of the models",
+        "huggingface/accelerate#4209 adds sequence parallelism to Accelerate",
+    ),
+    "prepare_model": Replacement(
+        "the same for a single model", "TRL and the Trainer call it for some models", "huggingface/accelerate#4209"
+    ),
+    "prepare_data_loader": Replacement(
+        "gives all ranks of a sequence the same rows in one order",
+        "iterable datasets, rebalanced batches and random samplers are dealt out by process",
+        "huggingface/accelerate#4209",
+    ),
+    "prepare_scheduler": Replacement(
+        "a prepared scheduler takes a step for each group of ranks",
+        "Accelerate takes one for each process",
+        "huggingface/accelerate#2142 describes the steps",
+    ),
+    "pad_across_processes": Replacement(
+        "refuses logits of which every rank has a local shard", "they would be padded as rows", "none"
+    ),
+    "gather_for_metrics": Replacement(
+        "ranks that share a batch count once; refuses local shards of logits",
+        "Accelerate takes every process for rows of its own",
+        "huggingface/transformers#48842",
+    ),
+    "gather": Replacement(
+        "ranks that share a batch count once",
+        "counts gathered by hand would be cp_size times too large",
+        "huggingface/accelerate#3193",
+    ),
+    "reduce": Replacement("a sum counts ranks that share a batch once", "as for gather", "huggingface/accelerate#3193"),
+    "backward": Replacement("tells other ranks why it failed", "they would wait until the timeout", "none"),
+    "state": Replacement(
+        "num_processes is the number of groups of ranks that share a batch",
+        "the Trainer and scripts multiply and divide by it (decision 21)",
+        "huggingface/accelerate#4209",
+    ),
+    "dataloader_config": Replacement(
+        "a copy with dispatch_batches=False", "every rank reads the rows of an iterable dataset itself", "none"
+    ),
+    "_prepare_device_mesh": Replacement(
+        "under DeepSpeed, a mesh whose axis `tp` holds the ranks that share a batch",
+        "Accelerate's data loaders look at this axis alone under DeepSpeed",
+        "none",
+    ),
+    "state.fsdp_plugin.state_dict_config": Replacement(
+        "a full state dict stays on the first rank", "Accelerate decides it by num_processes", "none"
+    ),
+}
+
+
+class AcceleratorPatch:
+    """What an `Accelerator` made with our config does differently, set on that one instance: `ACCELERATOR_CHANGES`.
+
+    config: the `UspParallelismConfig`. `remove` restores the accelerator, its data loaders and its schedulers.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Any) -> None:
+    def __init__(self, accelerator: Accelerator, config: UspParallelismConfig) -> None:
         self.config = config
         self.accelerator = accelerator
         self.prepared: list[ContextParallelHooks] = []
         self.meshes: dict[int, UspMesh] = {}
-        stock = (
-            "prepare",
-            "prepare_model",
-            "prepare_data_loader",
-            "prepare_scheduler",
-            "pad_across_processes",
-            "gather_for_metrics",
-            "backward",
-        )
-        self.stock = {name: getattr(accelerator, name) for name in stock}
-        for name in self.stock:
+        self.patches = AttributePatches()
+        methods = [name for name in ACCELERATOR_CHANGES if name in vars(type(self))]
+        self.stock = {name: getattr(accelerator, name) for name in methods}
+        for name in methods:
             method = functools.wraps(getattr(Accelerator, name))(functools.partial(getattr(type(self), name), self))
-            setattr(accelerator, name, method)
+            self.patches.set(accelerator, name, method)
         if config.cp_size > 1 and under_deepspeed(accelerator):
-            prepare_for_deepspeed(accelerator, config.cp_size, config.tp_size)
-        stock_gather, stock_reduce = (
-            translate_connection_errors(accelerator.gather),
-            translate_connection_errors(accelerator.reduce),
-        )
+            prepare_for_deepspeed(accelerator, config.cp_size, config.tp_size, self.patches)
+        stock_gather = translate_connection_errors(accelerator.gather)
+        stock_reduce = translate_connection_errors(accelerator.reduce)
         self.gathering = Gathering(accelerator, config.cp_size, config.tp_size, stock_gather, stock_reduce)
         if config.cp_size > 1:
-            keep_full_states_on_first_rank(accelerator)
-            accelerator.state = GroupState(accelerator.state)
-            accelerator.gather, accelerator.reduce = self.gathering.gather, self.gathering.reduce
+            keep_full_states_on_first_rank(accelerator, self.patches)
+            self.patches.set(accelerator, "state", GroupState(accelerator.state))
+            self.patches.set(accelerator, "gather", self.gathering.gather)
+            self.patches.set(accelerator, "reduce", self.gathering.reduce)
+
+    def remove(self) -> None:
+        """Restore the accelerator and whatever it has prepared but models, which may go on without it."""
+        self.patches.undo()
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         self.shard_models_of(sys._getframe(1).f_locals.get("self"))
@@ -86,7 +141,7 @@ class AcceleratorPatch:
         given = [count_for_groups(x, self.config.cp_size) for x in args]
         with all_processes(self.accelerator):
             prepared = self.stock["prepare"](*given, **kwargs)
-        step_for_groups(self.accelerator)
+        step_for_groups(self.accelerator, self.patches)
         return prepared
 
     def prepare_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -97,17 +152,17 @@ class AcceleratorPatch:
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         prepared = self.stock["prepare_scheduler"](scheduler)
-        step_for_groups(self.accelerator)
+        step_for_groups(self.accelerator, self.patches)
         return prepared
 
     def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
         if self.config.cp_size == 1 or getattr(data_loader, "_is_accelerate_prepared", False):
             return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
         model_parallel_size = self.config.cp_size * self.config.tp_size
-        same_rows(self.accelerator, data_loader, model_parallel_size)
+        same_rows(self.accelerator, data_loader, model_parallel_size, self.patches)
         with all_processes(self.accelerator):
             prepared = self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
-            same_order(prepared, self.accelerator.num_processes, model_parallel_size)
+            same_order(prepared, self.accelerator.num_processes, model_parallel_size, self.patches)
         return prepared
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
@@ -127,45 +182,44 @@ class AcceleratorPatch:
                 self.shard(module)
 
     def shard(self, module: torch.nn.Module) -> None:
-        """Attach the hooks to the Transformers model in `module`, once."""
+        """Apply context parallelism to the Transformers model in `module`, once."""
         for earlier in self.prepared:
             if earlier.failed is not None:  # DDP would wait for ranks that wait for this one
                 raise refuse_after_failure(earlier.failed)
-        use_plain_function(module)
-        if self.config.loss_chunk_size is not None and chunked_loss(module) is None:
-            ChunkedLoss(find_model(module), self.config.loss_chunk_size)
-        if self.config.mlp_chunk_size is not None:
-            tile_mlps(find_model(module), self.config.mlp_chunk_size)
-        if self.config.offload_checkpoints:
-            offload_checkpoints(find_model(module))
-        if self.config.cp_size == 1:
+        config, hooks = self.config, get_hooks(module)
+        memory = (config.loss_chunk_size, config.mlp_chunk_size, config.offload_checkpoints)
+        if config.cp_size == 1 or (hooks is not None and hooks.mesh in self.meshes.values()):
+            apply_memory_options(module, *memory)
             return
-        hooks = get_hooks(module)
-        if hooks is not None and hooks.mesh in self.meshes.values():
-            return
-        config, model = self.config, find_model(module)
-        settings = {
-            name: getattr(self.accelerator, name) for name in ("mixed_precision", "gradient_accumulation_steps")
-        }
-        verify_same_on_all_processes(describe_model(model) | settings)
+        model = find_model(module)
+        names = ("mixed_precision", "gradient_accumulation_steps")
+        verify_same_on_all_processes({name: getattr(self.accelerator, name) for name in names})
         self._check_compilation(module, model)
+        apply_context_parallel(
+            module,
+            self._mesh(model),
+            sequence_order=config.sequence_order,
+            kernel=config.kernel,
+            gather_outputs=config.gather_outputs,
+            self_check=config.self_check,
+            loss_chunk_size=config.loss_chunk_size,
+            mlp_chunk_size=config.mlp_chunk_size,
+            offload_checkpoints=config.offload_checkpoints,
+        )
+        applied = get_hooks(module)
+        assert applied is not None
+        self.prepared.append(applied)
+
+    def _mesh(self, model: PreTrainedModel) -> UspMesh:
+        """The mesh of this accelerator, whose ulysses degree the first model may decide."""
+        config = self.config
         if config.ulysses_degree is None:
-            device, ranks = self.accelerator.device, config.total_size
-            config.ulysses_degree = chosen_degree(config, model, device, ranks)
+            config.ulysses_degree = chosen_degree(config, model, self.accelerator.device, config.total_size)
         degree = config.ulysses_degree
         if degree not in self.meshes:
             axis = self.accelerator.torch_device_mesh
             self.meshes[degree] = UspMesh.from_device_mesh(axis, ulysses_degree=degree)
-        self.prepared.append(
-            attach_hooks(
-                module,
-                self.meshes[degree],
-                sequence_order=config.sequence_order,
-                kernel=config.kernel,
-                gather_outputs=config.gather_outputs,
-                self_check=config.self_check,
-            )
-        )
+        return self.meshes[degree]
 
     def _check_compilation(self, module: torch.nn.Module, model: PreTrainedModel) -> None:
         """Refuse models whose graphs would have to take in tensors that carry the layout (masks, positions)."""
@@ -200,3 +254,19 @@ class AcceleratorPatch:
             )
         refuse_shares(tensor, self.prepared)
         return self.stock["pad_across_processes"](tensor, *args, **kwargs)
+
+
+def remove_context_parallel(target: nn.Module | Accelerator) -> None:
+    """Restore a model, or an accelerator, to what it was before hf_usp changed it.
+
+    Args:
+        target: a model (or what wraps it) after `apply_context_parallel` or `Accelerator.prepare`; or an `Accelerator`
+            that was made with a `UspParallelismConfig`. Models and accelerators are restored independently.
+    """
+    if not isinstance(target, Accelerator):
+        remove_from_model(target)
+        return
+    method = vars(target).get("prepare")
+    patch = method.args[0] if isinstance(method, functools.partial) and method.args else None
+    if isinstance(patch, AcceleratorPatch):
+        patch.remove()

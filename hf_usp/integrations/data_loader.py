@@ -26,10 +26,13 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from ..errors import UspConfigError
+from ..utils.patches import AttributePatches
 from .streaming import count_rows
 
 
-def same_rows(accelerator: Accelerator, loader: DataLoader, model_parallel_size: int) -> None:
+def same_rows(
+    accelerator: Accelerator, loader: DataLoader, model_parallel_size: int, patches: AttributePatches
+) -> None:
     """Make the loader, not yet prepared, give `model_parallel_size` consecutive ranks the same rows.
 
     Raises:
@@ -43,22 +46,23 @@ def same_rows(accelerator: Accelerator, loader: DataLoader, model_parallel_size:
             "dataset equally on all ranks)",
         )
     if accelerator.dispatch_batches is None:
-        accelerator.dataloader_config = copy.copy(accelerator.dataloader_config)
-        accelerator.dataloader_config.dispatch_batches = False
-    count_rows(loader)
+        config = copy.copy(accelerator.dataloader_config)
+        config.dispatch_batches = False
+        patches.set(accelerator, "dataloader_config", config)
+    count_rows(loader, patches)
     from transformers import trainer_pt_utils  # with the Trainer's own imports, too many for `import hf_usp`
     from transformers.trainer_utils import seed_worker
 
     sampler = loader.batch_sampler
     # Transformers 5.17 has no such sampler.
     if isinstance(sampler, getattr(trainer_pt_utils, "BatchRebalanceSampler", ())):
-        _deal_to_groups(sampler, model_parallel_size)
+        patches.replace_all(sampler, partial(_assign_to_groups, sampler, model_parallel_size))
     seed = loader.worker_init_fn
     if isinstance(seed, partial) and seed.func is seed_worker:
-        loader.worker_init_fn = partial(seed, rank=seed.keywords["rank"] // model_parallel_size)
+        patches.set(loader, "worker_init_fn", partial(seed, rank=seed.keywords["rank"] // model_parallel_size))
 
 
-def same_order(loader: Any, ranks: int, model_parallel_size: int) -> None:
+def same_order(loader: Any, ranks: int, model_parallel_size: int, patches: AttributePatches) -> None:
     """Make a prepared loader, whose rows all `ranks` share, draw one order of them however ranks are seeded.
 
     The order is that which the first rank draws, so that of one process. Seedable samplers bring their own seed.
@@ -67,11 +71,12 @@ def same_order(loader: Any, ranks: int, model_parallel_size: int) -> None:
         return  # Accelerate sees to that
     generator = getattr(loader.dataset, "generator", None)
     if isinstance(loader.dataset, IterableDataset) and isinstance(generator, torch.Generator):
-        loader.rng_types, loader.synchronized_generator = [*(loader.rng_types or ()), "generator"], generator
+        patches.set(loader, "rng_types", [*(loader.rng_types or ()), "generator"])
+        patches.set(loader, "synchronized_generator", generator)
     batches = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
     sampler = getattr(batches, "sampler", None)
     if hasattr(sampler, "generator") and not isinstance(sampler, SeedableRandomSampler):
-        batches.sampler = _OneOrder(sampler)
+        patches.set(batches, "sampler", _OneOrder(sampler))
 
 
 class _OneOrder(Sampler):
@@ -100,7 +105,7 @@ class _OneOrder(Sampler):
         return iter(order)
 
 
-def _deal_to_groups(sampler: Any, model_parallel_size: int) -> None:
+def _assign_to_groups(sampler: Any, model_parallel_size: int) -> None:
     """Set up a `BatchRebalanceSampler` anew (the Trainer keeps the object), with groups of ranks for ranks."""
     sampler.__init__(
         lengths=sampler.lengths,

@@ -18,13 +18,14 @@ from accelerate.utils import DistributedType
 
 from ..distributed.mesh import DeviceMesh, batch_mesh
 from ..errors import UspConfigError
+from ..utils.patches import AttributePatches
 
 
 def under_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def prepare_for_deepspeed(accelerator: Accelerator, cp_size: int, tp_size: int) -> None:
+def prepare_for_deepspeed(accelerator: Accelerator, cp_size: int, tp_size: int, patches: AttributePatches) -> None:
     """Let the dataloaders of this accelerator give all ranks of a sequence the same batch.
 
     Raises `UspConfigError` for settings of DeepSpeed that do not go with a mesh of ours.
@@ -37,7 +38,9 @@ def prepare_for_deepspeed(accelerator: Accelerator, cp_size: int, tp_size: int) 
             meshes.append(batch_mesh(accelerator.device.type, cp_size))
         return meshes[0]
 
-    accelerator._prepare_device_mesh = device_mesh  # of Accelerate 1.15; only `prepare_data_loader` asks it
+    patches.set(
+        accelerator, "_prepare_device_mesh", device_mesh
+    )  # of Accelerate 1.15; only `prepare_data_loader` asks it
 
 
 def check_settings(settings: dict[str, Any], world: int, cp_size: int, tp_size: int) -> None:

@@ -22,6 +22,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DummyScheduler
 from torch.distributed.fsdp import FullStateDictConfig
 
+from ..utils.patches import AttributePatches
+
 
 class GroupState(AcceleratorState):
     """An accelerator's state, with groups for processes; the same attributes otherwise."""
@@ -49,11 +51,12 @@ def all_processes(accelerator: Accelerator) -> Iterator[None]:
         accelerator.state = told
 
 
-def step_for_groups(accelerator: Accelerator) -> None:
+def step_for_groups(accelerator: Accelerator, patches: AttributePatches) -> None:
     """Let the prepared schedulers take a step for each group, where Accelerate's take one for each process."""
     for scheduler in accelerator._schedulers:
         if type(scheduler) is AcceleratedScheduler:
-            scheduler.step = partial(_step, scheduler, accelerator)
+            if not isinstance(vars(scheduler).get("step"), partial):
+                patches.set(scheduler, "step", partial(_step, scheduler, accelerator))
 
 
 def _step(prepared: AcceleratedScheduler, accelerator: Accelerator, *args: Any, **kwargs: Any) -> None:
@@ -92,8 +95,8 @@ class FirstRankOnly(FullStateDictConfig):
         super().__setattr__(name, name in ("offload_to_cpu", "rank0_only") or value)
 
 
-def keep_full_states_on_first_rank(accelerator: Accelerator) -> None:
+def keep_full_states_on_first_rank(accelerator: Accelerator, patches: AttributePatches) -> None:
     """Before an accelerator under FSDP tells of groups."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2 and isinstance(plugin.state_dict_config, FullStateDictConfig):
-        plugin.state_dict_config = FirstRankOnly()
+        patches.set(plugin, "state_dict_config", FirstRankOnly())

@@ -13,6 +13,8 @@ import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..utils.patches import AttributePatches
+
 
 class CountedRows(IterableDataset):
     """An iterable dataset that counts the rows of its last pass, also where a worker process reads it."""
@@ -38,11 +40,11 @@ class CountedRows(IterableDataset):
         return getattr(self.dataset, name)
 
 
-def count_rows(loader: DataLoader) -> None:
+def count_rows(loader: DataLoader, patches: AttributePatches) -> None:
     """Make a loader that is not yet prepared count the rows of its stream."""
     if isinstance(loader.dataset, IterableDataset) and not isinstance(loader.dataset, CountedRows):
         # A DataLoader refuses the plain assignment, since its sampler might be that of another dataset.
-        vars(loader)["dataset"] = CountedRows(loader.dataset, loader.num_workers)
+        patches.set(loader, "dataset", CountedRows(loader.dataset, loader.num_workers))
 
 
 def rows_of_last_step(state: Any) -> int | None:

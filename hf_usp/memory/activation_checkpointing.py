@@ -47,10 +47,26 @@ class SaveAttentionOutputs(str):
 
 
 def use_plain_function(model: torch.nn.Module) -> None:
-    """Let a model that has `save_attention_outputs` call `contexts`: torch.compile takes functions only for a
-    `context_fn`.
-    """
-    for module in model.modules():
-        keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    """Let checkpointed layers call a plain function: torch.compile takes no other `context_fn`."""
+    for keywords in _checkpointing_keywords(model):
         if isinstance(keywords.get("context_fn"), SaveAttentionOutputs):
             keywords["context_fn"] = selective_checkpoint_contexts
+
+
+def uses_plain_function(model: torch.nn.Module) -> bool:
+    """Whether `use_plain_function` has changed a layer of this model."""
+    return any(
+        keywords.get("context_fn") is selective_checkpoint_contexts for keywords in _checkpointing_keywords(model)
+    )
+
+
+def restore_context_functions(model: torch.nn.Module) -> None:
+    """Undo `use_plain_function`."""
+    for keywords in _checkpointing_keywords(model):
+        if keywords.get("context_fn") is selective_checkpoint_contexts:
+            keywords.update(save_attention_outputs())
+
+
+def _checkpointing_keywords(model: torch.nn.Module) -> list[dict[str, Any]]:
+    functions: list[Any] = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+    return [function.keywords for function in functions if isinstance(getattr(function, "keywords", None), dict)]

@@ -162,8 +162,27 @@ def _saves_to_outer_hooks(function: Callable[..., Any]) -> bool:
 
 def offload_checkpoints(model: PreTrainedModel, garage: ActivationOffloader | None = None) -> OffloadedCheckpoints:
     """Keep the inputs of a model's checkpointed layers in CPU memory until the backward. Again changes nothing."""
-    for hook in model._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, OffloadedCheckpoints):
-            return owner
-    return OffloadedCheckpoints(model, garage or ActivationOffloader())
+    return _offloaded(model) or OffloadedCheckpoints(model, garage or ActivationOffloader())
+
+
+def offloads_checkpoints(model: nn.Module) -> bool:
+    """Whether `offload_checkpoints` was called for this model."""
+    return _offloaded(model) is not None
+
+
+def restore_checkpoints(model: nn.Module) -> None:
+    """Undo `offload_checkpoints`."""
+    hooks = _offloaded(model)
+    if hooks is None:
+        return
+    hooks.handle.remove()
+    layers: Any = model.modules()
+    for layer in layers:
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(function, Offloaded):
+            layer._gradient_checkpointing_func = function.function
+
+
+def _offloaded(model: nn.Module) -> OffloadedCheckpoints | None:
+    owners = (getattr(hook, "__self__", None) for m in model.modules() for hook in m._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, OffloadedCheckpoints)), None)

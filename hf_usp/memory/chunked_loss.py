@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..compat import get_reshard_state, set_reshard_state
 from ..distributed.loss import VocabularyPart
 from ..errors import UspModelError
 from ..models.backbone import find_backbone
@@ -56,15 +57,18 @@ class ChunkedLoss(NotSaved):
             )
         self.chunk, self.over_tp = chunk, head_is_cut(model)
         self._on_head: RemovableHandle | _OwnForward | None = None
+        self._reshards: list[tuple[Any, Any]] = []  # FSDP2 units of the head, and what they did after a forward
         self._handles = (
             model.register_forward_pre_hook(self.begin, with_kwargs=True),
             model.register_forward_hook(self.end, with_kwargs=True, always_call=True),
         )
 
     def remove(self) -> None:
-        """The model is as it was before."""
+        """Restore the model, FSDP2's reshard flag of its head included."""
         for handle in self._handles:
             handle.remove()
+        for unit, before in self._reshards:
+            set_reshard_state(unit, before)
 
     @torch.compiler.disable
     def begin(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -81,6 +85,8 @@ class ChunkedLoss(NotSaved):
             return
         partitioned = any(hasattr(p, "ds_id") for p in head.parameters())
         for unit in _fsdp_units(head):
+            if all(known is not unit for known, _ in self._reshards):
+                self._reshards.append((unit, get_reshard_state(unit)))
             unit.set_reshard_after_forward(False, recurse=False)  # gathered once: for head, loss and backward
         if self.over_tp:
             self._on_head = _OwnForward(head, partial(_own_logits, head, self.chunk, _rows_of_head))

@@ -1,0 +1,242 @@
+"""Context parallelism of one Transformers model: applied, removed, described.
+
+`apply_context_parallel` is the one way in: `Accelerator.prepare` (`integrations/accelerate.py`), hand-written loops and
+the command line call it. `MODEL_CHANGES` lists what it changes on a model, in the order in which it is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from torch import nn
+
+from ..distributed.agreement import verify_same_on_all_processes
+from ..distributed.mesh import UspMesh
+from ..errors import UspConfigError
+from ..kernels import KERNELS
+from ..memory.activation_checkpointing import restore_context_functions, use_plain_function, uses_plain_function
+from ..memory.activation_offload import offload_checkpoints as offload_model
+from ..memory.activation_offload import offloads_checkpoints, restore_checkpoints
+from ..memory.chunked_loss import ChunkedLoss, chunked_loss
+from ..memory.tiled_mlp import chunked, tile_mlps, untile_mlps
+from ..models.consistency import describe_model
+from ..models.hooks import ContextParallelHooks, attach_hooks, find_model, get_hooks
+from ..models.traits import inspect_model
+from ..sharding.load_balance import ALL_ORDERS
+from ..utils.validation import check_positive_int, check_switches
+
+
+class Change(NamedTuple):
+    """Something of a model that hf_usp changes.
+
+    Attributes:
+        target: the object that is changed.
+        what: the hook or attribute.
+        why: what it is for.
+        present: whether it is there, given the model (of whatever wraps it) and its hooks.
+    """
+
+    target: str
+    what: str
+    why: str
+    present: Callable[[nn.Module, ContextParallelHooks | None], bool]
+
+
+def _hooked(model: nn.Module, hooks: ContextParallelHooks | None) -> bool:
+    return hooks is not None
+
+
+MODEL_CHANGES = (
+    Change(
+        "layers with activation checkpointing",
+        "`context_fn` of `save_attention_outputs`",
+        "torch.compile takes only functions",
+        lambda model, _: uses_plain_function(model),
+    ),
+    Change(
+        "the model, and its head during a forward",
+        "forward pre-hook, forward hook; the head's `forward`; FSDP2's reshard flag of the head",
+        "`loss_chunk_size`: the loss is computed in chunks",
+        lambda model, _: chunked_loss(model) is not None,
+    ),
+    Change(
+        "MLPs",
+        "`forward`",
+        "`mlp_chunk_size`: MLPs compute in chunks",
+        lambda model, _: any(chunked(module) for module in model.modules()),
+    ),
+    Change(
+        "the model, and its checkpointed layers",
+        "forward pre-hook; the layers' checkpointing function",
+        "`offload_checkpoints`: inputs of checkpointed layers are kept in host memory",
+        lambda model, _: offloads_checkpoints(model),
+    ),
+    Change(
+        "recurrent layers",
+        "`forward`: the same code with sharded kernels; forward pre-hook",
+        "states cross the edges of shards",
+        lambda _, hooks: hooks is not None and bool(hooks.recurrent.layers),
+    ),
+    Change(
+        "norms that Transformers' tensor parallelism replicates inside heads",
+        "forward hook; gradient hooks on their parameters",
+        "gradients of several micro-batches are summed once",
+        lambda _, hooks: hooks is not None and bool(hooks.partial.handles),
+    ),
+    Change(
+        "the model",
+        "forward pre-hook `pre_forward`",
+        "shards the full batch",
+        _hooked,
+    ),
+    Change(
+        "the model",
+        "forward hook `post_forward`",
+        "reduces the loss over ranks, gathers outputs",
+        _hooked,
+    ),
+    Change(
+        "the model",
+        "forward hook `on_error` (also called after an exception)",
+        "tells the other ranks why this one failed",
+        _hooked,
+    ),
+    Change(
+        "the backbone, where it is a module inside the model",
+        "forward pre-hook, forward hook",
+        "shards the inputs there, gathers hidden states for the head around it",
+        lambda _, hooks: hooks is not None and hooks.inside,
+    ),
+    Change(
+        "the base model",
+        "forward pre-hook",
+        "asks for router logits: the load-balancing loss of experts is added afterwards",
+        _hooked,
+    ),
+    Change(
+        "modules of the backbone",
+        "attribute `_usp_prepared`",
+        "they refuse a full batch in a training step",
+        _hooked,
+    ),
+    Change(
+        "the model",
+        "`forward`",
+        "wrappers that call `model.forward(...)` run the hooks too",
+        _hooked,
+    ),
+)
+
+
+def apply_context_parallel(
+    model: nn.Module,
+    mesh: UspMesh,
+    *,
+    sequence_order: str = "auto",
+    gather_outputs: bool = False,
+    self_check: bool = True,
+    kernel: str | None = None,
+    loss_chunk_size: int | None = None,
+    mlp_chunk_size: int | None = None,
+    offload_checkpoints: bool = False,
+) -> nn.Module:
+    """Make a Transformers model take full batches and shard them over `mesh`. Every process of the world calls it.
+
+    The model then returns the loss of the full batch on every rank. Gradients are right after an average over all ranks
+    of the world (DDP, FSDP2, ZeRO, or `all_reduce` and a division in a loop of your own). Applying again replaces what
+    was applied before. `remove_context_parallel` restores the model.
+
+    Args:
+        model: a `PreTrainedModel` with `attn_implementation="usp"`, or a module around one (PEFT, DDP).
+        mesh: see `UspMesh.build`. On a mesh of one rank only the memory options below change anything.
+        sequence_order, gather_outputs, self_check, kernel, loss_chunk_size, mlp_chunk_size, offload_checkpoints: see
+            `UspParallelismConfig`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        UspError: the model or an option does not fit, or ranks differ in them; on every rank.
+    """
+    validate_options(sequence_order, kernel, KERNELS)
+    validate_memory_options(loss_chunk_size, mlp_chunk_size, gather_outputs)
+    check_switches(gather_outputs=gather_outputs, self_check=self_check, offload_checkpoints=offload_checkpoints)
+    apply_memory_options(model, loss_chunk_size, mlp_chunk_size, offload_checkpoints)
+    if mesh.size > 1:
+        verify_same_on_all_processes(describe_model(find_model(model)))
+        attach_hooks(
+            model,
+            mesh,
+            sequence_order=sequence_order,
+            kernel=kernel,
+            gather_outputs=gather_outputs,
+            self_check=self_check,
+        )
+    return model
+
+
+def apply_memory_options(
+    model: nn.Module, loss_chunk_size: int | None, mlp_chunk_size: int | None, offload_checkpoints: bool
+) -> None:
+    """Apply the options that need no mesh. Applying them again changes nothing."""
+    use_plain_function(model)
+    if loss_chunk_size is not None and chunked_loss(model) is None:
+        ChunkedLoss(find_model(model), loss_chunk_size)
+    if mlp_chunk_size is not None:
+        tile_mlps(find_model(model), mlp_chunk_size)
+    if offload_checkpoints:
+        offload_model(find_model(model))
+
+
+def remove_from_model(model: nn.Module) -> None:
+    """Restore a model: everything of `MODEL_CHANGES` is taken back."""
+    hooks = get_hooks(model)
+    if hooks is not None:
+        hooks.remove()
+    loss = chunked_loss(model)
+    if loss is not None:
+        loss.remove()
+    untile_mlps(model)
+    restore_checkpoints(model)
+    restore_context_functions(model)
+
+
+def describe(model: nn.Module) -> str:
+    """The traits of a model and the changes that hf_usp has made to it, one a line."""
+    found = find_model(model)
+    hooks = get_hooks(model)
+    traits = inspect_model(found) if hooks is None else hooks.traits
+    changes = [f"{c.target}: {c.what} ({c.why})" for c in MODEL_CHANGES if c.present(found, hooks)]
+    lines = [type(found).__name__, *(f"  {line}" for line in traits.lines())]
+    if hooks is not None:
+        mesh = hooks.mesh
+        lines.append(f"  mesh: ring {mesh.ring_degree} x ulysses {mesh.ulysses_degree}")
+    return "\n".join([*lines, "changed by hf_usp:", *(f"  {change}" for change in changes or ["nothing"])])
+
+
+def validate_options(sequence_order: str, kernel: str | None, kernels: Collection[str]) -> None:
+    """Raise `UspConfigError` for orders and kernels that do not exist."""
+    if sequence_order not in ("auto", *ALL_ORDERS):
+        raise UspConfigError(
+            f"sequence_order={sequence_order!r}",
+            rule=f"it is one of auto, {', '.join(ALL_ORDERS)}",
+            remedy="use 'auto'",
+        )
+    if kernel is not None and kernel not in list(kernels):
+        raise UspConfigError(
+            f"kernel={kernel!r}",
+            rule=f"a kernel is one of {', '.join(kernels)}, or None",
+            remedy="leave it out to let hf_usp choose",
+        )
+
+
+def validate_memory_options(loss_chunk_size: int | None, mlp_chunk_size: int | None, gather_outputs: bool) -> None:
+    """Raise `UspConfigError` for empty chunks, and for logits that are both left out and gathered."""
+    check_positive_int(loss_chunk_size=loss_chunk_size, mlp_chunk_size=mlp_chunk_size)
+    if loss_chunk_size is not None and gather_outputs:
+        raise UspConfigError(
+            f"loss_chunk_size={loss_chunk_size} with gather_outputs=True",
+            rule="a loss in chunks leaves no logits to be gathered",
+            remedy="choose one: loss_chunk_size for training, gather_outputs for predict and compute_metrics",
+        )
