@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from accelerate.utils import DynamoBackend, is_compiled_module
 from transformers import PreTrainedModel
 
 from ..batch.shard import ShardOptions
+from ..compat import calling_object, is_prepared_loader, is_sharding_wrapper
 from ..distributed.agreement import verify_same_on_all_processes
 from ..distributed.failures import refuse_after_failure, reporting_failures, translate_connection_errors
 from ..distributed.mesh import UspMesh
@@ -36,9 +36,6 @@ from .process_groups import (
     step_for_groups,
 )
 from .ulysses_degree import chosen_degree
-
-# What makes every forward of a model one of all ranks.
-WRAPPERS = ("DeepSpeedEngine", "FSDPModule", "FullyShardedDataParallel")
 
 
 class AcceleratorPatch:
@@ -82,7 +79,7 @@ class AcceleratorPatch:
             accelerator.gather, accelerator.reduce = self.gathering.gather, self.gathering.reduce
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        self.shard_models_of(sys._getframe(1).f_locals.get("self"))
+        self.shard_models_of(calling_object())
         for module in args:
             if isinstance(module, torch.nn.Module):
                 self.shard(module)
@@ -93,7 +90,7 @@ class AcceleratorPatch:
         return prepared
 
     def prepare_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.shard_models_of(sys._getframe(1).f_locals.get("self"))
+        self.shard_models_of(calling_object())
         self.shard(model)
         with all_processes(self.accelerator):
             return self.stock["prepare_model"](model, *args, **kwargs)
@@ -104,7 +101,7 @@ class AcceleratorPatch:
         return prepared
 
     def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config.cp_size == 1 or getattr(data_loader, "_is_accelerate_prepared", False):
+        if self.config.cp_size == 1 or is_prepared_loader(data_loader):
             return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
         model_parallel_size = self.config.cp_size * self.config.tp_size
         same_rows(self.accelerator, data_loader, model_parallel_size)
@@ -126,7 +123,7 @@ class AcceleratorPatch:
         if getattr(caller, "accelerator", None) is not self.accelerator:
             return
         for module in [value for value in vars(caller).values() if isinstance(value, torch.nn.Module)]:
-            if any(kind.__name__ in WRAPPERS for kind in type(module).__mro__) and attends_sharded(module):
+            if is_sharding_wrapper(module) and attends_sharded(module):
                 self.shard(module)
 
     def shard(self, module: torch.nn.Module) -> None:

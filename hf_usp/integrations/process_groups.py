@@ -22,6 +22,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DummyScheduler
 from torch.distributed.fsdp import FullStateDictConfig
 
+from ..compat import prepared_schedulers, scheduler_steps
+
 
 class GroupState(AcceleratorState):
     """An accelerator's state, with groups for processes; the same attributes otherwise."""
@@ -51,7 +53,7 @@ def all_processes(accelerator: Accelerator) -> Iterator[None]:
 
 def step_for_groups(accelerator: Accelerator) -> None:
     """Let the prepared schedulers take a step for each group, where Accelerate's take one for each process."""
-    for scheduler in accelerator._schedulers:
+    for scheduler in prepared_schedulers(accelerator):
         if type(scheduler) is AcceleratedScheduler:
             scheduler.step = partial(_step, scheduler, accelerator)
 
@@ -66,7 +68,7 @@ def _step(prepared: AcceleratedScheduler, accelerator: Accelerator, *args: Any, 
         for _ in range(accelerator.num_processes):
             # As in Accelerate: OneCycleLR refuses steps after its last.
             if not hasattr(prepared.scheduler, "total_steps") or (
-                prepared.scheduler._step_count <= prepared.scheduler.total_steps
+                scheduler_steps(prepared.scheduler) <= prepared.scheduler.total_steps
             ):
                 stock(prepared, *args, **kwargs)
     finally:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from ..attention import custom_op as operator  # noqa: F401  registers the operators
+from ..compat import checkpoint_function
 
 
 def save_attention_outputs() -> dict[str, Any]:
@@ -51,6 +52,6 @@ def use_plain_function(model: torch.nn.Module) -> None:
     `context_fn`.
     """
     for module in model.modules():
-        keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        keywords = getattr(checkpoint_function(module), "keywords", {})
         if isinstance(keywords.get("context_fn"), SaveAttentionOutputs):
             keywords["context_fn"] = selective_checkpoint_contexts

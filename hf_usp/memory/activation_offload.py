@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
+from ..compat import checkpoint_function, checkpointing_name, hook_owners, set_checkpoint_function
 from ..errors import UspModelError
 from ..models.pickling import NotSaved
 
-# The newer of the two names that Transformers has for it. Releases that have both warn about the older one.
-CHECKPOINTING = "activation_checkpointing"
-if not hasattr(PreTrainedModel, f"{CHECKPOINTING}_enable"):
-    CHECKPOINTING = "gradient_checkpointing"
+CHECKPOINTING = checkpointing_name()
 
 
 @dataclass(eq=False)
@@ -138,7 +136,7 @@ class OffloadedCheckpoints(NotSaved):
                 rule="what is offloaded are the inputs of checkpointed layers, by Transformers' own checkpointing",
                 remedy=f"TrainingArguments({CHECKPOINTING}=True), or model.{CHECKPOINTING}_enable()",
             )
-        new = {layer._gradient_checkpointing_func for layer in layers}
+        new = {checkpoint_function(layer) for layer in layers}
         new = {function for function in new if not isinstance(function, Offloaded)}
         if not all(_saves_to_outer_hooks(function) for function in new):
             raise UspModelError(
@@ -148,8 +146,9 @@ class OffloadedCheckpoints(NotSaved):
                 "while layers compute)",
             )
         for layer in layers:
-            if layer._gradient_checkpointing_func in new:
-                layer._gradient_checkpointing_func = Offloaded(layer._gradient_checkpointing_func, self.garage)
+            function = checkpoint_function(layer)
+            if function in new:
+                set_checkpoint_function(layer, Offloaded(function, self.garage))
 
 
 def _saves_to_outer_hooks(function: Callable[..., Any]) -> bool:
@@ -162,8 +161,7 @@ def _saves_to_outer_hooks(function: Callable[..., Any]) -> bool:
 
 def offload_checkpoints(model: PreTrainedModel, garage: ActivationOffloader | None = None) -> OffloadedCheckpoints:
     """Keep the inputs of a model's checkpointed layers in CPU memory until the backward. Again changes nothing."""
-    for hook in model._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
+    for owner in hook_owners(model):
         if isinstance(owner, OffloadedCheckpoints):
             return owner
     return OffloadedCheckpoints(model, garage or ActivationOffloader())
