@@ -1,17 +1,36 @@
-"""The one place that knows which versions are supported, and says so."""
+"""Every private or version-dependent name of another library that hf_usp uses: one small function for each.
+
+A new release of one of them may break this file, and nothing else. A docstring says what its entry is for and when it
+can go; each section says which releases were read. tests/test_laws.py refuses such names in other files.
+"""
 
 from __future__ import annotations
 
+import importlib
+import sys
 import zlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from packaging.version import Version
+from torch.distributed import distributed_c10d
+from torch.utils import _python_dispatch, checkpoint
+
+# Leaves of nested lists, dicts and model outputs. Go once `torch.utils.pytree` is there (pytorch/pytorch#65761).
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 
 from .errors import UspConfigError
 
+# --------------------------------------------------------------------------------------------------- supported versions
+
 OLDEST = (("torch", "2.11"), ("transformers", "5.17"), ("accelerate", "1.15"))
+FLASH_ATTN = ((2, 7), (3, 0))  # before 2.7 the window was one tuple; FlashAttention 3 is another interface
 
 
 def check_versions() -> None:
@@ -27,6 +46,14 @@ def check_versions() -> None:
             raise UspConfigError(f"{package} {found}", rule=f"{package} >= {oldest}", remedy=remedy)
 
 
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed. For reports, never for a decision."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def sources() -> str:
     """A checksum of the installed sources of hf_usp: the same version may be another state of a checkout."""
     total = 0
@@ -36,8 +63,111 @@ def sources() -> str:
     return f"{total:08x}"
 
 
+# -------------------------------------------- torch.distributed: private in torch 2.11 to 2.13, and still there in 2.14
+
+
+def default_store() -> Any:
+    """The store in which the ranks of the run found each other; `Any`, because torch's type lacks its `append`."""
+    return distributed_c10d._get_default_store()
+
+
+def group_by_name(name: str) -> dist.ProcessGroup:
+    """The process group of a name, for operators, whose arguments cannot be groups. Goes once they can be."""
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def group_timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """How long ranks of a group wait for each other; None where its backends do not say, or say different times."""
+    try:  # a backend may have no such option
+        timeouts = {group._get_backend(device).options._timeout for device in group._device_types}
+    except Exception:
+        return None
+    return timeouts.pop() if len(timeouts) == 1 else None
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Set the timeout of a group that exists. Goes once `init_device_mesh` takes one (pytorch/pytorch#119613)."""
+    distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def process_groups() -> set[dist.ProcessGroup]:
+    """All groups of this process, to find those that `init_device_mesh` made. Goes with `set_group_timeout`."""
+    return set(distributed_c10d._world.pg_map)
+
+
+def group_registry() -> dict[str, Any]:
+    """The attributes of torch's record of groups, beside which we keep ours: both end together."""
+    return vars(distributed_c10d._world)
+
+
+def all_gather_into(gathered: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool) -> Any:
+    """`all_gather_single`, called `all_gather_into_tensor` before torch 2.13. Goes when 2.13 is the oldest torch."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    return getattr(dist, name)(gathered, tensor, group=group, async_op=async_op)
+
+
+# -------------------------------------------------------- torch: private in torch 2.11 to 2.13, and still there in 2.14
+
+
+def profiler_enabled() -> bool:
+    """Whether a profiler records: to record a range costs more than to ask this."""
+    return torch.autograd._profiler_enabled()
+
+
+def under_selective_checkpointing() -> bool:
+    """Whether a context of `create_selective_checkpoint_contexts` is active: its two modes have no public name."""
+    selective = (checkpoint._CachedTorchDispatchMode, checkpoint._CachingTorchDispatchMode)
+    return any(isinstance(mode, selective) for mode in _python_dispatch._get_current_dispatch_mode_stack())
+
+
+def linear_is_replaced() -> bool:
+    """Whether somebody put another function in the place of `functional.linear`, as DeepSpeed's ZeRO-3 does."""
+    return torch.nn.functional.linear is not torch._C._nn.linear
+
+
+def hook_owners(module: torch.nn.Module) -> Iterator[Any]:
+    """The objects whose methods are forward pre-hooks of a module. Goes once torch lists hooks of a module."""
+    return (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+
+
+def has_gradient_hooks(parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter has hooks of `register_hook`; see `hook_owners`."""
+    return bool(parameter._backward_hooks)
+
+
+def write_count(tensor: torch.Tensor) -> int:
+    """The number that autograd increases with each write into a tensor's memory."""
+    return tensor._version
+
+
+def storage_identity(tensor: torch.Tensor) -> int:
+    """The address of a tensor's storage object. `data_ptr` does not distinguish empty storages."""
+    return tensor.untyped_storage()._cdata
+
+
+def scheduler_steps(scheduler: Any) -> int:
+    """The steps that a learning-rate scheduler of torch has counted; Accelerate 1.15 reads it too."""
+    return scheduler._step_count
+
+
+def cpu_flash_operators() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Flash attention for CPU, forward and backward. Goes once a public function takes and gives the log-sum-exp."""
+    aten = torch.ops.aten
+    forward = aten._scaled_dot_product_flash_attention_for_cpu
+    return forward, aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def cuda_flash_operators() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """FlashAttention 2 for CUDA with variable lengths, forward and backward; looked up without a GPU.
+
+    Goes once `torch.nn.attention.varlen` has a backward that takes the output and log-sum-exp of another call.
+    """
+    aten = torch.ops.aten
+    return aten._flash_attention_forward.default, aten._flash_attention_backward.default
+
+
 def get_reshard_state(unit: Any) -> tuple[Any, Any]:
-    """What an FSDP2 unit does with its parameters after a forward; torch 2.11 to 2.14 have no public getter."""
+    """What an FSDP2 unit does with its parameters after a forward. Goes once FSDPModule has a getter."""
     state = unit._get_fsdp_state()
     group = state._fsdp_param_group
     return state._auto_reshard_after_forward, None if group is None else group.post_forward_mesh_info
@@ -49,3 +179,136 @@ def set_reshard_state(unit: Any, before: tuple[Any, Any]) -> None:
     state._auto_reshard_after_forward = before[0]
     if state._fsdp_param_group is not None:
         state._fsdp_param_group.post_forward_mesh_info = before[1]
+
+
+# ----------------------------------------------------------------------------------- Transformers: read in 5.17 to 5.24
+
+
+def checkpointing_name() -> str:
+    """The name of activation checkpointing in arguments: 5.23 renamed it. Goes when 5.23 is the oldest Transformers."""
+    from transformers import PreTrainedModel
+
+    new = "activation_checkpointing"
+    return new if hasattr(PreTrainedModel, f"{new}_enable") else "gradient_checkpointing"
+
+
+def checkpoint_function(layer: Any) -> Any:
+    """The function that recomputes a checkpointed layer; None without one. It has no public name."""
+    return getattr(layer, "_gradient_checkpointing_func", None)
+
+
+def set_checkpoint_function(layer: Any, function: Callable[..., Any]) -> None:
+    """Replace that function on one layer."""
+    layer._gradient_checkpointing_func = function
+
+
+def attention_implementation(config: Any) -> str | None:
+    """The value of `attn_implementation` that a model was loaded with: it is an argument, and no public attribute."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def has_attention_interface(model_class: type) -> bool:
+    """Whether a model class lets its attention function be chosen."""
+    return any(getattr(model_class, f"_supports_{way}", False) for way in ("attention_backend", "sdpa"))
+
+
+def chunks_from_row_start() -> bool:
+    """Whether packed documents' chunks are counted from the row's start: before 5.23. Goes when 5.23 is the oldest."""
+    from transformers import masking_utils
+
+    return not hasattr(masking_utils, "remap_positions_for_packed_sequence")
+
+
+class MaskPart(NamedTuple):
+    """A mask function, its full name, and the values it has captured by their names in its factory."""
+
+    function: Callable[..., Any]
+    name: str
+    values: dict[str, Any]
+
+
+def mask_parts(function: Callable[..., Any]) -> list[MaskPart]:
+    """The parts of a mask function made by `and_masks`, else itself. Goes once mask functions can be asked."""
+    part = MaskPart(function, function.__qualname__, _captured(function))
+    inner = part.values.get("mask_functions", ()) if part.name.startswith("and_masks.") else ()
+    return [MaskPart(f, f.__qualname__, _captured(f)) for f in inner] or [part]
+
+
+def _captured(function: Callable[..., Any]) -> dict[str, Any]:
+    code, closure = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    return {} if code is None else dict(zip(code.co_freevars, (c.cell_contents for c in closure or ()), strict=True))
+
+
+def is_batch_rebalance_sampler(sampler: Any) -> bool:
+    """Whether a sampler is that of `train_sampling_strategy="batch_rebalance"`, which 5.17 lacks."""
+    from transformers import trainer_pt_utils  # with the Trainer's own imports, too many for `import hf_usp`
+
+    return isinstance(sampler, getattr(trainer_pt_utils, "BatchRebalanceSampler", ()))
+
+
+# ----------------------------------------------------------------- Accelerate, DeepSpeed, TRL: read in 1.15, 0.19, 1.16
+
+
+def is_sharding_wrapper(module: torch.nn.Module) -> bool:
+    """Whether DeepSpeed or FSDP wraps a module, by the name of a base: DeepSpeed is not imported to ask."""
+    wrappers = ("DeepSpeedEngine", "FSDPModule", "FullyShardedDataParallel")
+    return any(kind.__name__ in wrappers for kind in type(module).__mro__)
+
+
+def calling_object() -> Any:
+    """`self` of the method that called the caller of this function; None where it is no method.
+
+    TRL wraps reference and teacher models past `prepare`; only the trainer that calls `prepare` later has them. Goes
+    once TRL prepares them with the accelerator.
+    """
+    return sys._getframe(2).f_locals.get("self")
+
+
+def prepared_schedulers(accelerator: Any) -> list[Any]:
+    """The schedulers that an accelerator has prepared. Goes once a prepared scheduler can be told its steps."""
+    return accelerator._schedulers
+
+
+# Name of the method that gives data loaders their mesh: in Accelerate 1.15 only they ask it under DeepSpeed.
+LOADER_MESH = "_prepare_device_mesh"
+
+
+def is_prepared_loader(data_loader: Any) -> bool:
+    """Whether an accelerator has prepared a data loader."""
+    return getattr(data_loader, "_is_accelerate_prepared", False)
+
+
+def axis_sizes(config: Any) -> dict[str, int]:
+    """The record of sizes from which a `ParallelismConfig` builds its mesh; may be changed."""
+    return config._sizes
+
+
+def set_axis_size(config: Any, axis: str, size: int) -> None:
+    """Set a size in that record and in its attribute `{axis}_size`."""
+    config._set_size(axis, size)
+
+
+def is_zero3_parameter(parameter: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 keeps a part of this parameter on each rank."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a parameter before ZeRO-3 sharded it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+# ------------------------------------------------------------------------ flash-attn, datasets: read in 2.7 to 2.8, 5.2
+
+
+def import_flash_attn() -> tuple[str, Any, Any]:
+    """The version of flash-attn, and the forward and backward that take and give a log-sum-exp; may fail to import."""
+    package = importlib.import_module("flash_attn")
+    interface = importlib.import_module("flash_attn.flash_attn_interface")
+    forward = getattr(interface, "_flash_attn_varlen_forward", None)
+    return package.__version__, forward, getattr(interface, "_flash_attn_varlen_backward", None)
+
+
+def dataset_fingerprint(dataset: Any) -> str:
+    """The fingerprint after which `datasets` itself names cached files."""
+    return dataset._fingerprint

@@ -8,12 +8,12 @@ gives all ranks of that axis the same batch, the Trainer counts tokens and steps
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from typing import Any
 
 from accelerate import Accelerator, ParallelismConfig
 
+from .compat import axis_sizes, set_axis_size
 from .distributed.agreement import verify_same_on_all_processes, versions
 from .distributed.comm import world_size
 from .distributed.mesh import DeviceMesh, kept_mesh
@@ -136,7 +136,7 @@ class UspParallelismConfig(ParallelismConfig):
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
         super().__post_init__()
-        self.cp_size = self._sizes["cp"] = cp_size
+        self.cp_size = axis_sizes(self)["cp"] = cp_size
         if self.sp_size > 1:
             raise UspConfigError(
                 f"sp_size={self.sp_size}", rule="sequences are sharded once, along cp", remedy="leave sp_size at 1"
@@ -173,7 +173,7 @@ class UspParallelismConfig(ParallelismConfig):
 
         Data-parallel sizes that are still to be filled in are None.
         """
-        sizes = {f"{axis}_size": size for axis, size in self._sizes.items()}
+        sizes: dict[str, Any] = {f"{axis}_size": size for axis, size in axis_sizes(self).items()}
         if self.fill_data_parallel:
             sizes |= {"dp_replicate_size": None, "dp_shard_size": None}
         return sizes | {name: getattr(self, name) for name in OPTIONS}
@@ -193,13 +193,13 @@ class UspParallelismConfig(ParallelismConfig):
         self._adopt_model_sizes(world)
         if self.fill_data_parallel and world % self.total_size == 0 and world > self.total_size:
             sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-            self._set_size("dp_shard" if sharded else "dp_replicate", world // self.total_size)
+            set_axis_size(self, "dp_shard" if sharded else "dp_replicate", world // self.total_size)
         self.fill_data_parallel = False
         if self.total_size != world:
             raise _wrong_world(self, world)
         if world == 1:
             return None
-        key = ("device mesh", device_type, *(self._sizes[axis] for axis in AXES))
+        key = ("device mesh", device_type, *(axis_sizes(self)[axis] for axis in AXES))
         build = super().build_device_mesh
         return kept_mesh(key, lambda: build(device_type))
 
@@ -209,9 +209,9 @@ class UspParallelismConfig(ParallelismConfig):
         Such a model's data-parallel axis (its `fsdp_size`) is dp_shard x cp here: it knows no axis of ours.
         """
         if self.tp_size > 1 and self.total_size == world * self.cp_size and self.dp_shard_size % self.cp_size == 0:
-            self._set_size("dp_shard", self.dp_shard_size // self.cp_size)
+            set_axis_size(self, "dp_shard", self.dp_shard_size // self.cp_size)
         for axis in AXES:
-            self._sizes[axis] = getattr(self, f"{axis}_size")
+            axis_sizes(self)[axis] = getattr(self, f"{axis}_size")
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
         """Called by Accelerate with the accelerator that was made with this config: here its `prepare` learns of us."""
@@ -229,13 +229,12 @@ class _OfGroups(UspParallelismConfig):
 
     @property
     def cp_size(self) -> int:  # type: ignore[override]
-        """1: the Trainer divides by it what it gathers, and that counts a group once.
+        """1: the Trainer divides a gathered token count by it, and our `gather` counts a group once.
 
-        Only `Trainer.get_total_train_batch_size`, which the Trainer logs, divides the number of all processes by it
-        (`args.world_size`, which nobody can set). It is told the size.
+        The Trainer divides the number of all processes by it too, for the batch size in its log. That number is
+        cp_size times too large (docs/troubleshooting.md).
         """
-        asked = sys._getframe(2).f_code.co_name
-        return self.__dict__["cp_size"] if asked == "get_total_train_batch_size" else 1
+        return 1
 
 
 def _renamed(kwargs: dict[str, Any], old: str, new: str, value: int | None) -> int | None:
@@ -248,7 +247,7 @@ def _renamed(kwargs: dict[str, Any], old: str, new: str, value: int | None) -> i
 
 
 def _wrong_world(config: UspParallelismConfig, world: int) -> UspConfigError:
-    sizes = {axis: config._sizes[axis] for axis in AXES}
+    sizes = {axis: axis_sizes(config)[axis] for axis in AXES}
     product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     return UspConfigError(
         f"{product} = {config.total_size} ranks, in {world} process(es)",

@@ -48,7 +48,7 @@ INTEGERS = {
 # Package -> ours that may import it. What is not listed here is free everywhere.
 ONLY_IN = {
     "torch": set(LAYER) - {"errors", "sharding", "planner"},
-    "torch.distributed": {"compat", "distributed", "tools"},
+    "torch.distributed": {"compat", "distributed", "integrations", "tools"},
     "transformers": {package for package, layer in LAYER.items() if layer >= LAYER["models"]} | {"compat", "planner"},
     "accelerate": {package for package, layer in LAYER.items() if layer >= LAYER["integrations"]} | {"compat"},
     "matplotlib": {"tools", "planner"},

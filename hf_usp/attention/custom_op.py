@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from ..batch.layout import MaskSpec
 from ..batch.sharded_tensors import layout_from_handle
+from ..compat import under_selective_checkpointing
 from ..distributed.mesh import UspMesh
 from ..kernels import Softmax, accumulation_dtype
 from ..sharding.heads import split_heads
@@ -30,14 +29,8 @@ from .ulysses import gather_heads_scatter_seq, gather_heads_scatter_seq_backward
 
 
 def needs_custom_op() -> bool:
-    """Whether somebody who looks at operators is watching: torch.compile, or selective checkpointing.
-
-    The two modes of torch's selective checkpointing have no public name (torch 2.11 to 2.13).
-    """
-    if torch.compiler.is_compiling():
-        return True
-    selective = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)
-    return any(isinstance(mode, selective) for mode in _get_current_dispatch_mode_stack())
+    """Whether somebody who looks at operators is watching: torch.compile, or selective checkpointing."""
+    return torch.compiler.is_compiling() or under_selective_checkpointing()
 
 
 def attend_custom_op(inputs: Inputs, handle: Tensor, mesh: UspMesh, mask_spec: MaskSpec, softmax: Softmax) -> Tensor:

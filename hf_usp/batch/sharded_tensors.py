@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ..compat import tree_map
 from ..errors import UspModelError
 from .layout import SequenceLayout
 

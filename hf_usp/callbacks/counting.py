@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..batch.layout import AttentionShape, SequenceLayout
+from ..compat import full_shape
 from ..models.backbone import find_backbone
 from ..sharding.heads import HeadShare, split_heads
 from ..sharding.intervals import IntArray
@@ -104,7 +105,7 @@ def work_per_token(model: PreTrainedModel) -> float:
     weights |= {id(p): p for p in head.parameters()} if head is not None else {}
     total = 0.0
     for p in weights.values():
-        shape = getattr(p, "ds_shape", p.shape)  # ZeRO-3 keeps the shape of what it cut
+        shape = full_shape(p)
         if len(shape) >= 2:
             used = float(np.prod(shape)) * _routed(shape, model.config.get_text_config())
             total += used * (6 if p.requires_grad else 4)

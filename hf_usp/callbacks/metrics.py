@@ -21,6 +21,7 @@ from accelerate.utils import gather
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from ..compat import profiler_enabled
 from ..errors import UspConfigError
 from ..models.backbone import find_layout
 from ..models.hooks import find_model
@@ -109,7 +110,7 @@ class UspMetricsCallback(TrainerCallback):
             self.since = time.perf_counter()
             if args.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(args.device)
-        if self.profile_step == state.global_step + 1 and not torch.autograd._profiler_enabled():
+        if self.profile_step == state.global_step + 1 and not profiler_enabled():
             self.profile = torch.profiler.profile()
             self.profile.start()
 

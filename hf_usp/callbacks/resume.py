@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from ..compat import tree_map
 from ..errors import UspConfigError
 from ..models.hooks import find_model
 from ..utils.validation import size_from_environment

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..batch.shard import IGNORED
+from ..compat import dataset_fingerprint
 from ..errors import UspBatchError
 from ..utils.validation import check_positive_int
 from . import packing
@@ -149,7 +150,7 @@ def load_rows(
     from datasets.fingerprint import Hasher
 
     root = Path(cache_dir or Path(config.HF_DATASETS_CACHE) / "hf_usp")
-    key = Hasher.hash((documents._fingerprint, tokenizer, column))
+    key = Hasher.hash((dataset_fingerprint(documents), tokenizer, column))
     tokens = build_once(
         root / f"tokens-{key}", lambda: tokenize(documents, tokenizer, column=column, num_proc=num_proc)
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..batch.shard import IGNORED
+from ..compat import dataset_fingerprint
 from ..errors import UspBatchError
 from . import packing
 
@@ -32,7 +33,7 @@ def write_rows(
 
     parts = ("document", "start", "stop")
     table = Dataset.from_dict({part: [[getattr(piece, part) for piece in row] for row in plan] for part in parts})
-    fingerprint = Hasher.hash((documents._fingerprint, table._fingerprint, length, pad_token_id))
+    fingerprint = Hasher.hash((dataset_fingerprint(documents), dataset_fingerprint(table), length, pad_token_id))
     cache = None
     if cached and documents.cache_files and is_caching_enabled():
         cache = str(Path(documents.cache_files[0]["filename"]).with_name(f"cache-{fingerprint}.arrow"))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ..compat import sources
+from ..compat import installed_version, sources
 from ..errors import UspConfigError
 from .comm import all_gather_objects
 from .failures import on_every_rank
@@ -20,10 +19,7 @@ def versions() -> dict[str, str]:
     """Of hf_usp and what it builds on; of hf_usp the sources too, for a checkout may be in any state."""
     found = {"sources of hf_usp": sources()}
     for package in PACKAGES:
-        try:
-            found[f"version of {package}"] = version(package)
-        except PackageNotFoundError:
-            found[f"version of {package}"] = "not installed"
+        found[f"version of {package}"] = installed_version(package) or "not installed"
     return found
 
 

@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Groups by name, as torch's own functional collectives look them up; private in torch 2.11 to 2.13.
-from torch.distributed.distributed_c10d import _resolve_process_group
-
+from ..compat import all_gather_into, group_by_name
 from ..errors import UspBatchError, UspError
 from ..utils.profiling import EXCHANGE, WAIT, annotate
 from .failures import on_every_rank, translate_connection_errors
@@ -68,7 +66,7 @@ def all_to_all(send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[
 
 @torch.library.custom_op("hf_usp::exchange", mutates_args=())
 def _exchange(send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group_name: str) -> Tensor:
-    return all_to_all(send, send_sizes, receive_sizes, _resolve_process_group(group_name))  # type: ignore[arg-type]
+    return all_to_all(send, send_sizes, receive_sizes, group_by_name(group_name))
 
 
 @_exchange.register_fake
@@ -89,11 +87,9 @@ def all_gather(tensor: Tensor, group: Group, begins: bool = False) -> Tensor:
     """
     size = dist.get_world_size(group)
     gathered = tensor.new_empty(size * tensor.numel())
-    # torch 2.13 has renamed it.
-    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
     if begins and tensor.device.type != "cpu":
         torch.accelerator.current_stream(tensor.device).synchronize()  # what this rank still computes is no wait
-    work = gather(gathered, tensor.contiguous().view(-1), group=group, async_op=begins)
+    work = all_gather_into(gathered, tensor.contiguous().view(-1), group, async_op=begins)
     if work is not None:
         wait_for_all(work, group)
     return gathered.view(size, *tensor.shape)

@@ -18,15 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-# Where the ranks of a run found each other; private in torch 2.11 to 2.13.
-from torch.distributed.distributed_c10d import _get_default_store
-
+from ..compat import default_store, group_timeout
 from ..errors import UspRankError
 
 KEY = "hf_usp/failure"  # why the run fails, in words
@@ -147,14 +144,6 @@ def expect_failures() -> None:
     _answer(lambda: _append(f"{PROCESSES}/{_host()}", f"{dist.get_rank()}:{os.getpid()} "))
 
 
-def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """How long a rank of this group waits for others; None where its backends do not say, or have several defaults."""
-    with suppress(Exception):  # private in torch 2.11 to 2.13; a backend may have no such option
-        timeouts = {group._get_backend(device).options._timeout for device in group._device_types}
-        return timeouts.pop() if len(timeouts) == 1 else None
-    return None
-
-
 def _answer(ask: Callable[[], Any]) -> Any:
     """What the store says; None where it does not answer, for its owner may be the rank that hangs."""
     answers: list[Any] = []
@@ -172,17 +161,17 @@ def _answer(ask: Callable[[], Any]) -> Any:
 def _leave(word: str) -> None:
     """Texts of others may be long, and hold what is no UTF-8 (names of files do)."""
     short = word.encode("utf-8", "backslashreplace")[:LONGEST].decode("utf-8", "ignore")
-    _get_default_store().compare_set(KEY, "", short)
+    default_store().compare_set(KEY, "", short)
 
 
 def _append(key: str, text: str) -> None:
-    """Of torch's stores only those over the network can; its type hints leave it out."""
-    _get_default_store().append(key, text)  # type: ignore[attr-defined]
+    """Of torch's stores only those over the network can."""
+    default_store().append(key, text)
 
 
 def _cause(late: bool) -> str:
     """The word that a rank has left; else this rank finds out with the others who wait, and leaves word for them."""
-    store, started, named = _get_default_store(), time.monotonic(), False
+    store, started, named = default_store(), time.monotonic(), False
     while not store.check([KEY]):
         if not named:
             _append(WAITING, f"{dist.get_rank()} ")
@@ -206,7 +195,7 @@ def _cause(late: bool) -> str:
 def _nameless(late: bool) -> str:
     if not late:
         return "a rank ended without leaving word"
-    timeout = None if dist.group.WORLD is None else timeout_of(dist.group.WORLD)
+    timeout = None if dist.group.WORLD is None else group_timeout(dist.group.WORLD)
     return "a rank did not answer " + ("in time" if timeout is None else f"for {timeout.total_seconds():g} s")
 
 

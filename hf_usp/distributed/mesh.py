@@ -16,15 +16,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# torch's record of groups, and how to set a timeout of one that is there; private in torch 2.11 to 2.13.
-from torch.distributed.distributed_c10d import _set_pg_timeout, _world
-
+from ..compat import group_registry, group_timeout, process_groups, set_group_timeout
 from ..errors import UspConfigError
 from ..sharding.degrees import check_degrees
 from ..sharding.schedule import ring_per_node
 from ..utils.validation import check_positive_int, size_from_environment
 from .comm import all_gather, group_device, init_communicator, verify_same_across_ranks
-from .failures import expect_failures, timeout_of
+from .failures import expect_failures
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,10 +167,10 @@ def kept(key: Hashable, make: Callable[[], Any]) -> Any:
     It is kept beside torch's own record of groups, for as long as the default process group lasts.
     """
     default = _default_group()
-    owner, made = vars(_world).get("hf_usp", (None, {}))
+    owner, made = group_registry().get("hf_usp", (None, {}))
     if owner is None or owner() is not default:
         made = {}
-        vars(_world)["hf_usp"] = (weakref.ref(default), made)
+        group_registry()["hf_usp"] = (weakref.ref(default), made)
     if key not in made:
         made[key] = make()
     return made[key]
@@ -182,11 +180,11 @@ def kept_mesh(key: Hashable, make: Callable[[], DeviceMesh]) -> DeviceMesh:
     """`kept` for a device mesh, whose groups get the timeout of the default process group; torch gives them its own."""
 
     def timely() -> DeviceMesh:
-        before, timeout = set(_world.pg_map), timeout_of(_default_group())
+        before, timeout = process_groups(), group_timeout(_default_group())
         mesh = make()
         if timeout is not None:
-            for group in set(_world.pg_map) - before:
-                _set_pg_timeout(timeout, group)
+            for group in process_groups() - before:
+                set_group_timeout(group, timeout)
         return mesh
 
     kept("failures", expect_failures)
@@ -206,7 +204,7 @@ def _group(axis: str, ranks: Sequence[int]) -> dist.ProcessGroup | None:
 
 
 def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    timeout = timeout_of(_default_group())  # torch takes a default of its own, whatever the process group was given
+    timeout = group_timeout(_default_group())  # torch takes a default of its own, whatever the process group was given
     group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
     init_communicator(group)
     return group

@@ -13,9 +13,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-# Where the ranks of a run found each other; private in torch 2.11 to 2.13.
-from torch.distributed.distributed_c10d import _get_default_store
-
+from ..compat import default_store
 from ..errors import UspRankError
 from .failures import KEY
 
@@ -72,7 +70,7 @@ def _key(group: dist.ProcessGroup, rank: int) -> str:
 def _note(group: dist.ProcessGroup, here: bool) -> None:
     """Note that this rank waits, or does so no longer."""
     with suppress(RuntimeError):  # the store may be gone already
-        store, key = _get_default_store(), _key(group, dist.get_rank())
+        store, key = default_store(), _key(group, dist.get_rank())
         store.set(key, "waits") if here else store.delete_key(key)
 
 
@@ -81,12 +79,12 @@ def _missing(group: dist.ProcessGroup) -> tuple[str, bool]:
     ranks = dist.get_process_group_ranks(group)
     waiting = {dist.get_rank()}
     with suppress(RuntimeError):
-        store = _get_default_store()
+        store = default_store()
         waiting |= {rank for rank in ranks if store.check([_key(group, rank)])}
     return ", ".join(str(rank) for rank in ranks if rank not in waiting), dist.get_rank() == min(waiting)
 
 
 def _someone_failed() -> bool:
     with suppress(RuntimeError):
-        return bool(_get_default_store().check([KEY]))
+        return bool(default_store().check([KEY]))
     return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from accelerate.utils import DynamoBackend, is_compiled_module
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compat import LOADER_MESH, calling_object, is_prepared_loader, is_sharding_wrapper
 from ..distributed.agreement import verify_same_on_all_processes
 from ..distributed.failures import refuse_after_failure, reporting_failures, translate_connection_errors
 from ..distributed.mesh import UspMesh
@@ -34,9 +34,6 @@ from .ulysses_degree import chosen_degree
 
 if TYPE_CHECKING:
     from ..config import UspParallelismConfig
-
-# What makes every forward of a model one of all ranks.
-WRAPPERS = ("DeepSpeedEngine", "FSDPModule", "FullyShardedDataParallel")
 
 
 class Replacement(NamedTuple):
@@ -90,7 +87,7 @@ ACCELERATOR_CHANGES = {
     "dataloader_config": Replacement(
         "a copy with dispatch_batches=False", "every rank reads the rows of an iterable dataset itself", "none"
     ),
-    "_prepare_device_mesh": Replacement(
+    LOADER_MESH: Replacement(
         "under DeepSpeed, a mesh whose axis `tp` holds the ranks that share a batch",
         "Accelerate's data loaders look at this axis alone under DeepSpeed",
         "none",
@@ -134,7 +131,7 @@ class AcceleratorPatch:
         self.patches.undo()
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        self.shard_models_of(sys._getframe(1).f_locals.get("self"))
+        self.shard_models_of(calling_object())
         for module in args:
             if isinstance(module, torch.nn.Module):
                 self.shard(module)
@@ -145,7 +142,7 @@ class AcceleratorPatch:
         return prepared
 
     def prepare_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.shard_models_of(sys._getframe(1).f_locals.get("self"))
+        self.shard_models_of(calling_object())
         self.shard(model)
         with all_processes(self.accelerator):
             return self.stock["prepare_model"](model, *args, **kwargs)
@@ -156,7 +153,7 @@ class AcceleratorPatch:
         return prepared
 
     def prepare_data_loader(self, data_loader: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config.cp_size == 1 or getattr(data_loader, "_is_accelerate_prepared", False):
+        if self.config.cp_size == 1 or is_prepared_loader(data_loader):
             return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
         model_parallel_size = self.config.cp_size * self.config.tp_size
         same_rows(self.accelerator, data_loader, model_parallel_size, self.patches)
@@ -178,7 +175,7 @@ class AcceleratorPatch:
         if getattr(caller, "accelerator", None) is not self.accelerator:
             return
         for module in [value for value in vars(caller).values() if isinstance(value, torch.nn.Module)]:
-            if any(kind.__name__ in WRAPPERS for kind in type(module).__mro__) and attends_sharded(module):
+            if is_sharding_wrapper(module) and attends_sharded(module):
                 self.shard(module)
 
     def shard(self, module: torch.nn.Module) -> None:

@@ -25,6 +25,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
+from ..compat import is_batch_rebalance_sampler
 from ..errors import UspConfigError
 from ..utils.patches import AttributePatches
 from .streaming import count_rows
@@ -50,12 +51,10 @@ def same_rows(
         config.dispatch_batches = False
         patches.set(accelerator, "dataloader_config", config)
     count_rows(loader, patches)
-    from transformers import trainer_pt_utils  # with the Trainer's own imports, too many for `import hf_usp`
-    from transformers.trainer_utils import seed_worker
+    from transformers.trainer_utils import seed_worker  # with the Trainer's own imports, too many for `import hf_usp`
 
     sampler = loader.batch_sampler
-    # Transformers 5.17 has no such sampler.
-    if isinstance(sampler, getattr(trainer_pt_utils, "BatchRebalanceSampler", ())):
+    if is_batch_rebalance_sampler(sampler):
         patches.replace_all(sampler, partial(_assign_to_groups, sampler, model_parallel_size))
     seed = loader.worker_init_fn
     if isinstance(seed, partial) and seed.func is seed_worker:

@@ -16,6 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from ..compat import LOADER_MESH
 from ..distributed.mesh import DeviceMesh, batch_mesh
 from ..errors import UspConfigError
 from ..utils.patches import AttributePatches
@@ -38,9 +39,7 @@ def prepare_for_deepspeed(accelerator: Accelerator, cp_size: int, tp_size: int, 
             meshes.append(batch_mesh(accelerator.device.type, cp_size))
         return meshes[0]
 
-    patches.set(
-        accelerator, "_prepare_device_mesh", device_mesh
-    )  # of Accelerate 1.15; only `prepare_data_loader` asks it
+    patches.set(accelerator, LOADER_MESH, device_mesh)
 
 
 def check_settings(settings: dict[str, Any], world: int, cp_size: int, tp_size: int) -> None:

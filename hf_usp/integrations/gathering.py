@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, recursively_apply
-from torch.utils._pytree import tree_leaves
 
+from ..compat import tree_leaves
 from ..errors import UspModelError
 from ..models.hooks import ContextParallelHooks
 from .streaming import rows_of_last_step

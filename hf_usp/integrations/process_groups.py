@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DummyScheduler
 from torch.distributed.fsdp import FullStateDictConfig
 
+from ..compat import prepared_schedulers, scheduler_steps
 from ..utils.patches import AttributePatches
 
 
@@ -53,7 +54,7 @@ def all_processes(accelerator: Accelerator) -> Iterator[None]:
 
 def step_for_groups(accelerator: Accelerator, patches: AttributePatches) -> None:
     """Let the prepared schedulers take a step for each group, where Accelerate's take one for each process."""
-    for scheduler in accelerator._schedulers:
+    for scheduler in prepared_schedulers(accelerator):
         if type(scheduler) is AcceleratedScheduler:
             if not isinstance(vars(scheduler).get("step"), partial):
                 patches.set(scheduler, "step", partial(_step, scheduler, accelerator))
@@ -69,7 +70,7 @@ def _step(prepared: AcceleratedScheduler, accelerator: Accelerator, *args: Any, 
         for _ in range(accelerator.num_processes):
             # As in Accelerate: OneCycleLR refuses steps after its last.
             if not hasattr(prepared.scheduler, "total_steps") or (
-                prepared.scheduler._step_count <= prepared.scheduler.total_steps
+                scheduler_steps(prepared.scheduler) <= prepared.scheduler.total_steps
             ):
                 stock(prepared, *args, **kwargs)
     finally:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..compat import cpu_flash_operators
 from .base import Segments, Softmax
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_forward, _backward = cpu_flash_operators()
 
 
 class _Call(NamedTuple):

@@ -15,21 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import cuda_flash_operators, installed_version
 from .base import Segments, Softmax
 from .varlen import bounds, operands, why_not
 
 
 class CudaFlashKernel:
-    """The two operators are parameters so that a test can check every argument where there is no GPU."""
+    """The two operators, by default torch's, are parameters: a test checks every argument where there is no GPU."""
 
     name = "cuda_flash"
 
     def __init__(
         self,
-        forward_op: Callable[..., Any] = torch.ops.aten._flash_attention_forward.default,
-        backward_op: Callable[..., Any] = torch.ops.aten._flash_attention_backward.default,
+        forward_op: Callable[..., Any] | None = None,
+        backward_op: Callable[..., Any] | None = None,
     ) -> None:
-        self.forward_op, self.backward_op = forward_op, backward_op
+        forward, backward = cuda_flash_operators()
+        self.forward_op, self.backward_op = forward_op or forward, backward_op or backward
 
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int, softmax: Softmax) -> str | None:
         if device.type == "cuda" and softmax.softcap is not None:
@@ -37,7 +39,8 @@ class CudaFlashKernel:
         if (reason := why_not(device, dtype, head_dim)) is not None:
             return reason
         if not torch.backends.cuda.is_flash_attention_available():
-            return f"torch {torch.__version__} was built without FlashAttention: install a build of torch that has it"
+            found = f"torch {installed_version('torch')}"
+            return f"{found} was built without FlashAttention: install a build of torch that has it"
         return None
 
     def forward(

@@ -9,21 +9,19 @@ CUDA device, never before.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compat import FLASH_ATTN, import_flash_attn
 from ..errors import UspKernelError
 from .base import Segments, Softmax
 from .varlen import bounds, operands, why_not
 
 INSTALL = "pip install flash-attn --no-build-isolation"
-# Before 2.7 the window was one tuple. FlashAttention 3 begins at version 3.
-VERSIONS = ((2, 7), (3, 0))
 
 
 class FlashAttnKernel:
@@ -34,16 +32,15 @@ class FlashAttnKernel:
             return reason
         if (reason := why_not(device, dtype, head_dim)) is not None:
             return reason
-        found = _interface()
+        found = _functions()
         return found if isinstance(found, str) else None
 
     def forward(
         self, q_THD: Tensor, k_KGD: Tensor, v_KGE: Tensor, segments: Segments, softmax: Softmax
     ) -> tuple[Tensor, Tensor]:
         q, k, v = operands(q_THD, k_KGD, v_KGE)
-        out, lse_HT, *_ = _require()._flash_attn_varlen_forward(
-            q=q, k=k, v=v, return_softmax=False, **_common(segments, softmax)
-        )
+        forward, _ = _require()
+        out, lse_HT, *_ = forward(q=q, k=k, v=v, return_softmax=False, **_common(segments, softmax))
         return out[..., : v_KGE.shape[2]], lse_HT
 
     def backward(
@@ -60,7 +57,8 @@ class FlashAttnKernel:
         dout, q, k, v, out = operands(dout_THE, q_THD, k_KGD, v_KGE, out_THE)
         # The gradients are written into tensors of ours.
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        _require()._flash_attn_varlen_backward(
+        _, backward = _require()
+        backward(
             dout=dout,
             q=q,
             k=k,
@@ -103,25 +101,23 @@ def _missing() -> str | None:
     return None
 
 
-def _interface() -> ModuleType | str:
-    """The package's functions, or the reason why they cannot be used. The one place that imports it."""
+def _functions() -> tuple[Callable[..., Any], Callable[..., Any]] | str:
+    """The package's forward and backward, or the reason why they cannot be used."""
     try:
-        package = importlib.import_module("flash_attn")
-        interface = importlib.import_module("flash_attn.flash_attn_interface")
+        version, forward, backward = import_flash_attn()
     except (ImportError, OSError, RuntimeError) as error:
         # A build for another torch fails here, and so does FlashAttention 4 alone, which shares the package's name.
         return (
             f"flash-attn is installed but does not import ({error}): "
             f"build it for this torch with {INSTALL} --force-reinstall --no-deps"
         )
-    version = package.__version__
-    if not VERSIONS[0] <= tuple(int(part) for part in version.split(".")[:2]) < VERSIONS[1]:
+    if not FLASH_ATTN[0] <= tuple(int(part) for part in version.split(".")[:2]) < FLASH_ATTN[1]:
         return f"flash-attn {version} is installed, versions 2.7 and 2.8 are supported: {INSTALL}"
-    return interface
+    return forward, backward
 
 
-def _require() -> ModuleType:
-    found = _interface()
+def _require() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    found = _functions()
     if isinstance(found, str):
         raise UspKernelError("kernel='flash_attn'", rule=found, remedy="leave kernel=None to let hf_usp choose")
     return found

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..compat import installed_version
 from .base import Segments
 
 MAX_WIDTH = 256
@@ -73,7 +74,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     if torch.version.hip is not None:
         return "it is not checked on ROCm, whose flash attention is another program"
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no CUDA device"
+        return f"torch {installed_version('torch')} finds no CUDA device"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         found = ".".join(map(str, capability))
         return f"FlashAttention needs compute capability 8.0 (Ampere) or newer, this device has {found}"

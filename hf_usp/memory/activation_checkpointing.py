@@ -16,6 +16,7 @@ import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from ..attention import custom_op as operator  # noqa: F401  registers the operators
+from ..compat import checkpoint_function
 
 
 def save_attention_outputs() -> dict[str, Any]:
@@ -68,5 +69,5 @@ def restore_context_functions(model: torch.nn.Module) -> None:
 
 
 def _checkpointing_keywords(model: torch.nn.Module) -> list[dict[str, Any]]:
-    functions: list[Any] = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+    functions = [checkpoint_function(module) for module in model.modules()]
     return [function.keywords for function in functions if isinstance(getattr(function, "keywords", None), dict)]

@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
+from ..compat import checkpoint_function, checkpointing_name, hook_owners, set_checkpoint_function
 from ..errors import UspModelError
 from ..models.pickling import NotSaved
 
-# The newer of the two names that Transformers has for it. Releases that have both warn about the older one.
-CHECKPOINTING = "activation_checkpointing"
-if not hasattr(PreTrainedModel, f"{CHECKPOINTING}_enable"):
-    CHECKPOINTING = "gradient_checkpointing"
+CHECKPOINTING = checkpointing_name()
 
 
 @dataclass(eq=False)
@@ -138,7 +136,7 @@ class OffloadedCheckpoints(NotSaved):
                 rule="what is offloaded are the inputs of checkpointed layers, by Transformers' own checkpointing",
                 remedy=f"TrainingArguments({CHECKPOINTING}=True), or model.{CHECKPOINTING}_enable()",
             )
-        new = {layer._gradient_checkpointing_func for layer in layers}
+        new = {checkpoint_function(layer) for layer in layers}
         new = {function for function in new if not isinstance(function, Offloaded)}
         if not all(_saves_to_outer_hooks(function) for function in new):
             raise UspModelError(
@@ -148,8 +146,9 @@ class OffloadedCheckpoints(NotSaved):
                 "while layers compute)",
             )
         for layer in layers:
-            if layer._gradient_checkpointing_func in new:
-                layer._gradient_checkpointing_func = Offloaded(layer._gradient_checkpointing_func, self.garage)
+            function = checkpoint_function(layer)
+            if function in new:
+                set_checkpoint_function(layer, Offloaded(function, self.garage))
 
 
 def _saves_to_outer_hooks(function: Callable[..., Any]) -> bool:
@@ -176,13 +175,12 @@ def restore_checkpoints(model: nn.Module) -> None:
     if hooks is None:
         return
     hooks.handle.remove()
-    layers: Any = model.modules()
-    for layer in layers:
-        function = getattr(layer, "_gradient_checkpointing_func", None)
+    for layer in model.modules():
+        function = checkpoint_function(layer)
         if isinstance(function, Offloaded):
-            layer._gradient_checkpointing_func = function.function
+            set_checkpoint_function(layer, function.function)
 
 
 def _offloaded(model: nn.Module) -> OffloadedCheckpoints | None:
-    owners = (getattr(hook, "__self__", None) for m in model.modules() for hook in m._forward_pre_hooks.values())
+    owners = (owner for module in model.modules() for owner in hook_owners(module))
     return next((owner for owner in owners if isinstance(owner, OffloadedCheckpoints)), None)

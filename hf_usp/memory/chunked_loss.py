@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..compat import get_reshard_state, set_reshard_state
+from ..compat import get_reshard_state, hook_owners, is_zero3_parameter, linear_is_replaced, set_reshard_state
 from ..distributed.loss import VocabularyPart
 from ..errors import UspModelError
 from ..models.backbone import find_backbone
@@ -83,7 +83,7 @@ class ChunkedLoss(NotSaved):
                     remedy="let the model compute its loss, or leave out loss_chunk_size",
                 )
             return
-        partitioned = any(hasattr(p, "ds_id") for p in head.parameters())
+        partitioned = any(is_zero3_parameter(p) for p in head.parameters())
         for unit in _fsdp_units(head):
             if all(known is not unit for known, _ in self._reshards):
                 self._reshards.append((unit, get_reshard_state(unit)))
@@ -91,7 +91,7 @@ class ChunkedLoss(NotSaved):
         if self.over_tp:
             self._on_head = _OwnForward(head, partial(_own_logits, head, self.chunk, _rows_of_head))
             return
-        if partitioned or functional.linear is not torch._C._nn.linear:
+        if partitioned or linear_is_replaced():
             _check_plain(head)
             weights = _PartitionedHead if partitioned else _whole_head
             self._on_head = _OwnForward(head, partial(_own_logits, head, self.chunk, weights))
@@ -157,7 +157,7 @@ def _fsdp_units(head: nn.Module) -> list[Any]:
 
 def chunked_loss(model: nn.Module) -> ChunkedLoss | None:
     """The hooks of a model whose loss is computed in chunks, if it is one."""
-    owners = (getattr(hook, "__self__", None) for m in model.modules() for hook in m._forward_pre_hooks.values())
+    owners = (owner for module in model.modules() for owner in hook_owners(module))
     return next((owner for owner in owners if isinstance(owner, ChunkedLoss)), None)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..compat import has_gradient_hooks, is_zero3_parameter
 from ..errors import UspModelError
 from ..kernels import accumulation_dtype
 from ..utils.autograd import forbid_double_backward
@@ -153,13 +154,13 @@ def _refuse(mlp: nn.Module, what: str, remedy: str) -> UspModelError:
 def _check_gathered(mlp: nn.Module, weights: list[nn.Parameter]) -> None:
     """Refuse weights that are gathered and freed inside the MLP: around all chunks they must stay."""
     inner = any(hasattr(m, "set_reshard_after_forward") for m in mlp.modules() if m is not mlp)
-    if inner or any(hasattr(p, "ds_id") for p in weights):
+    if inner or any(is_zero3_parameter(p) for p in weights):
         raise _refuse(
             mlp,
             "has weights that are gathered inside it (ZeRO-3, or FSDP2 around single matrices)",
             "wrap whole decoder layers with FSDP2, or use ZeRO-2",
         )
-    if any(p._backward_hooks for p in weights):
+    if any(has_gradient_hooks(p) for p in weights):
         raise _refuse(mlp, "has weights with gradient hooks", "remove them: they would run for every chunk")
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -38,6 +37,7 @@ from ..batch.shard import (
 )
 from ..batch.sharded_tensors import LayoutMask
 from ..batch.unshard import unshard
+from ..compat import tree_leaves
 from ..distributed.mesh import UspMesh
 from ..errors import UspBatchError, UspModelError
 from ..sharding.masks import UNLIMITED

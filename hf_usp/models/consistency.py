@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..batch.fingerprint import checksum, hashed, words
+from ..compat import is_zero3_parameter
 from ..distributed.agreement import named
 from ..distributed.comm import all_gather
 from ..distributed.failures import on_every_rank
@@ -64,7 +65,7 @@ def check_weights(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -
 
 
 def _is_part(parameter: Tensor) -> bool:
-    return parameter.is_meta or hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id")
+    return parameter.is_meta or hasattr(parameter, "device_mesh") or is_zero3_parameter(parameter)
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ..batch.shard import ShardOptions, get_tokens, shard_tensor
+from ..compat import attention_implementation, hook_owners, tree_leaves
 from ..distributed.failures import refuse_after_failure, report_failure
 from ..distributed.loss import reduce_loss
 from ..distributed.mesh import UspMesh
@@ -238,7 +238,7 @@ def _beside(model: PreTrainedModel, around: nn.Module) -> Iterator[nn.Module]:
 def attends_sharded(module: nn.Module) -> bool:
     """Whether the outermost Transformers model in a module, if there is one, has attn_implementation="usp"."""
     model = next((candidate for candidate in module.modules() if isinstance(candidate, PreTrainedModel)), None)
-    return model is not None and getattr(model.config.get_text_config(), "_attn_implementation", None) == NAME
+    return model is not None and attention_implementation(model.config.get_text_config()) == NAME
 
 
 def attach_hooks(
@@ -280,8 +280,7 @@ def find_model(module: nn.Module) -> PreTrainedModel:
 def get_hooks(module: nn.Module) -> ContextParallelHooks | None:
     """The hooks of a prepared model, if it is one."""
     for model in module.modules():
-        for hook in model._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
+        for owner in hook_owners(model):
             if isinstance(owner, ContextParallelHooks):
                 return owner
     return None

@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from ..batch.layout import MaskSpec, SequenceLayout
 from ..batch.sharded_tensors import LayoutMask
+from ..compat import chunks_from_row_start, mask_parts
 from ..errors import UspMaskError
 from ..sharding.masks import UNLIMITED
 from ..utils.tensors import opaque_to_fsdp
 
-# Up to 5.22 Transformers counted the chunks of packed documents from the start of the row.
-CHUNKS_BY_ROW = not hasattr(masking_utils, "remap_positions_for_packed_sequence")
+CHUNKS_BY_ROW = chunks_from_row_start()
 
 
 class _MaskTouchedError(UspMaskError, AttributeError):
@@ -90,26 +89,18 @@ def read_mask_function(mask_function: Callable[..., Any]) -> MaskSpec:
         return MaskSpec()
     if mask_function is bidirectional_mask_function:
         return MaskSpec(UNLIMITED, UNLIMITED)
-    is_and = mask_function.__qualname__.startswith("and_masks.")
-    parts: tuple[Callable[..., Any], ...] = _cells(mask_function).get("mask_functions", ()) if is_and else ()
+    parts = mask_parts(mask_function)
     if len(parts) == 2:
-        overlay, base = parts
-        name, numbers = overlay.__qualname__.split(".")[0], _cells(overlay)
+        overlay, base = parts[0], parts[1].function
+        name, numbers = overlay.name.split(".")[0], overlay.values
         if name == "sliding_window_overlay" and base is causal_mask_function:
             return MaskSpec(window_left=numbers["sliding_window"] - 1)
         if name == "chunked_overlay" and base is causal_mask_function:
             return MaskSpec(chunk_size=numbers["chunk_size"], chunks_from_row_start=CHUNKS_BY_ROW)
         if name == "sliding_window_bidirectional_overlay" and base is bidirectional_mask_function:
             return MaskSpec(numbers["sliding_window"], numbers["sliding_window"])
-    names = [part.__qualname__ for part in parts] or [mask_function.__qualname__]
     raise UspMaskError(
-        f"a mask made of {', '.join(names)}",
+        f"a mask made of {', '.join(part.name for part in parts)}",
         rule="a query sees one interval of keys: causal, both ways, sliding window, chunks, documents, padding",
         remedy="train without UspParallelismConfig, or without what changes the mask (image blocks, prefix-LM)",
     )
-
-
-def _cells(function: Callable[..., Any]) -> dict[str, Any]:
-    """Names and values that a closure has captured."""
-    code, closure = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    return {} if code is None else dict(zip(code.co_freevars, (c.cell_contents for c in closure or ()), strict=True))

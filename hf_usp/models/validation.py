@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..compat import attention_implementation, has_attention_interface
 from ..errors import UspModelError
 from .attention_interface import NAME, no_attention_weights
 from .backbone import accepts_any_keyword, find_backbone, validate_outer_model
@@ -20,7 +21,7 @@ from .unsharded import cache_in, wants_some_logits
 def validate_model(model: PreTrainedModel) -> None:
     """Refuse, at `prepare`, what can be seen without running the model."""
     name, config = type(model).__name__, model.config
-    implementation = getattr(config.get_text_config(), "_attn_implementation", None)
+    implementation = attention_implementation(config.get_text_config())
     if implementation != NAME:
         raise UspModelError(
             f"{name} with attn_implementation={implementation!r} under UspParallelismConfig",
@@ -36,8 +37,7 @@ def validate_model(model: PreTrainedModel) -> None:
     check_tensor_parallel(model)
     # A model whose layers all are recurrent has no attention to speak of, and no positions.
     recurrent = has_recurrent_layers(model)
-    supported = any(getattr(type(model), f"_supports_{way}", False) for way in ("attention_backend", "sdpa"))
-    if not supported and not recurrent:
+    if not has_attention_interface(type(model)) and not recurrent:
         raise UspModelError(
             f"{name} has attention code of its own",
             rule="the model's attention goes through Transformers' attention interface",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch.profiler import record_function
+
+from ..compat import profiler_enabled
 
 # usp.exchange: a message is handed over (an all-to-all on CPU also waits in it); usp.wait: the step waits for one;
 # usp.tiles: kernels; usp.merge: their results are put together.
@@ -19,4 +20,4 @@ EXCHANGE, WAIT, TILES, MERGE = "usp.exchange", "usp.wait", "usp.tiles", "usp.mer
 
 def annotate(name: str) -> AbstractContextManager[object]:
     """A range of this name in the profile that is being taken, if one is."""
-    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+    return record_function(name) if profiler_enabled() else nullcontext()

@@ -71,7 +71,7 @@ def bind(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, An
 
 def _call(given: dict[str, Any]) -> stand_in.Varlen:
     return stand_in.Varlen(
-        *(given[name] for name in ("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_seqlen_q", "max_seqlen_k")),
+        *(given[name] for name in ("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k")),
         scale=given["scale"],
         causal=given["is_causal"],
         left=given["window_size_left"],

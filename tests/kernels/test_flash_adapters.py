@@ -144,7 +144,8 @@ def test_torch_itself_accepts_the_call(dtype: torch.dtype) -> None:
 
 def _as_given(call: Segments) -> varlen.Bounds:
     """The arguments without the care that `bounds` takes."""
-    return varlen.Bounds(call.max_seqlen_q, call.max_seqlen_k, call.left < 0 and call.right == 0, call.left, call.right)
+    left, right = call.window_size_left, call.window_size_right
+    return varlen.Bounds(call.max_seqlen_q, call.max_seqlen_k, left < 0 and right == 0, left, right)
 
 
 def _window_off_by_one(call: Segments) -> varlen.Bounds:

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...compat import storage_identity, write_count
+
 DEPTH = 3  # parameter (or module), what it holds, what that holds
 
 
@@ -55,7 +57,7 @@ class _Parameters:
         # `data` shares the bytes and keeps them.
         self.data = {name: p.data for name, p in self.named.items()}
         self.places = {name: _place(p) for name, p in self.named.items()}
-        self.versions = {name: p._version for name, p in self.named.items()}
+        self.versions = {name: write_count(p) for name, p in self.named.items()}
         self.state = [entry for owner in (module, *self.named.values()) for entry in _attributes(owner, DEPTH)]
 
     def put_back(self) -> list[str]:
@@ -70,12 +72,12 @@ class _Parameters:
             for owner, attributes in self.state:
                 owner.__dict__.clear()
                 owner.__dict__.update(attributes)
-        return [name for name, version in self.versions.items() if self.named[name]._version != version]
+        return [name for name, version in self.versions.items() if write_count(self.named[name]) != version]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Which bytes a tensor shows, and how."""
-    return tensor.untyped_storage()._cdata, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+    return storage_identity(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _attributes(owner: Any, depth: int) -> Iterator[tuple[Any, dict[str, Any]]]:

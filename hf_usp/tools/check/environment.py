@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from ...compat import sources
+from ...compat import installed_version, sources
 from ...kernels import Softmax, kernel_report
 
 PACKAGES = (
@@ -31,11 +30,7 @@ PACKAGES = (
 def facts(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
     """Of this rank, as plain values."""
     versions: dict[str, str | None] = {"Python": platform.python_version(), "hf_usp sources": sources()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    versions |= {package: installed_version(package) for package in PACKAGES}
     name, memory = platform.processor() or platform.machine(), 0
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
