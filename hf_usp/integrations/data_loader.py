@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from ..errors import UspConfigError
-from .streaming import count_rows
+from .streaming import count_rows, number_batches
 
 
 def same_rows(accelerator: Accelerator, loader: DataLoader, model_parallel_size: int) -> None:
@@ -63,6 +63,7 @@ def same_order(loader: Any, ranks: int, model_parallel_size: int) -> None:
 
     The order is that which the first rank draws, so that of one process. Seedable samplers bring their own seed.
     """
+    number_batches(loader)
     if ranks != model_parallel_size:
         return  # Accelerate sees to that
     generator = getattr(loader.dataset, "generator", None)
