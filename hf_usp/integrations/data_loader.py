@@ -4,7 +4,7 @@ Accelerate already reads the mesh: ranks along "cp" and "tp" get the same part o
 do not look at the mesh, and are told here, before the loader is prepared:
 
 - Loaders of iterable datasets are by default read by the first process, which deals their rows to all ranks. Here every
-  rank reads for itself, as it does with any other dataset (streams.py).
+  rank reads for itself, as it does with any other dataset (streaming.py).
 - `train_sampling_strategy="batch_rebalance"` deals rows to ranks on its own, by the number of processes.
 - Workers of the Trainer's loaders are seeded by rank: random collators would differ between ranks of a group.
 
