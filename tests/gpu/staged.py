@@ -38,7 +38,7 @@ class Arriving(dist._Work):  # type: ignore[name-defined,misc]
         return True
 
     def is_completed(self) -> bool:
-        return self.future.done()
+        return self.future.done() or self.work.is_completed()
 
     def result(self) -> Any:
         return self.result_
