@@ -105,11 +105,10 @@ def _rows_of_a_worker(counts: list[int], step: int, loader: Any) -> int | None:
             )
         return None
     # One batch is fetched ahead. A worker has read all rows of a step that it has handed out, or has no more.
-    left, turn = base.fetched - (not loader.end_of_dataloader), 0
-    while True:
+    left = base.fetched - (not loader.end_of_dataloader)
+    for start in range(0, max(counts), step):
         for count in counts:
-            left -= count > turn * step
+            left -= count > start
             if left == 0:
-                rows = count - turn * step
-                return rows if rows < step else None
-        turn += 1
+                return count - start if count - start < step else None
+    return None
