@@ -6,6 +6,7 @@
 # make test-torch   the tests that depend on torch with another one (TORCH=2.11.0, the oldest; 5 GB): docs/versions.md
 # make book         one sequence of 131,072 tokens on 4 processes, in less memory than it needs in one
 # make fuzz         35,000 random inputs to functions and commands: refused or accepted, never a raw error
+# make faults      one rank broken on purpose at every place of a run, and how the others end: docs/faults.md
 # make gpu          every CUDA kernel against the definition, training against one process, then ten minutes of measurements
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ MODEL := models/SmolLM2-135M-Instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart long book test test-torch fuzz table table-oldest lint format gpu docs clean
+.PHONY: setup quickstart long book test test-torch fuzz faults table table-oldest lint format gpu docs clean
 
 setup: $(STAMP)
 
@@ -53,6 +54,9 @@ test: lint
 
 fuzz: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.run
+
+faults: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults
 
 table: $(STAMP)
 	$(BIN)/python -m tests.models.write_table

@@ -314,7 +314,8 @@ def fresh_import() -> dict:
         waiting += found
     for name in loaded:
         for node in TREES[MODULES[name]].body:
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("transformers", "accelerate"):
+            theirs = isinstance(node, ast.ImportFrom) and not node.level and node.module is not None
+            if theirs and node.module.split(".")[0] in ("transformers", "accelerate"):
                 foreign.add(ast.unparse(node))
     # Not the environment of this process, which has imported hf_usp already.
     kept = ("PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")

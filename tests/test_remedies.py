@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 import hf_usp
+from hf_usp import data
 from hf_usp.batch.documents import find_documents
 from hf_usp.callbacks import UspMetricsCallback
 from hf_usp.data.packing import pack
@@ -26,6 +29,7 @@ from hf_usp.models.hooks import find_model
 from hf_usp.sharding.load_balance import fixed_assignment
 from hf_usp.sharding.masks import Documents, Mask
 
+from .data.test_rows import Letters
 from .ranks import Ranks
 from .tiny import HYBRID, batch_of, rows, tiny_model
 
@@ -211,11 +215,27 @@ def whole_tensor(dim: int) -> Any:
     assert full.shape == (2, 3, 37)
 
 
-def attend(kernel: str | None = None, dtype: torch.dtype = torch.float32, extra: int = 0, **options: Any) -> Any:
+def attend(
+    kernel: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    extra: int = 0,
+    of_queries: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+    layout: Any = None,
+    **options: Any,
+) -> Any:
     mesh = hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1)
-    layout = hf_usp.shard(without(PLAIN, "labels"), mesh, kernel=kernel)["usp"]
-    q = torch.randn(2, layout.local_length + extra, 4, 16)
-    return hf_usp.usp_attention(q, q.to(dtype), q.to(dtype), layout, **options)
+    mine = hf_usp.shard(without(PLAIN, "labels"), mesh, kernel=kernel)["usp"]
+    q = torch.randn(2, mine.local_length + extra, 4, 16)
+    layout = mine if layout is None else layout
+    return hf_usp.usp_attention(of_queries(q), q.to(dtype), q.to(dtype), layout, **options)
+
+
+def sparse_and_dense(x: torch.Tensor) -> torch.Tensor:
+    return x.to_sparse().to_dense()
+
+
+def sharded(**changes: Any) -> Callable[[], Any]:
+    return lambda: hf_usp.shard({**PLAIN, **changes}, hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1))
 
 
 def wants_more(self_check: bool) -> Any:
@@ -304,6 +324,20 @@ TWO_RANKS: dict[str, Case] = {
     "leave kernel=None to let hf_usp choose": Case(lambda: attend("flash_attn"), lambda: attend(None)),
     "pass sliding_window=1 or more": Case(lambda: attend(sliding_window=0), lambda: attend(sliding_window=1)),
     "cast them, as in k.to(q.dtype)": Case(lambda: attend(dtype=torch.bfloat16), attend),
+    "cast them, as in q.to(torch.bfloat16)": Case(
+        lambda: attend(of_queries=torch.Tensor.long, dtype=torch.int64), lambda: attend(dtype=torch.float32)
+    ),
+    "as such a tensor (torch.as_tensor, x.to_dense())": Case(
+        lambda: attend(of_queries=torch.Tensor.to_sparse), lambda: attend(of_queries=sparse_and_dense)
+    ),
+    'pass hf_usp.shard(batch, mesh)["usp"]': Case(lambda: attend(layout=PLAIN), attend),
+    "with torch.tensor, or cast it (x.long(), x.to_dense())": Case(
+        sharded(input_ids=IDS.float()), sharded(input_ids=IDS.float().long())
+    ),
+    "or a data collator that makes tensors": Case(
+        sharded(input_ids=IDS.tolist()), sharded(input_ids=torch.as_tensor(IDS.tolist()))
+    ),
+    "_enable()": Case(lambda: offloaded(False), lambda: offloaded(True)),
     "cut inputs with hf_usp.shard": Case(lambda: attend(extra=3), attend),
     "for a module of your own use hf_usp.shard and hf_usp.usp_attention": Case(
         lambda: find_model(torch.nn.Linear(2, 2)), attend
@@ -314,6 +348,9 @@ TWO_RANKS: dict[str, Case] = {
     "leave out torch_compile": Case(lambda: compiled(True), lambda: compiled(False)),
     "pass it as an integer tensor": Case(
         lambda: counted(torch.tensor(9.0, dtype=torch.bfloat16)), lambda: counted(torch.tensor(9))
+    ),
+    "pass (labels[:, 1:] != -100).sum() of all batches": Case(
+        lambda: counted(0), lambda: counted((PLAIN["labels"][:, 1:] != -100).sum())
     ),
     "or as a Python number": Case(lambda: counted(torch.tensor(9.0, dtype=torch.float16)), lambda: counted(9)),
     "set layerdrop": Case(
@@ -381,6 +418,17 @@ ONE_PROCESS: dict[str, Case] = {
     "call Documents.from_bounds with": Case(
         lambda: Documents(*(np.array(x) for x in ([0, 4], [0], [9]))), lambda: Documents.from_bounds([0, 4])
     ),
+    "tokenize texts first (hf_usp.data.tokenize)": Case(
+        lambda: data.Collator(0)([{"input_ids": "a text"}]),
+        lambda: data.Collator(0)(list(data.tokenize(texts(), Letters()))),
+    ),
+    "tokenize texts first: hf_usp.data.tokenize(documents, tokenizer)": Case(
+        lambda: data.pack(texts(), 4), lambda: data.pack(data.tokenize(texts(), Letters()), 4)
+    ),
+    "delete it, and it is built again: rm -r": Case(lambda: built_again(False), lambda: built_again(True)),
+    "pass ulysses_degree=... yourself": Case(
+        lambda: chosen(), lambda: hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=2)
+    ),
     "pass profile_step=3": Case(
         lambda: UspMetricsCallback(torch.nn.Module(), trace="folder"),  # type: ignore[arg-type]
         lambda: UspMetricsCallback(a_trainer(), trace="folder", profile_step=3),
@@ -396,6 +444,33 @@ def a_trainer() -> Any:
     """As much of one as a report looks at."""
     settings, handler = SimpleNamespace(bf16=False, fp16=False), SimpleNamespace(callbacks=[])
     return SimpleNamespace(args=settings, accelerator=None, model=tiny_model(), callback_handler=handler)
+
+
+def texts() -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"text": ["a text", "another one"]})
+
+
+def built_again(deleted: bool) -> Any:
+    """A folder of rows whose files were cut off."""
+    with tempfile.TemporaryDirectory() as around:
+        folder = Path(around, "rows")
+        data.build_once(folder, texts)
+        for path in folder.glob("*.arrow"):
+            path.write_bytes(path.read_bytes()[:20])
+        if deleted:
+            shutil.rmtree(folder)
+        assert len(data.build_once(folder, texts)) == 2
+
+
+def chosen() -> Any:
+    """A degree for a model without heads."""
+    from transformers import MambaConfig
+
+    from hf_usp.planner import choose_degree
+
+    return choose_degree(MambaConfig(), None, cp_size=8, tp_size=1, ranks=8, node=8, tokens=None)
 
 
 def flattened() -> Any:
@@ -417,30 +492,47 @@ def test_on_two_ranks(two_ranks: Ranks, words: str) -> None:
 
 # Words of remedies that other tests follow -> the file and the test.
 ELSEWHERE: dict[str, tuple[str, str]] = {
-    "get_last_complete_checkpoint(folder)": ("test_resume.py", "test_a_killed_run_leaves_the_last_complete_checkpoint"),
-    "call torch.distributed.init_process_group()": ("test_core.py", "def test_"),
-    "set per_device_train_batch_size": ("test_trainer.py", "per_device_train_batch_size"),
+    "get_last_complete_checkpoint(folder)": (
+        "callbacks/test_resume.py",
+        "test_a_killed_run_leaves_the_last_complete_checkpoint",
+    ),
+    "call torch.distributed.init_process_group()": ("attention/test_attention.py", "def test_"),
+    "set per_device_train_batch_size": ("integrations/test_trainer.py", "per_device_train_batch_size"),
     "leave out torch.compile": ("test_remedies.py", "compiled"),
     "leave out loss_chunk_size": ("test_remedies.py", "other_head"),
-    "pass position_ids, or pad on the right": ("test_models.py", "right"),
+    "pass position_ids, or pad on the right": ("models/test_models.py", "right"),
     "pass cu_seq_lens_q as well": ("scripts/test_finetune.py", "gpt"),
     "describe documents with cu_seq_lens_q or position_ids": (
-        "test_recurrent.py",
+        "recurrent/test_recurrent.py",
         "test_packed_documents_start_from_nothing",
     ),
-    "train it without UspParallelismConfig": ("test_models.py", "eager"),
-    "load the weights in float32": ("test_tensor_parallel.py", "test_experts_dealt_to_ranks"),
-    "choose a tp_size that divides": ("test_tensor_parallel.py", "test_tp_around_the_mesh"),
-    "resize_token_embeddings(pad_to_multiple_of=": ("test_tensor_parallel.py", "tie"),
-    "or leave out ResumeGuard": ("test_same_run.py", "test_full_determinism_and_a_resume_that_is_watched"),
-    "use a larger cp_size instead": ("test_deepspeed.py", "test_the_trainer_follows_one_process"),
-    'write "train_batch_size": "auto"': ("test_deepspeed.py", "auto"),
-    "UspParallelismConfig(cp_size=...) says it all": ("test_deepspeed.py", "test_the_trainer_follows_one_process"),
-    "with column=..., or other files": ("test_data.py", "column"),
+    "train it without UspParallelismConfig": ("models/test_models.py", "eager"),
+    "load the weights in float32": ("models/test_tensor_parallel.py", "test_experts_dealt_to_ranks"),
+    "choose a tp_size that divides": ("models/test_tensor_parallel.py", "test_tp_around_the_mesh"),
+    "resize_token_embeddings(pad_to_multiple_of=": ("models/test_tensor_parallel.py", "tie"),
+    "or leave out ResumeGuard": (
+        "callbacks/test_resume_guard.py",
+        "test_full_determinism_and_a_resume_that_is_watched",
+    ),
+    "use a larger cp_size instead": ("integrations/test_deepspeed.py", "test_the_trainer_follows_one_process"),
+    'write "train_batch_size": "auto"': ("integrations/test_deepspeed.py", "auto"),
+    "UspParallelismConfig(cp_size=...) says it all": (
+        "integrations/test_deepspeed.py",
+        "test_the_trainer_follows_one_process",
+    ),
+    "with column=..., or other files": ("data/test_rows.py", "column"),
+    "give every rank the same": ("integrations/test_process_groups.py", "def test_"),  # ranks that are the same
+    "hand out whole logits and hidden states": (
+        "models/test_unsharded.py",
+        "test_losses_made_outside_are_exact_with_the_remedy",
+    ),
+    "prepare a second Transformers model by itself": ("models/test_unsharded.py", "prepared(twin"),
+    "leave offload=True out of": ("memory/test_activation_offload.py", "offload=True"),
+    "read the stream with num_workers=1": ("integrations/test_data_loader.py", '"dataloader_num_workers": 1'),
 }
 OPTION = re.compile(r"\b[a-z_]+=|[a-z](?<!len)\(|\b(leave|set) (out )?[a-z]+_[a-z_]+|hf_usp\.")
 # What is typed on the command line is followed in tests/tools and tests/scripts.
-COMMANDS = {"cli.py", "check", "explain", "planning", "costs"}
+COMMANDS = {"tools", *(f"planner/{name}.py" for name in ("plot", "request", "search", "text", "hardware"))}
 ROOT = Path(hf_usp.__file__).parent
 
 
@@ -448,7 +540,8 @@ def remedies() -> list[tuple[str, str]]:
     """Place and text, with the expressions of its f-strings, of every remedy of the library that names an option."""
     found = []
     for path in sorted(ROOT.rglob("*.py")):
-        if path.relative_to(ROOT).parts[0] in COMMANDS:
+        inside = path.relative_to(ROOT)
+        if COMMANDS & {inside.parts[0], inside.as_posix()}:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "remedy":

@@ -17,14 +17,16 @@ FIRST, SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 def fingerprint(values: Mapping[str, Any], *beside: Any) -> Tensor:
     """Two int64 [2]: of names, shapes and plain values (also those `beside` them), and of every bit of the tensors.
 
-    Tensors inside dicts, lists and tuples count as well, those of other objects do not. Different values have different
+    Tensors inside dicts, lists and tuples count as well, those of other objects do not; whether
+    a gradient is wanted counts too. Different values have different
     numbers but for one pair of 2**64; a NaN counts by its bits. The second number is computed where the tensors are.
     """
     shapes: list[Any] = [repr(thing) for thing in beside]
     total = torch.zeros((), dtype=torch.int64)
     for name, value in sorted(_leaves("", values), key=lambda leaf: leaf[0]):
         if isinstance(value, Tensor):
-            shapes.append((name, tuple(value.shape), str(value.dtype)))
+            gradient = value.requires_grad and torch.is_grad_enabled()  # which all ranks would have to exchange
+            shapes.append((name, tuple(value.shape), str(value.dtype), gradient))
             total = total.to(value.device) + checksum(words(value), hashed(name))
         else:
             plain = value is None or isinstance(value, int | float | bool | str)

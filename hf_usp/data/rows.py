@@ -104,8 +104,15 @@ def _pack_all(
 def whole(documents: Any, *, num_proc: int | None = None) -> Any:
     """One row per document (`input_ids`, `labels`), of any length; `Collator` pads batches of them.
 
-    Documents of one token have nothing to predict and are left out. Raises `UspBatchError` if no other is there.
+    Documents of one token have nothing to predict and are left out. Raises `UspBatchError` if no other is there, and
+    for streams.
     """
+    if _is_stream(documents):
+        raise UspBatchError(
+            "a stream of documents to be kept whole",
+            rule="lengths of all documents are known before rows are made of them",
+            remedy="pack the stream into rows, or load the dataset without streaming",
+        )
     lengths = _lengths(documents)
     kept = [index for index, tokens in enumerate(lengths) if tokens > 1]
     if not kept:

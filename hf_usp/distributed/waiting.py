@@ -32,7 +32,7 @@ def wait_for_all(work: dist.Work, group: dist.ProcessGroup) -> None:
     Raises `UspRankError` with the same words where that wait ends by the group's time limit, or with a rank's process.
     """
     start, noted, said = time.monotonic(), False, False
-    while not work.is_completed():
+    while not (said or work.is_completed()):  # works of some backends know that they are completed only in `wait`
         waited = time.monotonic() - start
         time.sleep(min(waited / 8, 1e-3))  # adds little to a wait of any length
         if waited > NOTE and not noted:

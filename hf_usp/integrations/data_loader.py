@@ -4,7 +4,7 @@ Accelerate already reads the mesh: ranks along "cp" and "tp" get the same part o
 do not look at the mesh, and are told here, before the loader is prepared:
 
 - Loaders of iterable datasets are by default read by the first process, which deals their rows to all ranks. Here every
-  rank reads for itself, as it does with any other dataset (streams.py).
+  rank reads for itself, as it does with any other dataset (streaming.py).
 - `train_sampling_strategy="batch_rebalance"` deals rows to ranks on its own, by the number of processes.
 - Workers of the Trainer's loaders are seeded by rank: random collators would differ between ranks of a group.
 
@@ -28,7 +28,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from ..compat import is_batch_rebalance_sampler
 from ..errors import UspConfigError
 from ..utils.patches import AttributePatches
-from .streaming import count_rows
+from .streaming import count_rows, number_batches
 
 
 def same_rows(
@@ -66,6 +66,7 @@ def same_order(loader: Any, ranks: int, model_parallel_size: int, patches: Attri
 
     The order is that which the first rank draws, so that of one process. Seedable samplers bring their own seed.
     """
+    number_batches(loader)
     if ranks != model_parallel_size:
         return  # Accelerate sees to that
     generator = getattr(loader.dataset, "generator", None)

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object, recursively_apply
 from ..compat import tree_leaves
 from ..errors import UspModelError
 from ..models.hooks import ContextParallelHooks
-from .streaming import rows_of_last_step
+from .streaming import rows_of_step
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Gathering:
             recursively_apply(lambda x: x, data, error_on_other_type=True)
         except TypeError:
             use_gather_object = True
-        last = rows_of_last_step(self.accelerator.gradient_state)
+        last = rows_of_step(self.accelerator.gradient_state)
         if not use_gather_object:
             return self._gather(data, last)
         ranks = gather_object([data])[:: self.cp_size * self.tp_size]

@@ -13,6 +13,7 @@ import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..errors import UspConfigError
 from ..utils.patches import AttributePatches
 
 
@@ -47,21 +48,68 @@ def count_rows(loader: DataLoader, patches: AttributePatches) -> None:
         patches.set(loader, "dataset", CountedRows(loader.dataset, loader.num_workers))
 
 
-def rows_of_last_step(state: Any) -> int | None:
-    """Rows that are no repetition in the step that ended the loader in use, over all ranks; None: all, or unknown.
+class NumberedLoader(DataLoader):
+    """A loader that knows how many batches of its last pass it has handed out."""
 
+    fetched = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.fetched = 0
+        for batch in super().__iter__():
+            self.fetched += 1
+            yield batch
+
+
+def number_batches(prepared: Any) -> None:
+    """Let a prepared loader know which batch is in use, where several workers read a stream."""
+    base = getattr(prepared, "base_dataloader", None)
+    if type(base) is DataLoader and isinstance(base.dataset, IterableDataset) and base.num_workers > 1:
+        base.__class__ = NumberedLoader
+
+
+def rows_of_step(state: Any) -> int | None:
+    """Rows that are no repetition in the step in use of the loader in use, over all ranks; None: all, or unknown.
+
+    Accelerate repeats rows in the last step of a dataset; of a stream in the last step of each worker that reads it.
     state: the accelerator's `gradient_state`.
     """
-    if not state.end_of_dataloader:
-        return None
     loader = state.active_dataloader
+    if loader is None:
+        return None
     shard = loader.dataset
     stream = shard.dataset if isinstance(shard, IterableDatasetShard) else shard
     if not isinstance(stream, CountedRows):
-        return state.remainder if state.remainder > 0 else None
-    if loader.batch_size is None or loader.drop_last or len(stream.counts) > 1:
+        return state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+    if loader.batch_size is None or loader.drop_last:
         return None
-    step = loader.batch_size
-    if shard is not stream:
-        step = shard.batch_size * (1 if shard.split_batches else shard.num_processes)
-    return int(stream.counts) % step or None
+    if len(stream.counts) > 1:
+        return None if shard is stream else _rows_of_a_worker(stream.counts.tolist(), _step(shard), loader)
+    step = loader.batch_size if shard is stream else _step(shard)
+    return int(stream.counts) % step or None if state.end_of_dataloader else None
+
+
+def _step(shard: IterableDatasetShard) -> int:
+    """Rows that all ranks take in a step."""
+    return shard.batch_size * (1 if shard.split_batches else shard.num_processes)
+
+
+def _rows_of_a_worker(counts: list[int], step: int, loader: Any) -> int | None:
+    """The rows of a step that one of several workers has read. Workers take turns until they have no more rows."""
+    base = loader.base_dataloader
+    if not isinstance(base, NumberedLoader):
+        if loader.end_of_dataloader and any(count % step for count in counts):
+            raise UspConfigError(
+                f"rows to be gathered of a stream that {len(counts)} workers read",
+                rule="each worker fills up its last step with rows of its first, which are no rows of the dataset; "
+                "which steps these are is not known of a loader that skips batches or keeps a state",
+                remedy="read the stream with num_workers=1 or num_workers=0 (dataloader_num_workers of the Trainer)",
+            )
+        return None
+    # One batch is fetched ahead. A worker has read all rows of a step that it has handed out, or has no more.
+    left = base.fetched - (not loader.end_of_dataloader)
+    for start in range(0, max(counts), step):
+        for count in counts:
+            left -= count > start
+            if left == 0:
+                return count - start if count - start < step else None
+    return None

@@ -3,6 +3,8 @@
 `generate` needs whole sequences, and outside training a whole batch gives one process's numbers. In a training step a
 rank that attends to a whole batch computes what all others compute too, and a loss or gradient may count once for each
 of them. So a prepared model's layers know that they are prepared, and refuse: whoever called them, on whatever way.
+A model that was never prepared is left alone: without hooks nothing is divided or multiplied by the number of ranks,
+and each of them computes the numbers of one process.
 """
 
 from __future__ import annotations

@@ -231,3 +231,27 @@ def unshard_gradient() -> Any:
 def test_unshard_is_the_inverse_and_its_adjoint_sums(four_ranks: Ranks) -> None:
     for same, error in four_ranks.run(unshard_gradient):
         assert same and error < 1e-5
+
+
+NONSENSE: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "whole numbers": (torch.int32, {}),
+    "booleans": (torch.bool, {}),
+    "complex numbers": (torch.complex64, {}),
+    "causal in words": (torch.float32, {"causal": "no"}),
+    "a window of True": (torch.float32, {"sliding_window": True}),
+    "scaling of NaN": (torch.float32, {"scaling": float("nan")}),
+    "softcap of 0": (torch.float32, {"softcap": 0.0}),
+    "a negative softcap": (torch.float32, {"softcap": -5.0}),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_refused(name: str) -> None:
+    import hf_usp
+
+    mesh = hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1)
+    layout = hf_usp.shard({"input_ids": torch.ones(1, 4, dtype=torch.int64)}, mesh)["usp"]
+    dtype, options = NONSENSE[name]
+    q = torch.ones(1, 4, 2, 8, dtype=dtype)
+    with pytest.raises(hf_usp.UspError):
+        hf_usp.usp_attention(q, q, q, layout, **options)

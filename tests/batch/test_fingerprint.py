@@ -29,6 +29,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "NaN": (torch.tensor([QUIET], dtype=torch.int32), torch.tensor([OTHER], dtype=torch.int32)),
     "types": (torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.float64)),
     "shapes": (torch.zeros(2, 3), torch.zeros(3, 2)),
+    "gradients": (torch.zeros(2, 3), torch.zeros(2, 3, requires_grad=True)),
     "nested": ([torch.zeros(2), {"a": torch.ones(2)}], [torch.zeros(2), {"a": torch.zeros(2)}]),
     "numbers": (3, 4),
 }
@@ -100,6 +101,8 @@ def refused(case: str) -> str:
         batch = {"input_ids": torch.tensor([[6, 8, 8, 6]])}
     if case == "embeddings":
         batch = {"inputs_embeds": torch.full((1, 4, 8), 1.0 + rank * 2**-20)}
+    if case == "gradients":  # one rank would wait for the others in its backward
+        batch = {"inputs_embeds": torch.zeros(1, 4, 8, requires_grad=rank == 1)}
     try:
         hf_usp.shard(batch, mesh, order=order)
     except hf_usp.UspBatchError as refusal:
@@ -107,7 +110,7 @@ def refused(case: str) -> str:
     return "accepted"
 
 
-@pytest.mark.parametrize("case", ["tokens", "embeddings", "order"])
+@pytest.mark.parametrize("case", ["tokens", "embeddings", "gradients", "order"])
 def test_both_ranks_refuse(two_ranks: Ranks, case: str) -> None:
     assert all("rank(s) 1 differs from that of rank 0" in text for text in two_ranks.run(refused, case))
     assert two_ranks.run(refused, "nothing") == ["accepted", "accepted"]

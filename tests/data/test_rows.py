@@ -191,3 +191,17 @@ def test_other_texts_lengths_and_tokenizers_are_not_confused(tmp_path: Path) -> 
     assert rows(texts, None) == [8, 4]
     assert rows(Dataset.from_dict({"text": ["abcdefg", "hijk"]}), None) == [8, 5]
     assert len(list(tmp_path.glob("tokens-*.lock"))) == 2
+
+
+def test_labels_that_are_not_as_many_as_the_tokens_are_refused() -> None:
+    """All that comes behind them in a row would be trained on the wrong tokens."""
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]], "labels": [[1, 2, 3], [5, 6]]})
+    for make in (
+        lambda: data.pack(rows, 6),
+        lambda: data.pack(rows.to_iterable_dataset(), 6),
+        lambda: data.whole(rows),
+    ):
+        with pytest.raises(UspError, match="numbers of tokens and labels"):
+            list(make())
+    with pytest.raises(UspError, match="a stream of documents"):
+        data.whole(rows.to_iterable_dataset())

@@ -42,18 +42,20 @@ def endings(folder: Path, case: dict[str, Any], world: int = 3, limit: float = 6
     ]
     for process in ranks:
         process.start()
-    ended: dict[int, float] = {}
     faulty = case.get("rank", 1) if case.get("how") == "stop" else None
-    while len(ended) < world - (faulty is not None) and time.time() - started < limit:
-        time.sleep(0.02)
-        for rank, process in enumerate(ranks):
-            if rank not in ended and not process.is_alive():
-                ended[rank] = time.time()
-    for rank, process in enumerate(ranks):
-        if rank not in ended:
+    ended: dict[int, float] = {}
+    try:
+        while len(ended) < world - (faulty is not None) and time.time() - started < limit:
+            time.sleep(0.02)
+            for rank, process in enumerate(ranks):
+                if rank not in ended and not process.is_alive():
+                    ended[rank] = time.time()
+    finally:  # whatever happened here: a stopped process hears no SIGTERM, and Python would wait for it at its end
+        for process in ranks:
             assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
-        process.join()
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+            process.join(30)
     mark = folder / "fault"
     since = float(mark.read_text()) if mark.exists() else started
     found = {}

@@ -43,7 +43,9 @@ def train(
     return train_model(adapted(adapter, "sdpa" if mesh is None else "usp", saved), folder, mesh, checkpointing)
 
 
-def train_model(model: Any, folder: str, mesh: tuple[int, int] | None, checkpointing: bool = False) -> dict[str, Any]:
+def train_model(
+    model: Any, folder: str, mesh: tuple[int, int] | None, checkpointing: bool = False, batch: int = 2
+) -> dict[str, Any]:
     """Four steps of the stock Trainer on an adapter, saved in `folder`; in one process when `mesh` is None."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -68,7 +70,7 @@ def train_model(model: Any, folder: str, mesh: tuple[int, int] | None, checkpoin
         disable_tqdm=True,
         dataloader_pin_memory=False,
         parallelism_config=config,
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=batch,
         max_steps=4,
         save_strategy="no",
         logging_steps=1,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import hf_usp
 
@@ -188,3 +189,43 @@ def test_deepspeeds_schedule_has_the_steps_of_groups() -> None:
 
     given = DummyScheduler(torch.optim.SGD([torch.zeros(1)]), total_num_steps=30)
     assert count_for_groups(given, 2).total_num_steps == 60 and given.total_num_steps == 30
+
+
+class Parts(IterableDataset):
+    """Rows of a number each, of which every worker reads its part."""
+
+    def __init__(self, parts: list[int]) -> None:
+        self.parts = parts
+
+    def __iter__(self) -> Any:
+        worker = get_worker_info()
+        assert worker is not None
+        first = sum(self.parts[: worker.id])
+        yield from range(first, first + self.parts[worker.id])
+
+
+def read_by_workers(parts: list[int], split_batches: bool) -> list[list[int]]:
+    """Rows gathered in two epochs, then what is said of a loader that skips batches."""
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.data_loader import skip_first_batches
+
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it has workers
+    settings = DataLoaderConfiguration(split_batches=split_batches)
+    accelerator = Accelerator(cpu=True, parallelism_config=config_for(4), dataloader_config=settings)
+    loader = DataLoader(Parts(parts), batch_size=4 if split_batches else 2, num_workers=len(parts))
+    loader = accelerator.prepare(loader)
+    found = [[int(x) for batch in loader for x in accelerator.gather_for_metrics(batch)] for _ in range(2)]
+    try:
+        for batch in skip_first_batches(loader, 1):
+            accelerator.gather_for_metrics(batch)
+    except hf_usp.UspConfigError as refusal:
+        assert "num_workers=1" in str(refusal)
+        found.append([])
+    return found
+
+
+@pytest.mark.parametrize("parts", [[5, 6], [0, 9], [8, 4], [1, 13]])
+def test_rows_of_a_stream_that_several_workers_read_come_once(four_ranks: Ranks, parts: list[int]) -> None:
+    for mine in four_ranks.run(read_by_workers, parts, parts == [1, 13]):
+        assert [sorted(rows) for rows in mine[:2]] == [list(range(sum(parts)))] * 2
+        assert len(mine) == (2 if parts == [8, 4] else 3)  # nothing is filled up

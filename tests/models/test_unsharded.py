@@ -282,43 +282,6 @@ def test_recurrent_layers_refuse_too(two_ranks: Ranks) -> None:
         assert "GatedDeltaNet" in messages[1]
 
 
-def adapted(sharded: bool) -> Any:
-    from peft import AdaLoraConfig, get_peft_model
-
-    settings: dict[str, Any] = {
-        "init_r": 4,
-        "target_r": 2,
-        "total_step": 8,
-        "tinit": 1,
-        "tfinal": 2,
-        "init_lora_weights": False,
-    }
-    torch.manual_seed(5)
-    lora = AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], orth_reg_weight=0.5, **settings)
-    return get_peft_model(tiny_model("qwen2", "usp" if sharded else "sdpa", torch.float64), lora)
-
-
-def train_adapted(folder: str, sharded: bool) -> dict[str, Any]:
-    """AdaLoRA calls `model.forward(...)` and adds to the loss what every rank computes in full."""
-    from ..integrations.test_peft import train_model
-
-    model = adapted(sharded)
-    tokens: set[int] = set()
-    model.get_base_model().lm_head.register_forward_hook(lambda m, args, out: tokens.add(out.shape[1]))
-    found = train_model(model, folder, (2, 1) if sharded else None)
-    return {"tokens": tokens, **{name: found[name] for name in ("losses", "evaluation", "weights")}}
-
-
-def test_adalora_under_the_trainer_equals_one_process(two_ranks: Ranks, tmp_path: Path) -> None:
-    reference = train_adapted(str(tmp_path / "one"), False)
-    for mine in two_ranks.run(train_adapted, str(tmp_path / "mesh"), True):
-        assert max(reference["tokens"]) == 39
-        assert max(mine["tokens"]) == 20
-        assert mine["losses"] == pytest.approx(reference["losses"], rel=1e-6)
-        assert mine["evaluation"] == pytest.approx(reference["evaluation"], rel=1e-6)
-        assert largest_difference(mine["weights"], reference["weights"]) < 1e-6
-
-
 # Of one layer, or of a loop over layers: never a keyword of a model that can be prepared.
 OF_A_LAYER = {"layer_past", "layer_state"}
 
