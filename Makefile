@@ -82,7 +82,7 @@ docs: $(STAMP)
 # Without an environment of ours, the machine's own Python: a GPU machine usually has its torch already.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu_check.py
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/benchmarks/gpu.py
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 clean:
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.counting import Peak
+from counting import Peak
 from torch import nn
 
 import hf_usp

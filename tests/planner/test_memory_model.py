@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from ..integrations.cpu_accelerator import cpu_as_accelerator
 from ..integrations.test_fsdp2 import fsdp2
 from ..ranks import Ranks
 
-BENCHMARKS = str(Path(__file__).parents[2] / "scripts" / "benchmarks")
 # (vocabulary, layers, tokens of a rank, checkpointing, loss chunk, MLP chunk, accumulated)
 CASES = [
     (256, 4, 256, False, None, None, True),
@@ -42,7 +40,6 @@ SIZES = {
 
 def measure(ulysses: int, ring: int, cases: list[tuple[Any, ...]]) -> list[tuple[float, str, float]]:
     """On one rank: (predicted bytes, the moment of their peak, counted bytes) of each case, weights left out."""
-    sys.path.insert(0, BENCHMARKS)
     import torch
     from counting import Peak
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -93,7 +90,6 @@ def measure(ulysses: int, ring: int, cases: list[tuple[Any, ...]]) -> list[tuple
 
 def measure_fsdp2(sizes: dict[str, int], cases: list[tuple[Any, ...]]) -> list[tuple[float, str, float]]:
     """As `measure`, with FSDP2: weights and the state of AdamW are counted, too."""
-    sys.path.insert(0, BENCHMARKS)
     import torch
     from counting import Peak
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -146,7 +142,6 @@ def measure_fsdp2(sizes: dict[str, int], cases: list[tuple[Any, ...]]) -> list[t
 
 def measure_tp(path: str, case: tuple[Any, ...]) -> tuple[float, str, float]:
     """As `measure_fsdp2`, with Transformers' tensor parallelism 2, FSDP over the 2 ranks of a ring, and the Trainer."""
-    sys.path.insert(0, BENCHMARKS)
     import warnings
 
     from accelerate.state import AcceleratorState, GradientState

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -19,9 +18,6 @@ from hf_usp.sharding.masks import Documents
 from hf_usp.tools.explain.numbers import Case, explain
 
 from ..ranks import Ranks
-
-FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
-sys.path.insert(0, str(FOLDER))
 
 
 @pytest.fixture(scope="module")
