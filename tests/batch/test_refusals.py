@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_usp
 
+from ..harness import fresh_accelerate
 from ..ranks import Ranks
 from ..tiny import HYBRID, batch_of, rows, tiny_model
 
@@ -22,10 +23,8 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 def prepared(family: str = "llama", attention: str = "usp", compiled: str = "", **changes: Any) -> Any:
     """A model prepared over 2 x 2 ranks; `compiled` by the user or by Accelerate."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2)
     backend = "EAGER" if compiled in ("accelerate", "head") else None
     model = tiny_model(family, attention, **changes)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import hf_usp
 from hf_usp.callbacks.resume import ResumeGuard, differences, look_at
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import largest_difference, rows, tiny_model
 
@@ -38,18 +39,12 @@ def train(
     **settings: Any,
 ) -> dict[str, Any]:
     """The stock Trainer for four steps, saving every second."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=1) if sharded else None
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    args = training_arguments(
+        folder,
         seed=11,
         parallelism_config=config,
         per_device_train_batch_size=2,

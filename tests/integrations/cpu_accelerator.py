@@ -12,16 +12,17 @@ from contextlib import contextmanager
 
 import torch
 
+from ..harness import fresh_accelerate
+
 
 @contextmanager
 def cpu_as_accelerator() -> Iterator[None]:
     """FSDP2 of Accelerate on the CPU, for the length of the block."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
     def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh_accelerate()
 
     stock = PartialState._prepare_backend, PartialState.set_device
     use_cpu = os.environ.pop("ACCELERATE_USE_CPU")

@@ -10,6 +10,7 @@ import torch
 
 import hf_usp
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import largest_difference, rows, tiny_model
 
@@ -45,11 +46,9 @@ def train(
 
 def train_model(model: Any, folder: str, mesh: tuple[int, int] | None, checkpointing: bool = False) -> dict[str, Any]:
     """Four steps of the stock Trainer on an adapter, saved in `folder`; in one process when `mesh` is None."""
-    from accelerate.state import AcceleratorState, GradientState
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     gradients: list[dict[str, torch.Tensor]] = []
 
     class Gradients(TrainerCallback):
@@ -61,12 +60,8 @@ def train_model(model: Any, folder: str, mesh: tuple[int, int] | None, checkpoin
     # Renamed in Transformers 5.2x; the old name warns there.
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing" if renamed else "gradient_checkpointing"
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    args = training_arguments(
+        folder,
         parallelism_config=config,
         per_device_train_batch_size=2,
         max_steps=4,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import HYBRID, largest_difference, rows, tiny_model
 
@@ -18,13 +19,11 @@ MESHES = [(4, 1, "zigzag"), (4, 2, "zigzag"), (4, 4, "contiguous"), (2, 1, "bala
 
 def run_trainer(folder: str, mesh: tuple[int, int | None, str] | None, setup: dict[str, Any]) -> dict[str, Any]:
     """Train, evaluate and predict with the stock Trainer; in one process when `mesh` is None."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     import hf_usp
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     world = 1 if mesh is None else 4
     data_parallel = 1 if mesh is None else world // mesh[0]
     config = None
@@ -49,13 +48,9 @@ def run_trainer(folder: str, mesh: tuple[int, int | None, str] | None, setup: di
         "optim": setup.get("optim", "sgd"),
         "max_grad_norm": setup.get("clip", 0.5),
     }
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
+    args = training_arguments(
+        folder,
         save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         parallelism_config=config,
         **arguments,
     )
@@ -149,17 +144,11 @@ def predict_with_shares(folder: str) -> str:
     import hf_usp
 
     setup = {"rows": 2, "batch": 1, "steps": 1, "gather": False}
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    fresh_accelerate()
+    args = training_arguments(
+        folder,
         parallelism_config=hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2),
     )
     trainer = Trainer(model=tiny_model(), args=args, eval_dataset=rows(setup["rows"], 40))
@@ -176,19 +165,13 @@ def test_predict_without_gathered_outputs_is_refused(four_ranks: Ranks, tmp_path
 
 def loss_outside(folder: str, how: str) -> str:
     """The message of the refusal when the Trainer computes the loss itself."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     import hf_usp
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    fresh_accelerate()
+    args = training_arguments(
+        folder,
         max_steps=1,
         parallelism_config=hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2),
         label_smoothing_factor=0.1 if how == "label smoothing" else 0.0,

@@ -19,6 +19,7 @@ import hf_usp
 from hf_usp.kernels.cpu_flash import CpuFlashKernel
 from hf_usp.memory.activation_offload import CHECKPOINTING
 
+from ..harness import fresh_accelerate, training_arguments
 from ..integrations.test_trainer import compare
 from ..ranks import Ranks
 from ..tiny import HYBRID, batch_of, largest_difference, rows, tiny_model
@@ -127,27 +128,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def train(folder: str, cp_size: int, options: dict[str, Any] | None) -> dict[str, Any]:
     """Three steps of the stock Trainer."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=cp_size, ulysses_degree=2) if cp_size > 1 else None
     checkpoint = {}
     if options is not None:
         checkpoint = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {**hf_usp.save_attention_outputs(), **options}}
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
+    args = training_arguments(
+        folder,
         max_steps=3,
         learning_rate=0.05,
         optim="sgd",
         per_device_train_batch_size=2,
         logging_steps=1,
         save_strategy="no",
-        dataloader_pin_memory=False,
         parallelism_config=config,
         **checkpoint,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hf_usp
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import SIZES, batch_of, largest_difference
 
@@ -137,21 +138,15 @@ def test_head_equals_eager(four_ranks: Ranks, case: str, kind: str) -> None:
 
 def train(folder: str, case: str, accumulation: int, cp_size: int | None) -> dict[str, Any]:
     """Train and evaluate a head with the stock Trainer on rows padded on the right; one process without `cp_size`."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     model = head_model(case, "usp" if cp_size else "eager")
     batch = head_batch(case, "right", 8)
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
+    args = training_arguments(
+        folder,
         save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         optim="sgd",
-        dataloader_pin_memory=False,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=accumulation,
         max_steps=3,

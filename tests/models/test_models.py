@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ..harness import fresh_accelerate
 from ..ranks import Ranks
 from ..tiny import FAMILIES, batch_of, tiny_model
 
@@ -65,12 +66,10 @@ def test_any_number_of_heads(four_ranks: Ranks, heads: tuple[int, int]) -> None:
 def prepared_errors(ring_ulysses: tuple[int, int], kind: str, as_embeddings: bool, with_items: bool) -> dict[str, Any]:
     """The same through `Accelerator.prepare`, which takes the full batch; gathered outputs."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
     import hf_usp
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     cp_size = ring_ulysses[0] * ring_ulysses[1]
     config = hf_usp.UspParallelismConfig(cp_size=cp_size, ulysses_degree=ring_ulysses[1], gather_outputs=True)
     accelerator = Accelerator(cpu=True, parallelism_config=config)
@@ -115,12 +114,10 @@ def test_prepared_model_with_embeddings_and_a_token_count(four_ranks: Ranks, as_
 def generation(prepare: bool) -> list[list[int]]:
     """Greedy tokens of the plain and the prepared model."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
     import hf_usp
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     model = tiny_model("qwen2", "usp" if prepare else "sdpa").eval()
     if prepare:
         config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2)
@@ -156,12 +153,10 @@ def test_unsharded_calls_are_ordinary_attention(family: str, kind: str) -> None:
 def rope_error(family: str, rope: dict[str, Any], length: int) -> float:
     """Relative error of prepared logits where frequencies depend on the length of the sequence."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
     import hf_usp
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     changes = {"max_position_embeddings": 64, "rope_parameters": rope, "initializer_range": 0.3}
     if rope["rope_type"] == "longrope":
         changes["original_max_position_embeddings"] = 24
@@ -250,12 +245,10 @@ def test_softcap_sinks_and_experts(four_ranks: Ranks, family: str, kind: str) ->
 def packed_verdict(family: str, changes: dict[str, Any], with_edges: bool) -> str:
     """What a prepared model makes of packed documents."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
     import hf_usp
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2, gather_outputs=True)
     model = Accelerator(cpu=True, parallelism_config=config).prepare(tiny_model(family, "usp", **changes))
     lengths = (9, 4, 20)

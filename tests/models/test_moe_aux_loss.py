@@ -11,6 +11,7 @@ import torch
 import hf_usp
 
 from ..batch.test_refusals import prepared
+from ..harness import fresh_accelerate
 from ..integrations.test_trainer import compare, run_trainer
 from ..ranks import Ranks
 from ..tiny import batch_of, tiny_model
@@ -39,10 +40,8 @@ def batch_with(form: str) -> dict[str, torch.Tensor]:
 def router_errors(ring: int, ulysses: int, form: str, with_items: bool) -> dict[str, float]:
     """Errors of a prepared model against one process; the gradients are those after DDP's average over ranks."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     order = "contiguous" if form == "far right" else "auto"
     config = hf_usp.UspParallelismConfig(
         cp_size=4, ulysses_degree=ulysses, gather_outputs=with_items, sequence_order=order

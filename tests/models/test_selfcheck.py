@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import hf_usp
 
 from ..batch.test_refusals import prepared
+from ..harness import fresh_accelerate
 from ..ranks import Ranks
 from ..tiny import HYBRID, batch_of, tiny_model
 
@@ -56,10 +57,8 @@ def spoil(model: Any, how: str) -> Any:
 
 def verdict(how: str, dtype: torch.dtype, check: bool) -> str:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2, self_check=check)
     model = spoil(tiny_model("llama", dtype=dtype), how)
     model = Accelerator(cpu=True, parallelism_config=config).prepare(model)
@@ -205,7 +204,6 @@ def test_it_costs_a_few_forwards_of_a_few_tokens(four_ranks: Ranks, family: str)
 def autocast_verdict(factor: float, training: bool) -> str:
     """A loop of one's own under autocast, with a kernel that knows bf16 alone; outputs come out too large."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
     from hf_usp.kernels.cpu_flash import CpuFlashKernel
     from hf_usp.kernels.registry import KERNELS
@@ -220,8 +218,7 @@ def autocast_verdict(factor: float, training: bool) -> str:
             out, lse = super().forward(*args)
             return out * factor, lse
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     KERNELS[Bf16Kernel.name] = Bf16Kernel()
     try:
         config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2, kernel=Bf16Kernel.name)

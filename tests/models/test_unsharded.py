@@ -19,6 +19,7 @@ import hf_usp
 from hf_usp.models.hooks import get_hooks
 from hf_usp.models.unsharded import CACHES, MARK
 
+from ..harness import fresh_accelerate
 from ..integrations.cpu_accelerator import cpu_as_accelerator
 from ..ranks import Ranks
 from ..tiny import HYBRID, batch_of, largest_difference, tiny_model
@@ -28,10 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing")
 
 def prepared(*modules: nn.Module, **options: Any) -> Any:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=1, **options)
     return Accelerator(cpu=True, parallelism_config=config).prepare(*modules)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ..harness import fresh_accelerate, training_arguments
 from ..integrations.cpu_accelerator import cpu_as_accelerator
 from ..integrations.test_fsdp2 import fsdp2
 from ..ranks import Ranks
@@ -144,9 +145,8 @@ def measure_tp(path: str, case: tuple[Any, ...]) -> tuple[float, str, float]:
     """As `measure_fsdp2`, with Transformers' tensor parallelism 2, FSDP over the 2 ranks of a ring, and the Trainer."""
     import warnings
 
-    from accelerate.state import AcceleratorState, GradientState
     from counting import Peak, local_part
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
     from transformers.distributed import DistributedConfig
 
     import hf_usp
@@ -154,19 +154,14 @@ def measure_tp(path: str, case: tuple[Any, ...]) -> tuple[float, str, float]:
     from hf_usp.planner.request import shape_of
     from hf_usp.planner.workload import Degrees, TrainingStep
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     _, _, local, checkpointing, loss_chunk_size, mlp_chunk_size, _ = case
     chunks = {"loss_chunk_size": loss_chunk_size, "mlp_chunk_size": mlp_chunk_size}
-    args = TrainingArguments(
-        output_dir=path,
-        report_to=[],
+    args = training_arguments(
+        path,
         save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         max_steps=2,
-        dataloader_pin_memory=False,
         per_device_train_batch_size=1,
         optim="adamw_torch",
         max_grad_norm=0.0,

@@ -17,6 +17,7 @@ from hf_usp.distributed.mesh import UspMesh
 from hf_usp.sharding.masks import Documents
 from hf_usp.tools.explain.numbers import Case, explain
 
+from ..harness import fresh_accelerate
 from ..ranks import Ranks
 
 
@@ -96,10 +97,8 @@ def test_a_transfer_that_is_waited_for_at_once_is_seen(four_ranks: Ranks) -> Non
 
 def measured(way: str, ulysses: int, tokens: int) -> dict[str, float]:
     import length
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     # The benchmark's proportions of vocabulary to width; with a smaller one the peak is attention's (docs/limits.md).
     small = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 192, "head_dim": 8}
     with pytest.MonkeyPatch.context() as patch:
