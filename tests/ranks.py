@@ -153,6 +153,11 @@ def _state() -> dict[str, Any]:
         "dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
         "verbosity": logging.get_verbosity(),
+        "constants": {
+            name: {key: value for key, value in vars(module).items() if key.isupper()}
+            for name, module in list(sys.modules.items())
+            if name.split(".")[0] == "hf_usp"
+        },
     }
 
 
@@ -179,6 +184,8 @@ def _reset() -> None:
     numpy.random.seed(0)
     torch._dynamo.reset()
     logging.set_verbosity(_STARTED["verbosity"])
+    for name, constants in _STARTED["constants"].items():
+        vars(sys.modules[name]).update(constants)
     gc.collect()
 
 

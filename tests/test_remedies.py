@@ -126,7 +126,7 @@ def loss_outside(gathered: bool) -> float:
 
 
 def peeking(options: dict[str, Any]) -> Any:
-    from .models.test_selfcheck import spoil
+    from .models.spoiled import spoil
 
     return prepared(options, model=spoil(tiny_model(), "neighbour"))[1](**PLAIN)
 

@@ -12,9 +12,7 @@ import hf_usp
 from hf_usp.kernels.cpu_flash import CpuFlashKernel
 from hf_usp.memory.activation_checkpointing import selective_checkpoint_contexts
 
-from ..harness import fresh_accelerate, training_arguments
-from ..integrations.test_trainer import compare
-from ..memory.test_activation_checkpointing import checkpointing
+from ..harness import checkpointing, compare, fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import batch_of, rows, tiny_model
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import hf_usp
 from hf_usp.distributed import waiting
 
-from ..batch.test_refusals import prepared as prepared_on_four
 from ..harness import fresh_accelerate
+from ..harness import prepared as prepared_on_four
 from ..ranks import Ranks
 from ..tiny import batch_of, tiny_model
 

@@ -14,7 +14,7 @@ import hf_usp
 
 from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
-from ..tiny import largest_difference, rows, tiny_model
+from ..tiny import largest_difference, padded, rows, tiny_model, uneven_rows
 
 Mesh = tuple[int, int] | None
 CP4, DP2 = (4, 2), (2, 2)  # cp_size and ulysses degree on four ranks; the second with data parallelism around it
@@ -28,25 +28,6 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         yield from self.items
-
-
-def uneven_rows(count: int) -> list[dict[str, list[int]]]:
-    return [{"input_ids": rows(1 + i, 24 + 5 * i % 17)[i]["input_ids"]} for i in range(count)]
-
-
-def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Padding on the right, with labels of the tokens."""
-    longest = max(len(e["input_ids"]) for e in examples)
-
-    def fill(values: list[int], value: int) -> list[int]:
-        return list(values) + [value] * (longest - len(values))
-
-    ids = [e["input_ids"] for e in examples]
-    return {
-        "input_ids": torch.tensor([fill(x, 0) for x in ids]),
-        "labels": torch.tensor([fill(x, -100) for x in ids]),
-        "attention_mask": torch.tensor([fill([1] * len(x), 0) for x in ids]),
-    }
 
 
 def streamed(shards: int) -> Callable[[int], Any]:

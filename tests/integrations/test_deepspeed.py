@@ -17,8 +17,7 @@ import hf_usp
 from hf_usp.integrations.deepspeed import check_settings
 from hf_usp.memory.chunked_loss import ChunkedLoss
 
-from ..harness import fresh_accelerate
-from ..memory.test_chunked_loss import step
+from ..harness import fresh_accelerate, step
 from ..ranks import Ranks
 from ..tiny import batch_of, largest_difference, rows, tiny_model
 from .cpu_accelerator import cpu_deepspeed

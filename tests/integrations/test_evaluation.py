@@ -13,8 +13,7 @@ import hf_usp
 
 from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
-from ..tiny import largest_difference, rows, tiny_model
-from .test_data_loader import padded, uneven_rows
+from ..tiny import largest_difference, padded, rows, tiny_model, uneven_rows
 
 Mesh = tuple[int, int] | None
 # How `Trainer.evaluate` may hand on what it gathered.

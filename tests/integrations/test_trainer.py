@@ -9,89 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from ..harness import fresh_accelerate, training_arguments
+from ..harness import compare, fresh_accelerate, one_process, run_trainer, training_arguments
 from ..ranks import Ranks
-from ..tiny import HYBRID, largest_difference, rows, tiny_model
+from ..tiny import HYBRID, rows, tiny_model
 
 # (cp_size, ulysses_degree, order); the rest of the four ranks is data parallel.
 MESHES = [(4, 1, "zigzag"), (4, 2, "zigzag"), (4, 4, "contiguous"), (2, 1, "balanced"), (2, 2, "auto")]
 
 
-def run_trainer(folder: str, mesh: tuple[int, int | None, str] | None, setup: dict[str, Any]) -> dict[str, Any]:
-    """Train, evaluate and predict with the stock Trainer; in one process when `mesh` is None."""
-    from transformers import Trainer
-
-    import hf_usp
-
-    fresh_accelerate()
-    world = 1 if mesh is None else 4
-    data_parallel = 1 if mesh is None else world // mesh[0]
-    config = None
-    if mesh is not None:
-        config = hf_usp.UspParallelismConfig(
-            cp_size=mesh[0],
-            ulysses_degree=mesh[1],
-            sequence_order=mesh[2],
-            gather_outputs=setup.get("gather", False),
-            **{"loss_chunk_size": setup.get("chunk"), **setup.get("options", {})},
-        )
-    elif setup.get("chunk") or setup.get("options"):
-        config = hf_usp.UspParallelismConfig(**{"loss_chunk_size": setup.get("chunk"), **setup.get("options", {})})
-    arguments = {
-        "per_device_train_batch_size": setup["batch"] // data_parallel,
-        "per_device_eval_batch_size": setup.get("eval_batch", 2),
-        "gradient_accumulation_steps": setup.get("accumulation", 1),
-        "max_steps": setup["steps"],
-        "logging_steps": 1,
-        "learning_rate": setup.get("lr", 0.05),
-        "lr_scheduler_type": "constant",
-        "optim": setup.get("optim", "sgd"),
-        "max_grad_norm": setup.get("clip", 0.5),
-    }
-    args = training_arguments(
-        folder,
-        save_strategy="no",
-        parallelism_config=config,
-        **arguments,
-    )
-    model = tiny_model(setup.get("family", "llama"), "usp" if config else "eager", **setup.get("changes", {}))
-    if "checkpointing" in setup:
-        # Renamed in Transformers 5.2x; the old name warns there.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": setup["checkpointing"] == "reentrant"})
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=rows(setup["rows"], setup.get("length", 40)),
-        eval_dataset=rows(setup.get("eval_rows", 7), 40),
-    )
-    trainer.train()
-    result = {
-        "losses": [h["loss"] for h in trainer.state.log_history if "loss" in h],
-        "norms": [h["grad_norm"] for h in trainer.state.log_history if "grad_norm" in h],
-        "counts": (trainer.state.global_step, trainer.state.epoch, trainer.state.max_steps),
-        "weights": {name: p.detach().clone() for name, p in model.state_dict().items()},
-    }
-    if setup.get("evaluate"):
-        result["evaluation"] = trainer.evaluate()["eval_loss"]
-    if setup.get("gather"):
-        prediction = trainer.predict(rows(7, 40))
-        result["predicted"] = torch.from_numpy(prediction.predictions)
-        result["labels"] = torch.from_numpy(prediction.label_ids)
-        result["test_loss"] = prediction.metrics["test_loss"]
-    return result
-
-
-def compare(mine: dict[str, Any], reference: dict[str, Any], weights: float = 1e-6, losses: float = 1e-5) -> None:
-    assert mine["counts"] == reference["counts"]
-    assert mine["losses"] == pytest.approx(reference["losses"], abs=losses)
-    assert largest_difference(mine["weights"], reference["weights"]) < weights
-
-
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_ten_sgd_steps_end_in_the_same_weights(four_ranks: Ranks, tmp_path: Path, mesh: Any) -> None:
     setup = {"rows": 40, "batch": 2, "accumulation": 2, "steps": 10, "evaluate": True}
-    reference = run_trainer(str(tmp_path), None, setup)
+    reference = one_process(setup)
     assert len(reference["losses"]) == 10
     for mine in four_ranks.run(run_trainer, str(tmp_path), mesh, setup):
         compare(mine, reference)
@@ -102,7 +31,7 @@ def test_ten_sgd_steps_end_in_the_same_weights(four_ranks: Ranks, tmp_path: Path
 
 def test_fifty_adamw_steps_follow_the_same_losses(four_ranks: Ranks, tmp_path: Path) -> None:
     setup = {"rows": 10, "batch": 2, "steps": 50, "optim": "adamw_torch", "lr": 0.003, "clip": 1.0}
-    reference = run_trainer(str(tmp_path), None, setup)
+    reference = one_process(setup)
     assert reference["losses"][-1] < reference["losses"][0] - 0.05
     for mine in four_ranks.run(run_trainer, str(tmp_path), (4, 2, "auto"), setup):
         assert mine["losses"] == pytest.approx(reference["losses"], abs=1e-4)
@@ -111,7 +40,7 @@ def test_fifty_adamw_steps_follow_the_same_losses(four_ranks: Ranks, tmp_path: P
 
 def test_a_model_with_recurrent_layers(four_ranks: Ranks, tmp_path: Path) -> None:
     setup = {"rows": 12, "batch": 2, "steps": 4, "family": "qwen3_5_text", "changes": HYBRID}
-    reference = run_trainer(str(tmp_path), None, setup)
+    reference = one_process(setup)
     for mine in four_ranks.run(run_trainer, str(tmp_path), (4, 2, "zigzag"), setup):
         compare(mine, reference)
 
@@ -119,7 +48,7 @@ def test_a_model_with_recurrent_layers(four_ranks: Ranks, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
 def test_gradient_checkpointing_changes_nothing(four_ranks: Ranks, tmp_path: Path, kind: str) -> None:
     setup = {"rows": 12, "batch": 2, "steps": 4, "family": "qwen2"}
-    reference = run_trainer(str(tmp_path), None, setup)
+    reference = one_process(setup)
     for mine in four_ranks.run(run_trainer, str(tmp_path), (4, 2, "zigzag"), {**setup, "checkpointing": kind}):
         compare(mine, reference)
 
@@ -128,7 +57,7 @@ def test_gradient_checkpointing_changes_nothing(four_ranks: Ranks, tmp_path: Pat
 def test_predict_returns_whole_logits_of_every_row_once(four_ranks: Ranks, tmp_path: Path, mesh: Any) -> None:
     # Seven rows in batches of two: the last batch is not full.
     setup = {"rows": 4, "batch": 2, "steps": 1, "gather": True, "evaluate": True}
-    reference = run_trainer(str(tmp_path), None, setup)
+    reference = one_process(setup)
     assert reference["predicted"].shape == (7, 40, 64)
     for mine in four_ranks.run(run_trainer, str(tmp_path), mesh, setup):
         assert mine["predicted"].shape == reference["predicted"].shape

@@ -19,8 +19,7 @@ import hf_usp
 from hf_usp.kernels.cpu_flash import CpuFlashKernel
 from hf_usp.memory.activation_offload import CHECKPOINTING
 
-from ..harness import fresh_accelerate, training_arguments
-from ..integrations.test_trainer import compare
+from ..harness import checkpointing, compare, fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import HYBRID, batch_of, largest_difference, rows, tiny_model
 
@@ -82,10 +81,6 @@ def step(family: str, changes: dict[str, Any], degrees: tuple[int, int], way: st
         gradients[name] = p.grad.clone()
         dist.all_reduce(gradients[name])
     return seen, gradients
-
-
-def checkpointing(model: Any, keywords: dict[str, Any] | None) -> None:
-    getattr(model, f"{CHECKPOINTING}_enable")(keywords)
 
 
 @pytest.mark.parametrize("degrees", [(4, 1), (2, 2), (1, 4)], ids=str)

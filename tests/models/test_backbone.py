@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hf_usp
 
-from ..harness import fresh_accelerate, training_arguments
+from ..harness import fresh_accelerate, prepare, relative, step_errors, training_arguments
 from ..ranks import Ranks
 from ..tiny import SIZES, batch_of, largest_difference
 
@@ -79,45 +79,6 @@ def head_batch(case: str, kind: str, rows: int = 2) -> dict[str, Tensor]:
     if family == "bert":
         batch["token_type_ids"] = (torch.arange(ids.shape[1]) > 15).long().expand_as(ids).contiguous()
     return batch
-
-
-def relative(mine: Tensor, theirs: Tensor, floor: float = 1e-6) -> float:
-    return ((mine - theirs).norm() / theirs.norm().clamp_min(floor)).item()
-
-
-def prepare(model: Any, ring: int, ulysses: int) -> Any:
-    """What `Accelerator.prepare` does to a model."""
-    from hf_usp.batch.shard import ShardOptions
-    from hf_usp.models.backbone import mask_specs
-    from hf_usp.models.hooks import attach_hooks
-
-    mesh = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses)
-    attach_hooks(model, mesh, ShardOptions("auto", mask_specs(model)))
-    return model
-
-
-def step_errors(model: Any, reference: Any, batch: dict[str, Any]) -> dict[str, float]:
-    """Relative errors of loss, outputs and gradients, averaged over ranks, of a prepared model against eager."""
-    expected = reference(**batch)
-    expected.loss.backward()
-    out = model(**batch)
-    out.loss.backward()
-    errors = {"loss": abs(out.loss.item() / expected.loss.item() - 1)}
-    for name in ("logits", "start_logits", "seq_relationship_logits"):
-        if expected.get(name) is not None and out[name].shape == expected[name].shape:
-            seen = torch.ones(expected[name].shape[:2]).bool()
-            if expected[name].ndim == 3 and "attention_mask" in batch:
-                seen = batch["attention_mask"].bool()
-            errors[name] = relative(out[name].detach()[seen], expected[name].detach()[seen])
-    theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    # Some gradients are zero (a bias under a softmax over tokens) but for rounding.
-    floor = 1e-3 * max(gradient.norm().item() for gradient in theirs.values())
-    for name, parameter in model.named_parameters():
-        assert (name in theirs) == (parameter.grad is not None), name
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            errors[name] = relative(parameter.grad / dist.get_world_size(), theirs[name], floor)
-    return errors
 
 
 def head_errors(case: str, kind: str) -> dict[str, float]:

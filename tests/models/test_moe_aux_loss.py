@@ -10,9 +10,7 @@ import torch
 
 import hf_usp
 
-from ..batch.test_refusals import prepared
-from ..harness import fresh_accelerate
-from ..integrations.test_trainer import compare, run_trainer
+from ..harness import compare, fresh_accelerate, one_process, prepared, run_trainer
 from ..ranks import Ranks
 from ..tiny import batch_of, tiny_model
 
@@ -78,8 +76,8 @@ def test_auxiliary_loss_and_all_gradients(four_ranks: Ranks, mesh: tuple[int, in
 def test_the_trainer_adds_it_to_every_micro_batch(four_ranks: Ranks, tmp_path: Path) -> None:
     """With accumulation the token losses are divided by all tokens, the auxiliary loss of each batch by nothing."""
     setup = {"rows": 12, "batch": 2, "accumulation": 2, "steps": 3, "family": "qwen3_moe", "changes": EXPERTS}
-    reference = run_trainer(str(tmp_path), None, setup)
-    without = run_trainer(str(tmp_path), None, {**setup, "changes": {**EXPERTS, "router_aux_loss_coef": 0.0}})
+    reference = one_process(setup)
+    without = one_process({**setup, "changes": {**EXPERTS, "router_aux_loss_coef": 0.0}})
     assert reference["losses"][0] > without["losses"][0] + 1.0
     for mine in four_ranks.run(run_trainer, str(tmp_path), (4, 2, "auto"), setup):
         compare(mine, reference, weights=1e-5)

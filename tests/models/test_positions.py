@@ -12,7 +12,7 @@ import hf_usp
 from hf_usp.batch.layout import MaskSpec
 from hf_usp.models.mask_interface import ShardedMask
 
-from ..batch.test_refusals import prepared
+from ..harness import prepared
 from ..ranks import Ranks
 from ..tiny import tiny_model
 

@@ -299,7 +299,7 @@ def adapted(sharded: bool) -> Any:
 
 def train_adapted(folder: str, sharded: bool) -> dict[str, Any]:
     """AdaLoRA calls `model.forward(...)` and adds to the loss what every rank computes in full."""
-    from ..integrations.test_peft import train_model
+    from ..integrations.adapters import train_model
 
     model = adapted(sharded)
     tokens: set[int] = set()
@@ -341,7 +341,7 @@ def reference_model() -> tuple[Tensor, int]:
     from trl.models import prepare_fsdp
     from trl.trainer.utils import add_fused_lm_head
 
-    from ..integrations.test_fsdp2 import fsdp2
+    from ..integrations.cpu_accelerator import fsdp2
 
     class Trainer:
         def __init__(self) -> None:

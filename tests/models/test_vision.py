@@ -10,10 +10,9 @@ import torch
 
 import hf_usp
 
-from ..harness import fresh_accelerate, training_arguments
+from ..harness import fresh_accelerate, prepare, step_errors, training_arguments
 from ..ranks import Ranks
 from ..tiny import SIZES, batch_of, largest_difference
-from .test_backbone import prepare, step_errors
 
 IMAGE, VIDEO = 60, 61  # token ids that stand for visual features
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}

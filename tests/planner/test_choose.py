@@ -19,8 +19,7 @@ from hf_usp.sharding.degrees import choose_ulysses_degree
 from ..harness import fresh_accelerate
 from ..ranks import Ranks
 from ..tiny import tiny_model
-from .test_plan import QWEN3_8B
-from .test_roofline import SAME, TABLES
+from .published import QWEN3_8B, SAME, TABLES
 
 LLAMA3_8B = {
     "model_type": "llama",

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from ..harness import fresh_accelerate, training_arguments
-from ..integrations.cpu_accelerator import cpu_as_accelerator
-from ..integrations.test_fsdp2 import fsdp2
+from ..integrations.cpu_accelerator import cpu_as_accelerator, fsdp2
 from ..ranks import Ranks
 
 # (vocabulary, layers, tokens of a rank, checkpointing, loss chunk, MLP chunk, accumulated)
