@@ -82,8 +82,11 @@ class Ranks:
 
     def reset(self) -> None:
         """Bring processes that are alive back to the state in which they started."""
-        if self._workers:
-            self.run(_reset)
+        try:
+            if self._workers:
+                self.run(_reset, timeout=GRACE * 4)
+        except RankError:
+            pass  # they are stopped; the next call starts others
 
     @property
     def alive(self) -> bool:
@@ -164,6 +167,7 @@ def _state() -> dict[str, Any]:
 def _reset() -> None:
     """Undo in this rank what the tests of a module left behind; process groups stay, for `mesh.kept` keeps them."""
     import torch
+    import torch.distributed as dist
     from accelerate.state import AcceleratorState, GradientState
     from transformers.utils import logging
 
@@ -187,6 +191,7 @@ def _reset() -> None:
     for name, constants in _STARTED["constants"].items():
         vars(sys.modules[name]).update(constants)
     gc.collect()
+    dist.barrier()
 
 
 def strict_warnings() -> None:

@@ -87,6 +87,7 @@ def alone() -> tuple[str, float]:
 
 def test_the_error_at_the_time_limit_repeats_the_cause(two_ranks: Ranks) -> None:
     (message, took), _ = two_ranks.run(alone)
+    two_ranks.stop()  # its group has lost a message
     assert "until the time limit of the group, or the end of a rank, at the start of a sharded forward" in message
     assert "for rank(s) 1." in message and waiting.ALONE in message
     assert took < 30
