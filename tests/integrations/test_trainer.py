@@ -27,7 +27,7 @@ MESHES = [
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_ten_sgd_steps_end_in_the_same_weights(four_ranks: Ranks, tmp_path: Path, mesh: Any) -> None:
-    """Order, degrees and data-parallel size do not show; with windows, and lengths that no mesh divides."""
+    """Order, degrees and data-parallel size do not show; with windows, and a length that no mesh divides."""
     setup = {
         "rows": 48,
         "batch": 4,
