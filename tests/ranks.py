@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy
 
-# Imported once in the fork server, so that a new process costs a fork and not an import of torch.
+# Imported once in the fork server, so that a new process costs a fork and not an import of torch. TRL, which changes
+# Transformers when it is imported, and DeepSpeed, which then looks for its device, are left to those who use them.
 PRELOAD = [
     "torch",
     "torch.distributed",
@@ -33,8 +34,6 @@ PRELOAD = [
     "accelerate",
     "datasets",
     "peft",
-    "trl.trainer.sft_trainer",
-    "trl.trainer.dpo_trainer",
     "hf_usp",
 ]
 TIMEOUT = 120.0
