@@ -1,4 +1,5 @@
 # make quickstart   environment, then a real Llama fine-tuned on 4 CPU processes next to one process
+# make fast         lint, types and the tests of single functions: under a minute, after every change
 # make test         lint, then every test that needs no GPU
 # make long         one sequence of 32,768 tokens through a small fresh Qwen3, the same comparison
 # make table        every architecture of Transformers, judged anew: docs/models.md
@@ -20,11 +21,12 @@ OF_TORCH := tests/kernels tests/sharding tests/attention/test_attention.py tests
   tests/memory/test_activation_checkpointing.py tests/memory/test_activation_offload.py tests/attention/test_compile.py tests/integrations/test_trainer.py tests/integrations/test_fsdp2.py \
   tests/models/test_tensor_parallel.py tests/integrations/test_precision.py tests/distributed/test_comm.py tests/utils/test_autograd.py tests/attention/test_counts.py \
   tests/attention/test_overlap.py tests/models/test_hooks.py
+FAST := tests/test_laws.py tests/test_surface.py tests/utils tests/sharding tests/kernels
 MODEL := models/SmolLM2-135M-Instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup quickstart long book test test-torch fuzz faults table table-oldest lint format gpu docs clean
+.PHONY: setup quickstart long book fast test test-torch fuzz faults table table-oldest lint format gpu docs clean
 
 setup: $(STAMP)
 
@@ -48,6 +50,9 @@ long: $(STAMP)
 
 book: $(STAMP)
 	$(BIN)/python scripts/book.py
+
+fast: lint
+	HYPOTHESIS_PROFILE=fast HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(FAST)
 
 test: lint
 	$(BIN)/python -m pytest
@@ -86,7 +91,7 @@ docs: $(STAMP)
 # Without an environment of ours, the machine's own Python: a GPU machine usually has its torch already.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu_check.py
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/benchmarks/gpu.py
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 clean:
 	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

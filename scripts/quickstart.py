@@ -27,7 +27,7 @@ COMMON = (
     "--report_to none"
 )
 PRESETS = {
-    "quickstart": "--sequence_length 4096 --max_steps 3 --learning_rate 1e-4",
+    "quickstart": "--sequence_length 1024 --max_steps 4 --learning_rate 1e-4",
     "long": "--config_name configs/qwen3_small.json --sequence_length 32768 --max_steps 4 --learning_rate 3e-3",
 }
 

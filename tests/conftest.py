@@ -15,17 +15,24 @@ def pytest_report_header() -> list[str]:
     return part_of_the_range()
 
 
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Ranks]:
-    """Four processes of one gloo group, alive for a module: every mesh that a test builds leaves threads behind."""
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
+@pytest.fixture(scope="session")
+def pools() -> Iterator[dict[int, Ranks]]:
+    """The processes of all modules, by world size: started when first asked for, and again after a test kills one."""
+    made = {size: Ranks(size) for size in (2, 4)}
+    yield made
+    for ranks in made.values():
+        ranks.stop()
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    """Two processes of one gloo group, alive for a module."""
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
+def four_ranks(pools: dict[int, Ranks]) -> Ranks:
+    """Four processes of one gloo group, as they were when they started."""
+    pools[4].reset()
+    return pools[4]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(pools: dict[int, Ranks]) -> Ranks:
+    """Two processes of one gloo group, as they were when they started."""
+    pools[2].reset()
+    return pools[2]

@@ -7,9 +7,12 @@ the next call starts a fresh one. Functions must be importable from the test mod
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import random
 import socket
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,8 +20,22 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any
 
-# Imported once in the fork server, so that a new pool of ranks costs a fork and not an import of torch.
-PRELOAD = ["torch", "torch.distributed", "transformers", "accelerate", "transformers.models.llama.modeling_llama"]
+import numpy
+
+# Imported once in the fork server, so that a new process costs a fork and not an import of torch. TRL, which changes
+# Transformers when it is imported, and DeepSpeed, which then looks for its device, are left to those who use them.
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "transformers",
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "accelerate",
+    "datasets",
+    "peft",
+    "hf_usp",
+]
 TIMEOUT = 120.0
 GRACE = 5.0
 
@@ -62,6 +79,14 @@ class Ranks:
             raise RankError(failure)
         return [results[rank] for rank in range(self.size)]
 
+    def reset(self) -> None:
+        """Bring processes that are alive back to the state in which they started."""
+        try:
+            if self._workers:
+                self.run(_reset, timeout=GRACE * 4)
+        except RankError:
+            pass  # they are stopped; the next call starts others
+
     @property
     def alive(self) -> bool:
         """Whether processes wait for work; after a failure the next call starts new ones."""
@@ -101,6 +126,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     strict_warnings()
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    _STARTED.update(_state())
     while True:
         try:
             function, args, keywords = pipe.recv()
@@ -110,6 +136,61 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
             pipe.send((True, function(*args, **keywords)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+# What a process was like when it started.
+_STARTED: dict[str, Any] = {}
+
+
+def _state() -> dict[str, Any]:
+    """Of this process: what a test may change and the next one would see."""
+    import torch
+    from transformers.utils import logging
+
+    return {
+        "environment": dict(os.environ),
+        "warnings": list(warnings.filters),
+        "folder": os.getcwd(),
+        "path": list(sys.path),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "verbosity": logging.get_verbosity(),
+        "constants": {
+            name: {key: value for key, value in vars(module).items() if key.isupper()}
+            for name, module in list(sys.modules.items())
+            if name.split(".")[0] == "hf_usp"
+        },
+    }
+
+
+def _reset() -> None:
+    """Undo in this rank what the tests of a module left behind; process groups stay, for `mesh.kept` keeps them."""
+    import torch
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.utils import logging
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ.clear()
+    os.environ.update(_STARTED["environment"])
+    warnings.resetwarnings()
+    warnings.filters[:] = _STARTED["warnings"]
+    os.chdir(_STARTED["folder"])
+    sys.path[:] = _STARTED["path"]
+    torch.set_default_dtype(_STARTED["dtype"])
+    torch.set_num_threads(_STARTED["threads"])
+    torch.use_deterministic_algorithms(False)
+    torch.set_grad_enabled(True)
+    torch.manual_seed(0)
+    random.seed(0)
+    numpy.random.seed(0)
+    torch._dynamo.reset()
+    logging.set_verbosity(_STARTED["verbosity"])
+    for name, constants in _STARTED["constants"].items():
+        vars(sys.modules[name]).update(constants)
+    gc.collect()
+    dist.barrier()
 
 
 def strict_warnings() -> None:

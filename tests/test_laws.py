@@ -225,7 +225,8 @@ def test_modules_keep_no_mutable_state(path: Path) -> None:
             assert not names & HIDDEN, f"{node.name} remembers its results in the module"
 
 
-SCRIPTS = sorted((ROOT.parent / "scripts").rglob("*.py"))  # none beside an installed package
+# None beside an installed package.
+SCRIPTS = sorted(path for folder in ("scripts", "benchmarks") for path in (ROOT.parent / folder).rglob("*.py"))
 ERRORS = {name for name in vars(hf_usp.errors) if name.startswith("Usp")} | {"kind"}
 
 

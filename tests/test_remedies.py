@@ -29,7 +29,7 @@ from hf_usp.models.hooks import find_model
 from hf_usp.sharding.load_balance import fixed_assignment
 from hf_usp.sharding.masks import Documents, Mask
 
-from .data.test_rows import Letters
+from .harness import Letters, fresh_accelerate
 from .ranks import Ranks
 from .tiny import HYBRID, batch_of, rows, tiny_model
 
@@ -44,10 +44,8 @@ class Case(NamedTuple):
 def prepared(options: dict[str, Any] | None = None, model: Any = None, **changes: Any) -> tuple[Any, Any]:
     """An accelerator over two ranks and a prepared model."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=2, **(options or {}))
     accelerator = Accelerator(cpu=True, parallelism_config=config)
     return accelerator, accelerator.prepare((tiny_model(**changes) if model is None else model).train())
@@ -131,7 +129,7 @@ def loss_outside(gathered: bool) -> float:
 
 
 def peeking(options: dict[str, Any]) -> Any:
-    from .models.test_selfcheck import spoil
+    from .models.spoiled import spoil
 
     return prepared(options, model=spoil(tiny_model(), "neighbour"))[1](**PLAIN)
 
@@ -183,10 +181,8 @@ def other_head(**options: Any) -> Any:
 
 def loader(dispatch: bool | None) -> Any:
     from accelerate import Accelerator, DataLoaderConfiguration
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     settings = DataLoaderConfiguration(dispatch_batches=dispatch)
     config = hf_usp.UspParallelismConfig(cp_size=2)
     accelerator = Accelerator(cpu=True, parallelism_config=config, dataloader_config=settings)
@@ -195,10 +191,8 @@ def loader(dispatch: bool | None) -> Any:
 
 def sizes(**given: int) -> Any:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     return Accelerator(cpu=True, parallelism_config=hf_usp.UspParallelismConfig(**given))
 
 

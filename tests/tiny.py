@@ -90,3 +90,22 @@ def largest_difference(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
     """Largest absolute difference over tensors with the same names."""
     assert mine.keys() == theirs.keys()
     return max((mine[name].double() - theirs[name].double()).abs().max().item() for name in mine)
+
+
+def uneven_rows(count: int) -> list[dict[str, list[int]]]:
+    return [{"input_ids": rows(1 + i, 24 + 5 * i % 17)[i]["input_ids"]} for i in range(count)]
+
+
+def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Padding on the right, with labels of the tokens."""
+    longest = max(len(e["input_ids"]) for e in examples)
+
+    def fill(values: list[int], value: int) -> list[int]:
+        return list(values) + [value] * (longest - len(values))
+
+    ids = [e["input_ids"] for e in examples]
+    return {
+        "input_ids": torch.tensor([fill(x, 0) for x in ids]),
+        "labels": torch.tensor([fill(x, -100) for x in ids]),
+        "attention_mask": torch.tensor([fill([1] * len(x), 0) for x in ids]),
+    }

@@ -12,8 +12,7 @@ import hf_usp
 from hf_usp.kernels.cpu_flash import CpuFlashKernel
 from hf_usp.memory.activation_checkpointing import selective_checkpoint_contexts
 
-from ..integrations.test_trainer import compare
-from ..memory.test_activation_checkpointing import checkpointing
+from ..harness import checkpointing, compare, fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import batch_of, rows, tiny_model
 
@@ -113,28 +112,22 @@ def train(
     folder: str, cp_size: int, options: dict[str, Any], regional: bool = False, chunk: int | None = None
 ) -> dict[str, Any]:
     """Three steps of the stock Trainer and an evaluation."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     torch._dynamo.reset()
     chunks = {"loss_chunk_size": chunk, "mlp_chunk_size": chunk}
     config = hf_usp.UspParallelismConfig(cp_size=cp_size, ulysses_degree=2, **chunks) if cp_size > 1 else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regional).lower())
-        args = TrainingArguments(
-            output_dir=folder,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
+        args = training_arguments(
+            folder,
             max_steps=3,
             learning_rate=0.05,
             optim="sgd",
             per_device_train_batch_size=2,
             logging_steps=1,
             save_strategy="no",
-            dataloader_pin_memory=False,
             parallelism_config=config,
             **options,
         )

@@ -1,13 +1,10 @@
 """Counted, never timed: bytes on the wire, messages, launched area, copies, saved bytes and peak memory of the core.
 
 Elsewhere: exposed hops and synchronisations in `test_overlap`, area per rank of packed documents in
-`integers/test_dealing`, bf16 error and bitwise ulysses in `test_core`, CPU time in `scripts/benchmarks/attention.py`.
+`integers/test_dealing`, bf16 error and bitwise ulysses in `test_core`, CPU time in `benchmarks/attention.py`.
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +16,6 @@ from hf_usp.batch.shard import shard_tensor
 from hf_usp.sharding.masks import Documents
 
 from ..ranks import Ranks
-
-sys.path.insert(0, str(Path(__file__).parents[1].parent / "scripts" / "benchmarks"))
 
 
 def counted(degrees: tuple[int, int], case: str, tokens: int) -> tuple[dict[str, float], dict[str, float]]:

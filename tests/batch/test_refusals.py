@@ -8,31 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForSequenceClassification
 
 import hf_usp
 
+from ..harness import prepared
 from ..ranks import Ranks
 from ..tiny import HYBRID, batch_of, rows, tiny_model
 
 # A rotary embedding that looks at the largest position.
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-
-
-def prepared(family: str = "llama", attention: str = "usp", compiled: str = "", **changes: Any) -> Any:
-    """A model prepared over 2 x 2 ranks; `compiled` by the user or by Accelerate."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2)
-    backend = "EAGER" if compiled in ("accelerate", "head") else None
-    model = tiny_model(family, attention, **changes)
-    if compiled == "head":
-        model = AutoModelForSequenceClassification.from_config(model.config, attn_implementation=attention)
-    model = torch.compile(model, backend="eager") if compiled == "user" else model
-    return Accelerator(cpu=True, parallelism_config=config, dynamo_backend=backend).prepare(model)
 
 
 def refusal(case: str) -> str:

@@ -15,7 +15,7 @@ import hf_usp
 from hf_usp.callbacks import checkpoint
 
 from ..ranks import RankError, Ranks
-from .test_resume_guard import train
+from .training import train
 
 SAVED = ["checkpoint-2", "checkpoint-4"]
 

@@ -14,6 +14,7 @@ from hf_usp.callbacks.metrics import UspMetricsCallback, known_peak
 from hf_usp.callbacks.overlap import length, merged
 from hf_usp.errors import UspConfigError
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import rows, tiny_model
 
@@ -23,8 +24,7 @@ ON_A_MESH = {"balance", "gb_sent_per_step"}
 
 def train(folder: str, mesh: tuple[int, int] | None, setup: dict[str, Any]) -> dict[str, Any]:
     """Train three steps with the report; what the log holds, and what a logging callback got."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
 
     import hf_usp
 
@@ -35,18 +35,13 @@ def train(folder: str, mesh: tuple[int, int] | None, setup: dict[str, Any]) -> d
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             self.logs.append(dict(logs))
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = None if mesh is None else hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1])
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
+    args = training_arguments(
+        folder,
         save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         logging_steps=2,
         max_steps=4,
-        dataloader_pin_memory=False,
         parallelism_config=config,
         gradient_accumulation_steps=2,
         eval_strategy="steps",

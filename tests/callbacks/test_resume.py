@@ -11,6 +11,7 @@ import pytest
 import hf_usp
 from hf_usp.callbacks import checkpoint
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import RankError, Ranks
 from ..tiny import largest_difference, rows, tiny_model
 
@@ -21,21 +22,15 @@ Mesh = tuple[int, int] | None
 
 def train(folder: str, mesh: Mesh, resume: str | None, setup: dict[str, Any]) -> dict[str, Any]:
     """The stock Trainer for six steps, saving every third; in one process when `mesh` is None."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = None if mesh is None else hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1])
     model = tiny_model(setup["family"], "sdpa" if config is None else "usp", **setup["changes"])
     seen: list[list[int]] = []
     model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"][:, 0].tolist()), with_kwargs=True)
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    args = training_arguments(
+        folder,
         seed=11,
         parallelism_config=config,
         per_device_train_batch_size=2 if mesh is None else 2 * mesh[0] // 4,

@@ -2,72 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import hf_usp
-from hf_usp.callbacks.resume import ResumeGuard, differences, look_at
+from hf_usp.callbacks.resume import differences, look_at
 
 from ..ranks import Ranks
-from ..tiny import largest_difference, rows, tiny_model
-
-
-@contextmanager
-def deterministic_algorithms_as_before() -> Iterator[None]:
-    """`full_determinism=True` stays switched on in the process; it also fills new memory with NaN."""
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def train(
-    folder: str,
-    sharded: bool,
-    resume: str | None = None,
-    count: int = 14,
-    first: int = 0,
-    watched: bool = True,
-    accumulation: int = 2,
-    changes: dict[str, Any] | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """The stock Trainer for four steps, saving every second."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=1) if sharded else None
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=11,
-        parallelism_config=config,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=accumulation,
-        max_steps=4,
-        save_steps=2,
-        logging_steps=1,
-        learning_rate=0.01,
-        **settings,
-    )
-    model = tiny_model("qwen2", "usp" if sharded else "sdpa", **changes or {})
-    seen: list[list[int]] = []
-    model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"][:, 0].tolist()), with_kwargs=True)
-    callbacks: list[Any] = [ResumeGuard()] if watched else []
-    trainer = Trainer(model=model, args=args, train_dataset=rows(count + first, 41)[first:], callbacks=callbacks)
-    with deterministic_algorithms_as_before():
-        trainer.train(resume_from_checkpoint=resume)
-    return {"weights": {name: p.detach().clone() for name, p in model.state_dict().items()}, "seen": seen}
+from ..tiny import largest_difference, rows
+from .training import train
 
 
 def test_full_determinism_and_a_resume_that_is_watched(two_ranks: Ranks, tmp_path: Path) -> None:

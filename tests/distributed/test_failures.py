@@ -16,6 +16,7 @@ import torch.distributed as dist
 import hf_usp
 from hf_usp.distributed import failures as faults
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import RankError, Ranks
 from ..tiny import rows, tiny_model
 
@@ -42,19 +43,13 @@ def fails_at(model: Any, where: str) -> None:
 
 def run(folder: str, mesh: tuple[int, int], where: str, finds_batch_size: bool) -> None:
     """The stock Trainer; a rank that ends writes why, and its process ends."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     model = tiny_model()
     fails_at(model, where)
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    args = training_arguments(
+        folder,
         max_steps=4,
         parallelism_config=hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1]),
         save_strategy="no",

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import hf_usp
 
+from ..harness import fresh_accelerate
 from ..ranks import Ranks
 
 TIMEOUT = timedelta(seconds=60)  # of the process group of `Ranks`
@@ -33,14 +34,12 @@ def timeouts() -> set[timedelta]:
 def many_accelerators(cp_size: int) -> tuple[list[tuple[int, int, int]], set[timedelta]]:
     """Counts after each of four accelerators with a prepared model, as Trainers one after another make them."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
     from ..tiny import batch_of, tiny_model
 
     found = []
     for _ in range(4):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh_accelerate()
         config = hf_usp.UspParallelismConfig(cp_size=cp_size, ulysses_degree=1, self_check=False)
         model = Accelerator(parallelism_config=config).prepare(tiny_model())
         model.eval()

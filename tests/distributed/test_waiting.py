@@ -14,7 +14,8 @@ import torch.distributed as dist
 import hf_usp
 from hf_usp.distributed import waiting
 
-from ..batch.test_refusals import prepared as prepared_on_four
+from ..harness import fresh_accelerate
+from ..harness import prepared as prepared_on_four
 from ..ranks import Ranks
 from ..tiny import batch_of, tiny_model
 
@@ -34,10 +35,8 @@ class Heard(logging.Handler):
 def prepared() -> tuple[Any, Any, Heard]:
     """An accelerator, a model of two ranks that has run once, and what it says from now on."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     waiting.NOTE, waiting.PATIENCE = 0.2, 1.0
     accelerator = Accelerator(cpu=True, parallelism_config=hf_usp.UspParallelismConfig(cp_size=2))
     model = accelerator.prepare(tiny_model())
@@ -88,6 +87,7 @@ def alone() -> tuple[str, float]:
 
 def test_the_error_at_the_time_limit_repeats_the_cause(two_ranks: Ranks) -> None:
     (message, took), _ = two_ranks.run(alone)
+    two_ranks.stop()  # its group has lost a message
     assert "until the time limit of the group, or the end of a rank, at the start of a sharded forward" in message
     assert "for rank(s) 1." in message and waiting.ALONE in message
     assert took < 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ REHEARSED = list(zip((n for n, c in CASES.items() if c.on_cpu), ("ring", "ulysse
 
 
 @pytest.fixture(scope="module")
-def sharing(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Sharing:
-    return Sharing(two_ranks, "cpu", tmp_path_factory.mktemp("store"))
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharing]:
+    """Two processes of their own: their process group becomes another one."""
+    ranks = Ranks(2)
+    yield Sharing(ranks, "cpu", tmp_path_factory.mktemp("store"))
+    ranks.stop()
 
 
 @pytest.mark.parametrize("name, mesh", REHEARSED)

@@ -15,6 +15,7 @@ import torch
 
 import hf_usp
 
+from ..harness import fresh_accelerate
 from ..integrations.cpu_accelerator import cpu_as_accelerator, cpu_deepspeed
 from ..tiny import HYBRID, rows, tiny_model
 
@@ -131,11 +132,9 @@ def train(folder: str, device: str, name: str, ulysses: int | None, exact: bool 
     case = CASES[name]
     sharded = case.sharded if ulysses is not None else {}
     with _accelerator(device, sharded):
-        from accelerate.state import AcceleratorState, GradientState
         from transformers import Trainer, TrainingArguments
 
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh_accelerate()
         config = None
         if ulysses is not None:
             config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=ulysses, **case.config)

@@ -9,23 +9,24 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+import hf_usp
+
+from ..harness import fresh_accelerate
 
 
 @contextmanager
 def cpu_as_accelerator() -> Iterator[None]:
     """FSDP2 of Accelerate on the CPU, for the length of the block."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType
-
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
     stock = PartialState._prepare_backend, PartialState.set_device
     use_cpu = os.environ.pop("ACCELERATE_USE_CPU")
-    reset()
+    fresh_accelerate()
     os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
@@ -35,7 +36,7 @@ def cpu_as_accelerator() -> Iterator[None]:
         PartialState._prepare_backend, PartialState.set_device = stock
         os.environ["ACCELERATE_USE_CPU"] = use_cpu
         del os.environ["ACCELERATE_BYPASS_DEVICE_MAP"]
-        reset()
+        fresh_accelerate()
 
 
 @contextmanager
@@ -59,3 +60,20 @@ def cpu_deepspeed() -> Iterator[None]:
             torch.nn.functional.linear = linear
             os.environ.clear()
             os.environ.update(stock)
+
+
+def fsdp2(model: Any, sizes: dict[str, Any], precision: str = "no", offload: bool = False, **plugin: Any) -> Any:
+    """An accelerator with FSDP2 that wraps every layer."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    wrapping = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
+        # Pinning memory needs a GPU.
+        cpu_offload=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy(),
+        **plugin,
+    )
+    config = hf_usp.UspParallelismConfig(**sizes)
+    return Accelerator(fsdp_plugin=wrapping, parallelism_config=config, mixed_precision=precision)

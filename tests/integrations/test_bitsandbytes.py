@@ -15,7 +15,7 @@ import torch
 
 from ..ranks import Ranks
 from ..tiny import tiny_model
-from .test_peft import compare, train_model
+from .adapters import compare, train_model
 
 # PEFT 0.21 reads and calls names that Transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")

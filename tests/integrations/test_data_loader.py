@@ -12,8 +12,9 @@ from torch.utils.data import IterableDataset
 
 import hf_usp
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
-from ..tiny import largest_difference, rows, tiny_model
+from ..tiny import largest_difference, padded, rows, tiny_model, uneven_rows
 
 Mesh = tuple[int, int] | None
 CP4, DP2 = (4, 2), (2, 2)  # cp_size and ulysses degree on four ranks; the second with data parallelism around it
@@ -27,25 +28,6 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         yield from self.items
-
-
-def uneven_rows(count: int) -> list[dict[str, list[int]]]:
-    return [{"input_ids": rows(1 + i, 24 + 5 * i % 17)[i]["input_ids"]} for i in range(count)]
-
-
-def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Padding on the right, with labels of the tokens."""
-    longest = max(len(e["input_ids"]) for e in examples)
-
-    def fill(values: list[int], value: int) -> list[int]:
-        return list(values) + [value] * (longest - len(values))
-
-    ids = [e["input_ids"] for e in examples]
-    return {
-        "input_ids": torch.tensor([fill(x, 0) for x in ids]),
-        "labels": torch.tensor([fill(x, -100) for x in ids]),
-        "attention_mask": torch.tensor([fill([1] * len(x), 0) for x in ids]),
-    }
 
 
 def streamed(shards: int) -> Callable[[int], Any]:
@@ -84,24 +66,18 @@ STEPS = 6  # more than an epoch
 def train(folder: str, mesh: Mesh, feed: str, count: int) -> dict[str, Any]:
     import multiprocessing
 
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it has workers
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     dataset, arguments = FEEDS[feed]
     config = None if mesh is None else hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1])
     model = tiny_model("llama", "sdpa" if config is None else "usp")
     seen: list[list[int]] = []
     model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"][:, 0].tolist()), with_kwargs=True)
     split = arguments.get("accelerator_config", {}).get("split_batches")
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    args = training_arguments(
+        folder,
         seed=5,
         parallelism_config=config,
         per_device_train_batch_size=2 if mesh is None or split else 2 * mesh[0] // 4,
@@ -162,13 +138,11 @@ def test_batches_dealt_by_the_first_process_are_refused(four_ranks: Ranks, tmp_p
 def seeded_by_rank(manual_loop: str, differently: bool) -> tuple[list[list[int]], float]:
     """The first tokens of two epochs' batches of a loop by hand, and what this rank draws afterwards."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import set_seed
     from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler
     from transformers import default_data_collator
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     sharded = torch.distributed.is_initialized()
     config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=2) if sharded else None
     accelerator, items = Accelerator(cpu=True, parallelism_config=config), rows(8, 24)

@@ -17,7 +17,7 @@ import hf_usp
 from hf_usp.integrations.deepspeed import check_settings
 from hf_usp.memory.chunked_loss import ChunkedLoss
 
-from ..memory.test_chunked_loss import step
+from ..harness import fresh_accelerate, step
 from ..ranks import Ranks
 from ..tiny import batch_of, largest_difference, rows, tiny_model
 from .cpu_accelerator import cpu_deepspeed
@@ -34,11 +34,9 @@ def settings(stage: int) -> dict[str, Any]:
 def train(folder: str, stage: int | None, mesh: dict[str, Any] | None, batch: int, **options: Any) -> dict[str, Any]:
     """Four steps of the stock Trainer on the model saved in `folder`; in one process without a `mesh`."""
     with cpu_deepspeed() if mesh is not None else nullcontext():
-        from accelerate.state import AcceleratorState, GradientState
         from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh_accelerate()
         resume = options.pop("resume", None)
         args = TrainingArguments(
             output_dir=f"{folder}/out",
@@ -166,10 +164,8 @@ def own_loop(mesh: dict[str, Any] | None, precision: str = "no") -> dict[str, An
     """Accelerate without the Trainer: `accumulate`, a plugin made from arguments, batch sizes from the dataloader."""
     with cpu_deepspeed() if mesh is not None else nullcontext():
         from accelerate import Accelerator, DeepSpeedPlugin
-        from accelerate.state import AcceleratorState, GradientState
 
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh_accelerate()
         given: dict[str, Any] = {"cpu": True}
         if mesh is not None:
             plugin = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=2, gradient_clipping=0.5)

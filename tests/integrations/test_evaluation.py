@@ -11,9 +11,9 @@ import torch
 
 import hf_usp
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
-from ..tiny import largest_difference, rows, tiny_model
-from .test_data_loader import padded, uneven_rows
+from ..tiny import largest_difference, padded, rows, tiny_model, uneven_rows
 
 Mesh = tuple[int, int] | None
 # How `Trainer.evaluate` may hand on what it gathered.
@@ -27,22 +27,16 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def trainer_for(model: Any, folder: str, mesh: Mesh, gather: bool = True, **settings: Any) -> Any:
     """A stock Trainer on four ranks, or in one process; rows of 24 to 40 tokens, the last batches not full."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = None
     if mesh is not None:
         config = hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1], gather_outputs=gather)
     names = ("compute_metrics", "preprocess_logits_for_metrics", "callbacks")
     others = {name: settings.pop(name) for name in names if name in settings}
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    args = training_arguments(
+        folder,
         parallelism_config=config,
         per_device_train_batch_size=2 if mesh is None else 2 * mesh[0] // 4,
         per_device_eval_batch_size=2 if mesh is None else 2 * mesh[0] // 4,
@@ -169,11 +163,9 @@ def test_the_same_best_model_and_the_same_stop(four_ranks: Ranks, tmp_path: Path
 def loop(mesh: Mesh) -> dict[str, Any]:
     """A loop by hand that accumulates two batches a step and gathers tensors, nested ones and objects."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
     from torch.utils.data import DataLoader
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = None if mesh is None else hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1])
     accelerator = Accelerator(cpu=True, parallelism_config=config, gradient_accumulation_steps=2)
     data: Any = rows(7, 29, ignored=False)

@@ -5,6 +5,7 @@ The device is the CPU, the backend gloo, and `fully_shard` is the real one.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import hf_usp
 
 from ..ranks import Ranks
 from ..tiny import HYBRID, rows, tiny_model
-from .cpu_accelerator import cpu_as_accelerator
+from .cpu_accelerator import cpu_as_accelerator, fsdp2
 
 
 def train(
@@ -37,28 +38,17 @@ def train(
         return result
 
 
-def fsdp2(model: Any, sizes: dict[str, Any], precision: str = "no", offload: bool = False, **plugin: Any) -> Any:
-    """An accelerator with FSDP2 that wraps every layer."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
-
-    wrapping = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[type(model.model.layers[0]).__name__],
-        # Pinning memory needs a GPU.
-        cpu_offload=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy(),
-        **plugin,
-    )
-    config = hf_usp.UspParallelismConfig(**sizes)
-    return Accelerator(fsdp_plugin=wrapping, parallelism_config=config, mixed_precision=precision)
-
-
 def share_of_rows(accelerator: Any, steps: int = 4) -> list[list[dict[str, Any]]]:
     """The rows of this data-parallel rank, for each step."""
     per_rank = 4 // accelerator.num_processes
     mine = (dist.get_rank() * accelerator.num_processes // dist.get_world_size()) * per_rank
     return [rows(4, 33)[mine : mine + per_rank] for _ in range(steps)]
+
+
+@cache
+def one_process(family: str = "qwen2", changes: tuple[tuple[str, Any], ...] = ()) -> dict[str, Any]:
+    """`train` without a mesh, the reference of all sizes, computed once."""
+    return train(None, family, dict(changes))
 
 
 def _steps(model: Any, optimizer: Any, batches: Any, accelerator: Any = None) -> dict[str, Any]:
@@ -90,19 +80,21 @@ SIZES = [
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_fsdp2_equals_one_process(four_ranks: Ranks, sizes: dict[str, int]) -> None:
-    compare(four_ranks.run(train, sizes), train(None))
+    compare(four_ranks.run(train, sizes), one_process())
 
 
 def test_fsdp2_with_recurrent_layers(four_ranks: Ranks) -> None:
     model = "qwen3_5_text", HYBRID
-    compare(four_ranks.run(train, {"cp_size": 4, "ulysses_degree": 2}, *model), train(None, *model))
+    compare(
+        four_ranks.run(train, {"cp_size": 4, "ulysses_degree": 2}, *model), one_process(model[0], tuple(HYBRID.items()))
+    )
 
 
 @pytest.mark.parametrize("plugin", [{"offload": True}, {"activation_checkpointing": True}], ids=str)
 def test_what_the_plugin_adds(four_ranks: Ranks, plugin: dict[str, Any]) -> None:
     """Parameters offloaded to the CPU; layers that are computed again in the backward; with the loss in chunks."""
     sizes = {"cp_size": 2, "ulysses_degree": 2, "dp_replicate_size": 2, "loss_chunk_size": 7}
-    compare(four_ranks.run(train, sizes, **plugin), train(None))
+    compare(four_ranks.run(train, sizes, **plugin), one_process())
 
 
 def in_bf16(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +106,7 @@ def in_bf16(sizes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_bf16(four_ranks: Ranks, chunk: int | None) -> None:
     """Weights in fp32, everything computed and reduced in bf16: a factor of the mesh would show in the norms."""
-    reference = train(None)
+    reference = one_process()
     for mine in four_ranks.run(in_bf16, {"cp_size": 4, "ulysses_degree": 2, "loss_chunk_size": chunk}):
         assert mine["losses"] == pytest.approx(reference["losses"], abs=2e-2)
         assert mine["norms"] == pytest.approx(reference["norms"], rel=2e-2)
@@ -184,7 +176,7 @@ def test_saved_on_one_mesh_and_continued_on_another(four_ranks: Ranks, tmp_path:
     from safetensors.torch import load_file
 
     four_ranks.run(save, str(tmp_path), {"cp_size": 4, "ulysses_degree": 2}, kind)
-    reference = train(None)
+    reference = one_process()
     last = {name: values[2:] if name != "weights" else values for name, values in reference.items()}
     other = {"cp_size": 2, "ulysses_degree": 1, "dp_shard_size": 2}
     compare(four_ranks.run(go_on, str(tmp_path), other, kind), last)

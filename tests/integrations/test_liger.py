@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_usp
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import largest_difference, rows, tiny_model
 
@@ -42,19 +43,13 @@ def fuse(model: Any, heeds_shifted: bool = True) -> Any:
 
 
 def train(folder: str, sharded: bool, fused: bool = True, heeds_shifted: bool = True) -> Any:
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=1) if sharded else None
     model = tiny_model("qwen2", "usp" if sharded else "sdpa")
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    args = training_arguments(
+        folder,
         max_steps=3,
         parallelism_config=config,
         per_device_train_batch_size=2,

@@ -10,6 +10,7 @@ import torch
 
 import hf_usp
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import HYBRID, rows, tiny_model
 
@@ -34,11 +35,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def gradients(folder: str, sharded: bool, case: str, exact: bool = False) -> dict[str, torch.Tensor]:
     """Gradients of the first step of the stock Trainer, in fp64; `exact`: in fp32 throughout. And its `loss`."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     family, changes, how = CASES[case]
     found: dict[str, torch.Tensor] = {}
 
@@ -55,12 +54,8 @@ def gradients(folder: str, sharded: bool, case: str, exact: bool = False) -> dic
         torch.manual_seed(5)
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2) if sharded else None
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    args = training_arguments(
+        folder,
         max_steps=1,
         parallelism_config=config,
         per_device_train_batch_size=2,

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import hf_usp
 
+from ..harness import fresh_accelerate
 from ..ranks import Ranks
 from ..tiny import rows, tiny_model
 
@@ -20,10 +21,8 @@ CP = 2  # over two or four ranks
 
 
 def config_for(processes: int, **options: Any) -> Any:
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     return hf_usp.UspParallelismConfig(cp_size=CP, **options) if processes > 1 else None
 
 

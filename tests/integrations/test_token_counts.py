@@ -9,26 +9,21 @@ import pytest
 
 import hf_usp
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import largest_difference, rows, tiny_model
 
 
 def run_trainer(folder: str, mesh: tuple[int, int] | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """Four SGD steps of the stock Trainer and an evaluation, on a mesh (cp_size, ulysses_degree) or without one."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = None if mesh is None else hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1])
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
+    args = training_arguments(
+        folder,
         save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         max_steps=4,
-        dataloader_pin_memory=False,
         parallelism_config=config,
         optim="sgd",
         learning_rate=0.05,

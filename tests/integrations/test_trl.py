@@ -10,6 +10,7 @@ import torch
 
 import hf_usp
 
+from ..harness import fresh_accelerate
 from ..ranks import Ranks
 from ..tiny import largest_difference, tiny_model
 
@@ -79,10 +80,8 @@ def dataset(kind: str, count: int = 24) -> Any:
 
 
 def config_for(mesh: Mesh) -> Any:
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     return None if mesh is None else hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1])
 
 

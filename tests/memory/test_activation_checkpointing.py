@@ -19,7 +19,7 @@ import hf_usp
 from hf_usp.kernels.cpu_flash import CpuFlashKernel
 from hf_usp.memory.activation_offload import CHECKPOINTING
 
-from ..integrations.test_trainer import compare
+from ..harness import checkpointing, compare, fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import HYBRID, batch_of, largest_difference, rows, tiny_model
 
@@ -83,10 +83,6 @@ def step(family: str, changes: dict[str, Any], degrees: tuple[int, int], way: st
     return seen, gradients
 
 
-def checkpointing(model: Any, keywords: dict[str, Any] | None) -> None:
-    getattr(model, f"{CHECKPOINTING}_enable")(keywords)
-
-
 @pytest.mark.parametrize("degrees", [(4, 1), (2, 2), (1, 4)], ids=str)
 @pytest.mark.parametrize("family, changes", [("qwen2", {}), ("gpt_oss", {"head_dim": 16})], ids=["qwen2", "gpt_oss"])
 def test_recomputation_neither_attends_nor_exchanges(
@@ -127,27 +123,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def train(folder: str, cp_size: int, options: dict[str, Any] | None) -> dict[str, Any]:
     """Three steps of the stock Trainer."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=cp_size, ulysses_degree=2) if cp_size > 1 else None
     checkpoint = {}
     if options is not None:
         checkpoint = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {**hf_usp.save_attention_outputs(), **options}}
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
+    args = training_arguments(
+        folder,
         max_steps=3,
         learning_rate=0.05,
         optim="sgd",
         per_device_train_batch_size=2,
         logging_steps=1,
         save_strategy="no",
-        dataloader_pin_memory=False,
         parallelism_config=config,
         **checkpoint,
     )

@@ -12,8 +12,8 @@ from torch import Tensor
 import hf_usp
 from hf_usp.memory.activation_offload import CHECKPOINTING, ActivationOffloader, OffloadedTensor, offload_checkpoints
 
+from ..harness import step
 from ..tiny import batch_of, largest_difference, tiny_model
-from .test_chunked_loss import step
 
 
 class Streams:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from benchmarks.counting import Peak
+from counting import Peak
 from torch import nn
 
 import hf_usp
@@ -17,7 +17,7 @@ from hf_usp.distributed.loss import VocabularyPart
 from hf_usp.memory.chunked_loss import ChunkedLoss
 from hf_usp.memory.linear_cross_entropy import ChunkedLinearCrossEntropy, LMHead
 
-from ..integrations.test_trainer import compare, run_trainer
+from ..harness import compare, one_process, run_trainer, step
 from ..ranks import Ranks
 from ..tiny import batch_of, largest_difference, rows, tiny_model
 
@@ -30,15 +30,6 @@ HEADS: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 4.0},
     "phi": {},
 }
-
-
-def step(model: Any, **batch: Any) -> tuple[float, dict[str, torch.Tensor], Any]:
-    """Loss, gradients and output of one step."""
-    model.zero_grad()
-    output = model(**batch, use_cache=False)
-    (output.loss * 3).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return output.loss.item(), gradients, output
 
 
 @pytest.mark.parametrize("family", HEADS)
@@ -99,7 +90,7 @@ def test_the_peak_is_without_the_logits() -> None:
 @pytest.mark.parametrize("mesh", [(4, 2, "zigzag"), (2, 1, "auto")], ids=str)
 def test_the_stock_trainer_on_a_mesh(four_ranks: Ranks, tmp_path: Path, mesh: Any) -> None:
     setup = {"rows": 12, "batch": 2, "accumulation": 2, "steps": 3, "evaluate": True, "eval_rows": 4, "family": "qwen2"}
-    reference = run_trainer(str(tmp_path), None, setup)
+    reference = one_process(setup)
     for mine in four_ranks.run(run_trainer, str(tmp_path), mesh, {**setup, "chunk": 3}):
         compare(mine, reference)
         assert mine["norms"] == pytest.approx(reference["norms"], rel=1e-4)
@@ -109,7 +100,7 @@ def test_the_stock_trainer_on_a_mesh(four_ranks: Ranks, tmp_path: Path, mesh: An
 
 def test_also_in_one_process(tmp_path: Path) -> None:
     setup = {"rows": 4, "batch": 2, "steps": 2, "chunk": 3}
-    compare(run_trainer(str(tmp_path), None, setup), run_trainer(str(tmp_path), None, {**setup, "chunk": None}))
+    compare(one_process(setup), one_process({**setup, "chunk": None}))
 
 
 def over_parts(entries: int, parts: bool, **how: Any) -> dict[str, torch.Tensor]:

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.counting import Peak
+from counting import Peak
 from torch import nn
 
 import hf_usp
 from hf_usp.memory.tiled_mlp import chunked, tile_mlps, untile_mlps
 
-from ..integrations.test_trainer import compare, run_trainer
+from ..harness import compare, one_process, run_trainer, step
 from ..ranks import Ranks
 from ..tiny import batch_of, largest_difference, tiny_model
-from .test_chunked_loss import step
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -101,7 +100,7 @@ def test_the_peak_is_without_what_lies_between_the_matrices() -> None:
 )
 def test_the_stock_trainer_on_a_mesh(four_ranks: Ranks, tmp_path: Path, mesh: Any, checkpointing: str) -> None:
     setup = {"rows": 12, "batch": 2, "accumulation": 2, "steps": 3, "evaluate": True, "eval_rows": 4, "family": "qwen2"}
-    reference = run_trainer(str(tmp_path), None, setup)
+    reference = one_process(setup)
     options = {"mlp_chunk_size": 3, "loss_chunk_size": 4, "offload_checkpoints": True}
     mine = {**setup, "options": options, "checkpointing": checkpointing}
     for result in four_ranks.run(run_trainer, str(tmp_path), mesh, mine):
@@ -113,8 +112,8 @@ def test_the_stock_trainer_on_a_mesh(four_ranks: Ranks, tmp_path: Path, mesh: An
 
 def test_also_in_one_process(tmp_path: Path) -> None:
     setup = {"rows": 4, "batch": 2, "steps": 2}
-    mine = run_trainer(str(tmp_path), None, {**setup, "options": {"mlp_chunk_size": 3}})
-    compare(mine, run_trainer(str(tmp_path), None, setup))
+    mine = one_process({**setup, "options": {"mlp_chunk_size": 3}})
+    compare(mine, one_process(setup))
 
 
 class Mixing(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hf_usp
 
+from ..harness import fresh_accelerate, prepare, relative, step_errors, training_arguments
 from ..ranks import Ranks
 from ..tiny import SIZES, batch_of, largest_difference
 
@@ -80,43 +81,6 @@ def head_batch(case: str, kind: str, rows: int = 2) -> dict[str, Tensor]:
     return batch
 
 
-def relative(mine: Tensor, theirs: Tensor, floor: float = 1e-6) -> float:
-    return ((mine - theirs).norm() / theirs.norm().clamp_min(floor)).item()
-
-
-def prepare(model: Any, ring: int, ulysses: int) -> Any:
-    """What `Accelerator.prepare` does to a model."""
-    from hf_usp.models.hooks import attach_hooks
-
-    mesh = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses)
-    attach_hooks(model, mesh)
-    return model
-
-
-def step_errors(model: Any, reference: Any, batch: dict[str, Any]) -> dict[str, float]:
-    """Relative errors of loss, outputs and gradients, averaged over ranks, of a prepared model against eager."""
-    expected = reference(**batch)
-    expected.loss.backward()
-    out = model(**batch)
-    out.loss.backward()
-    errors = {"loss": abs(out.loss.item() / expected.loss.item() - 1)}
-    for name in ("logits", "start_logits", "seq_relationship_logits"):
-        if expected.get(name) is not None and out[name].shape == expected[name].shape:
-            seen = torch.ones(expected[name].shape[:2]).bool()
-            if expected[name].ndim == 3 and "attention_mask" in batch:
-                seen = batch["attention_mask"].bool()
-            errors[name] = relative(out[name].detach()[seen], expected[name].detach()[seen])
-    theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    # Some gradients are zero (a bias under a softmax over tokens) but for rounding.
-    floor = 1e-3 * max(gradient.norm().item() for gradient in theirs.values())
-    for name, parameter in model.named_parameters():
-        assert (name in theirs) == (parameter.grad is not None), name
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            errors[name] = relative(parameter.grad / dist.get_world_size(), theirs[name], floor)
-    return errors
-
-
 def head_errors(case: str, kind: str) -> dict[str, float]:
     model = prepare(head_model(case, "usp").train(), 2, 2)
     # Answers are sought among all tokens: left padding, which sees nothing, takes part and is zero as in sdpa.
@@ -135,21 +99,15 @@ def test_head_equals_eager(four_ranks: Ranks, case: str, kind: str) -> None:
 
 def train(folder: str, case: str, accumulation: int, cp_size: int | None) -> dict[str, Any]:
     """Train and evaluate a head with the stock Trainer on rows padded on the right; one process without `cp_size`."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     model = head_model(case, "usp" if cp_size else "eager")
     batch = head_batch(case, "right", 8)
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
+    args = training_arguments(
+        folder,
         save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         optim="sgd",
-        dataloader_pin_memory=False,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=accumulation,
         max_steps=3,

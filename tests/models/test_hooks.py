@@ -10,16 +10,15 @@ import torch
 
 import hf_usp
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import HYBRID, batch_of, largest_difference, rows, tiny_model
 
 
 def accelerator_for(ulysses: int) -> Any:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     return Accelerator(
         cpu=True, parallelism_config=hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=ulysses, gather_outputs=True)
     )
@@ -62,11 +61,9 @@ def test_two_models_and_models_prepared_again(two_ranks: Ranks) -> None:
 
 def train(folder: str, sharded: bool, generates: bool = True) -> dict[str, Any]:
     """Three steps of the stock Trainer, which generates after each and saves the model at the end."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     generated: list[list[int]] = []
 
     class Generates(TrainerCallback):
@@ -78,12 +75,8 @@ def train(folder: str, sharded: bool, generates: bool = True) -> dict[str, Any]:
 
     config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=2) if sharded else None
     model = tiny_model("qwen2", "usp" if sharded else "sdpa", initializer_range=0.2)
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    args = training_arguments(
+        folder,
         max_steps=3,
         parallelism_config=config,
         per_device_train_batch_size=2,

@@ -10,8 +10,7 @@ import torch
 
 import hf_usp
 
-from ..batch.test_refusals import prepared
-from ..integrations.test_trainer import compare, run_trainer
+from ..harness import compare, fresh_accelerate, one_process, prepared, run_trainer
 from ..ranks import Ranks
 from ..tiny import batch_of, tiny_model
 
@@ -39,10 +38,8 @@ def batch_with(form: str) -> dict[str, torch.Tensor]:
 def router_errors(ring: int, ulysses: int, form: str, with_items: bool) -> dict[str, float]:
     """Errors of a prepared model against one process; the gradients are those after DDP's average over ranks."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     order = "contiguous" if form == "far right" else "auto"
     config = hf_usp.UspParallelismConfig(
         cp_size=4, ulysses_degree=ulysses, gather_outputs=with_items, sequence_order=order
@@ -79,8 +76,8 @@ def test_auxiliary_loss_and_all_gradients(four_ranks: Ranks, mesh: tuple[int, in
 def test_the_trainer_adds_it_to_every_micro_batch(four_ranks: Ranks, tmp_path: Path) -> None:
     """With accumulation the token losses are divided by all tokens, the auxiliary loss of each batch by nothing."""
     setup = {"rows": 12, "batch": 2, "accumulation": 2, "steps": 3, "family": "qwen3_moe", "changes": EXPERTS}
-    reference = run_trainer(str(tmp_path), None, setup)
-    without = run_trainer(str(tmp_path), None, {**setup, "changes": {**EXPERTS, "router_aux_loss_coef": 0.0}})
+    reference = one_process(setup)
+    without = one_process({**setup, "changes": {**EXPERTS, "router_aux_loss_coef": 0.0}})
     assert reference["losses"][0] > without["losses"][0] + 1.0
     for mine in four_ranks.run(run_trainer, str(tmp_path), (4, 2, "auto"), setup):
         compare(mine, reference, weights=1e-5)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import hf_usp
 
+from ..harness import prepare, step_errors
 from ..ranks import Ranks
 from ..tiny import SIZES, batch_of, tiny_model
-from .test_backbone import prepare, step_errors
 
 AUDIO = 62  # the token id that stands for a piece of sound
 

@@ -10,9 +10,9 @@ import torch
 
 import hf_usp
 
+from ..harness import prepared_modules, taken_gradients
 from ..ranks import Ranks
 from ..tiny import batch_of, largest_difference, tiny_model
-from .test_unsharded import gradients, prepared
 
 
 def adapted(sharded: bool) -> Any:
@@ -33,7 +33,7 @@ def adapted(sharded: bool) -> Any:
 
 def train_adapted(folder: str, sharded: bool, batch: int = 2) -> dict[str, Any]:
     """AdaLoRA calls `model.forward(...)` and adds to the loss what every rank computes in full."""
-    from ..integrations.test_peft import train_model
+    from ..integrations.adapters import train_model
 
     model = adapted(sharded)
     tokens: set[int] = set()
@@ -71,13 +71,13 @@ def mixture_of_adapters(folders: list[str], sharded: bool) -> Any:
 def mix(folders: list[str], sharded: bool) -> Any:
     """Loss and gradients of X-LoRA's classifier, which looks at the hidden states of a first pass; or a refusal."""
     model: Any = mixture_of_adapters(folders, sharded).train()
-    wrapped = prepared(model) if sharded else model
+    wrapped = prepared_modules(model) if sharded else model
     try:
         loss = wrapped(**batch_of("plain")).loss
         loss.backward()
     except hf_usp.UspModelError as refusal:
         return str(refusal)
-    return loss.item(), gradients(model)
+    return loss.item(), taken_gradients(model)
 
 
 def test_x_lora(two_ranks: Ranks, tmp_path: Path) -> None:

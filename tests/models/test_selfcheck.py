@@ -15,51 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 import hf_usp
 
-from ..batch.test_refusals import prepared
+from ..harness import fresh_accelerate, prepared
 from ..ranks import Ranks
 from ..tiny import HYBRID, batch_of, tiny_model
-
-
-class PeeksAtTheNeighbour(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x + torch.nn.functional.pad(x, (0, 0, 1, -1)))
-
-
-class MeanPools(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x + x.mean(1, keepdim=True))
-
-
-class CountsPositions(nn.Module):
-    """A rotary embedding that ignores the position_ids it gets."""
-
-    def __init__(self, rotary: nn.Module) -> None:
-        super().__init__()
-        self.rotary = rotary
-
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        return self.rotary(x, torch.arange(x.shape[1])[None].expand_as(position_ids))
-
-
-def spoil(model: Any, how: str) -> Any:
-    old = model.model.layers[0].mlp.up_proj
-    if how == "positions":
-        model.model.rotary_emb = CountsPositions(model.model.rotary_emb)
-    elif how == "overwrites":
-        model.model.embed_tokens.max_norm = 0.01
-    else:
-        new = {"neighbour": PeeksAtTheNeighbour, "pool": MeanPools}[how](old.in_features, old.out_features, bias=False)
-        new.weight = old.weight
-        model.model.layers[0].mlp.up_proj = new
-    return model
+from .spoiled import spoil
 
 
 def verdict(how: str, dtype: torch.dtype, check: bool) -> str:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2, self_check=check)
     model = spoil(tiny_model("llama", dtype=dtype), how)
     model = Accelerator(cpu=True, parallelism_config=config).prepare(model)
@@ -205,7 +170,6 @@ def test_it_costs_a_few_forwards_of_a_few_tokens(four_ranks: Ranks, family: str)
 def autocast_verdict(factor: float, training: bool) -> str:
     """A loop of one's own under autocast, with a kernel that knows bf16 alone; outputs come out too large."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
     from hf_usp.kernels.cpu_flash import CpuFlashKernel
     from hf_usp.kernels.registry import KERNELS
@@ -220,8 +184,7 @@ def autocast_verdict(factor: float, training: bool) -> str:
             out, lse = super().forward(*args)
             return out * factor, lse
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     KERNELS[Bf16Kernel.name] = Bf16Kernel()
     try:
         config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2, kernel=Bf16Kernel.name)

@@ -12,10 +12,10 @@ from torch import nn
 import hf_usp
 from hf_usp.models.selfcheck.determinism import DeterministicSampling
 
-from ..batch.test_refusals import prepared
+from ..harness import prepared
 from ..ranks import Ranks
 from ..tiny import batch_of, tiny_model
-from .test_selfcheck import PeeksAtTheNeighbour
+from .spoiled import PeeksAtTheNeighbour
 
 
 class PeeksInTraining(PeeksAtTheNeighbour):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import largest_difference, rows, tiny_model
 
@@ -24,24 +25,18 @@ def train(
     path: str, mesh: dict[str, int] | None, sharding: dict[str, Any] | None, batch: int, evaluate: bool = False
 ) -> dict[str, Any]:
     """Four SGD steps with the stock Trainer, a model loaded with `DistributedConfig(**sharding)`; an evaluation."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer
     from transformers.distributed import DistributedConfig
 
     import hf_usp
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     # Stock FSDP2 and TP together: an embedding whose output is a view, and gathers in two steps.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    args = TrainingArguments(
-        output_dir=path,
-        report_to=[],
+    args = training_arguments(
+        path,
         save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         max_steps=4,
-        dataloader_pin_memory=False,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=2,
         logging_steps=1,

@@ -19,27 +19,12 @@ import hf_usp
 from hf_usp.models.hooks import get_hooks
 from hf_usp.models.unsharded import CACHES, MARK
 
+from ..harness import prepared_modules, taken_gradients
 from ..integrations.cpu_accelerator import cpu_as_accelerator
 from ..ranks import Ranks
 from ..tiny import HYBRID, batch_of, largest_difference, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing")
-
-
-def prepared(*modules: nn.Module, **options: Any) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    config = hf_usp.UspParallelismConfig(cp_size=2, ulysses_degree=1, **options)
-    return Accelerator(cpu=True, parallelism_config=config).prepare(*modules)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 def averaged(grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +54,7 @@ def ways_around() -> dict[str, Any]:
     model, batch = tiny_model("llama"), batch_of("left")
     twin = tiny_model("llama")
     before = inspect.signature(model.forward)
-    wrapped = prepared(model)
+    wrapped = prepared_modules(model)
     ids, tokens = batch["input_ids"], {n: batch[n] for n in ("input_ids", "attention_mask")}
     name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
     found: dict[str, Any] = {"name": name}
@@ -97,7 +82,7 @@ def ways_around() -> dict[str, Any]:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     output = model.forward(**batch)
     output.loss.backward()
-    found["direct"] = (output.logits.shape[1], output.loss.item(), averaged(gradients(model)))
+    found["direct"] = (output.logits.shape[1], output.loss.item(), averaged(taken_gradients(model)))
     model.gradient_checkpointing_disable()
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -123,9 +108,9 @@ def ways_around() -> dict[str, Any]:
     model(**tokens).logits.sum().backward()
 
     pair = TwoModels(tiny_model("qwen2"), twin)
-    prepared(pair)
+    prepared_modules(pair)
     found["refused"].append(refusal(lambda: pair.second(ids)))
-    alone = prepared(twin, gather_outputs=True)  # the remedy
+    alone = prepared_modules(twin, gather_outputs=True)  # the remedy
     found["alone"] = alone(**tokens).logits.detach()
     return found
 
@@ -137,7 +122,7 @@ def test_ways_around_a_prepared_model(two_ranks: Ranks) -> None:
     ids, length = batch["input_ids"], batch["input_ids"].shape[1]
     loss = model(**batch).loss
     loss.backward()
-    reference = gradients(model)
+    reference = taken_gradients(model)
     real = batch["attention_mask"].bool()
     generated = model.generate(ids[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
     for mine in two_ranks.run(ways_around):
@@ -181,12 +166,12 @@ def own_losses(model: Any, batch: dict[str, Tensor], labels: bool) -> Tensor:
 
 def made_outside(sharded: bool) -> list[Any]:
     model: Any = tiny_model("qwen2", "usp" if sharded else "sdpa")
-    wrapped = prepared(model, gather_outputs=True) if sharded else model
+    wrapped = prepared_modules(model, gather_outputs=True) if sharded else model
     found = []
     for labels in (False, True):
         losses = own_losses(wrapped, batch_of("plain"), labels)
         losses.sum().backward()
-        found.append((losses.tolist(), gradients(model)))
+        found.append((losses.tolist(), taken_gradients(model)))
     return found
 
 
@@ -222,14 +207,14 @@ def embeddings_given(ranks: int) -> list[dict[str, Tensor]]:
     items = int((batch["labels"][:, 1:] != -100).sum())
     for gather in (False, True):
         module = Prompted(tiny_model("llama", "usp" if ranks > 1 else "sdpa"))
-        wrapped: Any = prepared(module, gather_outputs=gather) if ranks > 1 else module
+        wrapped: Any = prepared_modules(module, gather_outputs=gather) if ranks > 1 else module
         for keywords in ({}, {"num_items_in_batch": 2 * items}):
             leaf = given.clone().requires_grad_()
             output = wrapped(leaf, batch["labels"], **keywords)
             loss = output.loss + (output.logits.square().mean() if gather and not keywords else 0)
             loss.backward()
             assert leaf.grad is not None
-            found.append({"leaf": leaf.grad, **gradients(module)})
+            found.append({"leaf": leaf.grad, **taken_gradients(module)})
     return found
 
 
@@ -267,7 +252,7 @@ def recurrences() -> list[str]:
     mamba, hybrid = tiny_model("mamba", **settings), tiny_model("qwen3_next", **HYBRID)
     found = []
     for model in (mamba, hybrid):
-        wrapped, batch = prepared(model), batch_of("plain")
+        wrapped, batch = prepared_modules(model), batch_of("plain")
         body = model.train().base_model
         found.append(refusal(partial(body, batch["input_ids"])))
         wrapped(**batch).loss.backward()
@@ -305,7 +290,7 @@ def reference_model() -> tuple[Tensor, int]:
     from trl.models import prepare_fsdp
     from trl.trainer.utils import add_fused_lm_head
 
-    from ..integrations.test_fsdp2 import fsdp2
+    from ..integrations.cpu_accelerator import fsdp2
 
     class Trainer:
         def __init__(self) -> None:

@@ -10,9 +10,9 @@ import torch
 
 import hf_usp
 
+from ..harness import fresh_accelerate, prepare, step_errors, training_arguments
 from ..ranks import Ranks
 from ..tiny import SIZES, batch_of, largest_difference
-from .test_backbone import prepare, step_errors
 
 IMAGE, VIDEO = 60, 61  # token ids that stand for visual features
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -162,21 +162,15 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def train(folder: str, sharded: bool) -> dict[str, Any]:
     """Train, evaluate and generate with the stock Trainer."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     model = vision_model("qwen2_5_vl", "usp" if sharded else "eager")
     config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2) if sharded else None
-    args = TrainingArguments(
-        output_dir=folder,
-        report_to=[],
+    args = training_arguments(
+        folder,
         save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         optim="sgd",
-        dataloader_pin_memory=False,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         max_steps=3,

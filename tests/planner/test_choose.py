@@ -16,10 +16,10 @@ from hf_usp.planner.hardware import MACHINES, recognised
 from hf_usp.planner.request import shape_of
 from hf_usp.sharding.degrees import choose_ulysses_degree
 
+from ..harness import fresh_accelerate
 from ..ranks import Ranks
 from ..tiny import tiny_model
-from .test_plan import QWEN3_8B
-from .test_roofline import SAME, TABLES
+from .published import QWEN3_8B, SAME, TABLES
 
 LLAMA3_8B = {
     "model_type": "llama",
@@ -128,12 +128,10 @@ def test_configs_of_other_makes_have_sizes(kind: str) -> None:
 def choices(files: list[str]) -> dict[str, Any]:
     """Of one rank: with another LOCAL_WORLD_SIZE on rank 3, and with a file of a machine that one rank has not."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
     rank, found = int(os.environ["RANK"]), {}
     for name, machine in [("cpu", None), ("pcie", "l20-pcie"), ("file", files[rank])]:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh_accelerate()
         os.environ["LOCAL_WORLD_SIZE"] = "2" if rank == 3 else "4"
         model = tiny_model("llama", num_attention_heads=8, num_key_value_heads=8)
         config = hf_usp.UspParallelismConfig(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ..integrations.cpu_accelerator import cpu_as_accelerator
-from ..integrations.test_fsdp2 import fsdp2
+from ..harness import fresh_accelerate, training_arguments
+from ..integrations.cpu_accelerator import cpu_as_accelerator, fsdp2
 from ..ranks import Ranks
 
-BENCHMARKS = str(Path(__file__).parents[2] / "scripts" / "benchmarks")
 # (vocabulary, layers, tokens of a rank, checkpointing, loss chunk, MLP chunk, accumulated)
 CASES = [
     (256, 4, 256, False, None, None, True),
@@ -42,7 +40,6 @@ SIZES = {
 
 def measure(ulysses: int, ring: int, cases: list[tuple[Any, ...]]) -> list[tuple[float, str, float]]:
     """On one rank: (predicted bytes, the moment of their peak, counted bytes) of each case, weights left out."""
-    sys.path.insert(0, BENCHMARKS)
     import torch
     from counting import Peak
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -93,7 +90,6 @@ def measure(ulysses: int, ring: int, cases: list[tuple[Any, ...]]) -> list[tuple
 
 def measure_fsdp2(sizes: dict[str, int], cases: list[tuple[Any, ...]]) -> list[tuple[float, str, float]]:
     """As `measure`, with FSDP2: weights and the state of AdamW are counted, too."""
-    sys.path.insert(0, BENCHMARKS)
     import torch
     from counting import Peak
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -146,12 +142,10 @@ def measure_fsdp2(sizes: dict[str, int], cases: list[tuple[Any, ...]]) -> list[t
 
 def measure_tp(path: str, case: tuple[Any, ...]) -> tuple[float, str, float]:
     """As `measure_fsdp2`, with Transformers' tensor parallelism 2, FSDP over the 2 ranks of a ring, and the Trainer."""
-    sys.path.insert(0, BENCHMARKS)
     import warnings
 
-    from accelerate.state import AcceleratorState, GradientState
     from counting import Peak, local_part
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
     from transformers.distributed import DistributedConfig
 
     import hf_usp
@@ -159,19 +153,14 @@ def measure_tp(path: str, case: tuple[Any, ...]) -> tuple[float, str, float]:
     from hf_usp.planner.request import shape_of
     from hf_usp.planner.workload import Degrees, TrainingStep
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     _, _, local, checkpointing, loss_chunk_size, mlp_chunk_size, _ = case
     chunks = {"loss_chunk_size": loss_chunk_size, "mlp_chunk_size": mlp_chunk_size}
-    args = TrainingArguments(
-        output_dir=path,
-        report_to=[],
+    args = training_arguments(
+        path,
         save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         max_steps=2,
-        dataloader_pin_memory=False,
         per_device_train_batch_size=1,
         optim="adamw_torch",
         max_grad_norm=0.0,

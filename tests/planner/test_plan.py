@@ -20,18 +20,7 @@ from hf_usp.planner.roofline import predict
 from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep
 from hf_usp.tools.cli import main
 
-QWEN3_8B = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-}
-
+from .published import QWEN3_8B
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 18, "sliding_window": 4096}
 

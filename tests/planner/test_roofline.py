@@ -17,21 +17,11 @@ from hf_usp.sharding.load_balance import fixed_assignment
 from hf_usp.sharding.masks import UNLIMITED, Documents, Mask
 from hf_usp.sharding.schedule import make_ring_schedule, ring_per_node
 
+from .published import SAME, TABLES
+
 LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
 # Those who measured relay whole blocks and send fp32 gradients.
 THEIRS = TrainingStep(0x10000, relay=True, gradients=4)
-
-# USP paper (arXiv 2405.07719 v5): (machine, ranks, tokens, what is timed, {ulysses degree: throughput}).
-TABLES = [
-    ("a800-nvlink", 16, 65536, "step", {8: 136.3, 4: 137.5, 2: 129.4, 1: 121.8}),
-    ("a800-nvlink", 16, 81920, "step", {8: 147.5, 4: 148.9, 2: 140.1, 1: 132.9}),
-    ("l20-pcie", 8, 131072, "forward", {8: 2.59, 4: 4.24, 2: 5.48, 1: 5.19}),
-    ("l20-pcie", 8, 32768, "forward", {8: 14.3, 4: 32.8, 2: 62.8, 1: 58.4}),
-    ("a100-nvlink", 8, 32768, "forward", {8: 136, 4: 133, 2: 133, 1: 114}),
-    ("a100-nvlink", 8, 131072, "both", {8: 2.79, 4: 2.77, 2: 2.89, 1: 2.91}),
-]
-# Rows closer than this are the same row: the tables give three or four digits of one run.
-SAME = 0.008
 
 
 def seconds(machine: Machine, ranks: int, tokens: int, what: str, ulysses: int) -> float:

@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +48,55 @@ def start(program: str, *flags: str, timeout: float = 170) -> subprocess.Complet
 
 def alone(script: str, *flags: str, timeout: float = 170) -> subprocess.CompletedProcess[str]:
     """`python SCRIPT FLAGS` in a process that has torch and Transformers imported already: 6 s less of CPU time."""
+    return _forked([{}], script, flags, timeout)
+
+
+def several(processes: int, script: str, *flags: str, timeout: float = 170) -> subprocess.CompletedProcess[str]:
+    """The same in processes that are told their ranks as by `torchrun`.
+
+    Other tests start scripts with the launchers, where every process imports torch and Transformers for itself.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": probe.getsockname()[1]}
+    ranks = [{**common, "MASTER_ADDR": "127.0.0.1", "RANK": r, "LOCAL_RANK": r} for r in range(processes)]
+    return _forked(ranks, script, flags, timeout)
+
+
+def _forked(
+    environments: list[dict[str, Any]], script: str, flags: tuple[str, ...], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """One process for each environment; what they print, and the exit code of the first that fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with tempfile.NamedTemporaryFile("r") as output:
-        process = context.Process(target=_run, args=(script, flags, output.name))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
+    end = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(rank) for rank in range(len(environments))]
+        processes = [
+            context.Process(target=_run, args=(script, flags, str(output), environment))
+            for output, environment in zip(outputs, environments, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        late = [process for process in processes if process.is_alive()]
+        for process in late:
             process.kill()
-            raise AssertionError(f"{script} {flags} took more than {timeout} s:\n{output.read()}")
-        assert process.exitcode is not None
-        return subprocess.CompletedProcess([script, *flags], process.exitcode, output.read())
+            process.join()
+        printed = "".join(output.read_text() for output in outputs if output.exists())
+        assert not late, f"{script} {flags} took more than {timeout} s:\n{printed}"
+        code = next((process.exitcode for process in processes if process.exitcode), 0)
+        return subprocess.CompletedProcess([script, *flags], code, printed)
 
 
-def _run(script: str, flags: tuple[str, ...], output: str) -> None:
+def _run(script: str, flags: tuple[str, ...], output: str, environment: dict[str, Any]) -> None:
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(ROOT)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    os.environ.update({name: str(value) for name, value in environment.items()})
     import torch
 
     torch.set_num_threads(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,10 +17,8 @@ from hf_usp.distributed.mesh import UspMesh
 from hf_usp.sharding.masks import Documents
 from hf_usp.tools.explain.numbers import Case, explain
 
+from ..harness import fresh_accelerate
 from ..ranks import Ranks
-
-FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
-sys.path.insert(0, str(FOLDER))
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +97,8 @@ def test_a_transfer_that_is_waited_for_at_once_is_seen(four_ranks: Ranks) -> Non
 
 def measured(way: str, ulysses: int, tokens: int) -> dict[str, float]:
     import length
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     # The benchmark's proportions of vocabulary to width; with a smaller one the peak is attention's (docs/limits.md).
     small = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 192, "head_dim": 8}
     with pytest.MonkeyPatch.context() as patch:

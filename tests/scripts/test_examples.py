@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .launch import TINY_LLAMA, accelerate, alone, start, succeeded
+from .launch import TINY_LLAMA, accelerate, alone, several, start, succeeded
 
 
 def losses(printed: str) -> list[float]:
@@ -47,9 +47,8 @@ def test_perplexity_is_that_of_one_process(text: str, tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**TINY_LLAMA)).save_pretrained(tmp_path / "model")
     flags = [text, "--model", str(tmp_path / "model"), "--tokenizer", "bytes", "--tokens", "331"]
     succeeded(alone("scripts/perplexity.py", *flags, "--output", str(tmp_path / "one.png")))
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 4 scripts/perplexity.py"
     mesh = ["--ring_degree", "2", "--ulysses_degree", "2", "--output", str(tmp_path / "four.png")]
-    assert "330 tokens predicted" in succeeded(start(launch, *flags, *mesh))
+    assert "330 tokens predicted" in succeeded(several(4, "scripts/perplexity.py", *flags, *mesh))
     one, four = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "four"))
     assert four["loss"] == pytest.approx(one["loss"], abs=1e-6)
     for mine, theirs in zip(four["loss_by_position"], one["loss_by_position"], strict=True):

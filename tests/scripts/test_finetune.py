@@ -11,7 +11,7 @@ import torch
 
 from hf_usp import UspConfigError
 
-from .launch import TINY_LLAMA, accelerate, alone, steps, succeeded, write_inputs
+from .launch import TINY_LLAMA, accelerate, alone, several, steps, succeeded, write_inputs
 
 SCRIPT = "scripts/finetune.py"
 
@@ -42,7 +42,8 @@ def test_two_processes_log_the_losses_of_one(
     (tmp_path / "model.json").write_text(json.dumps(model))
     succeeded(alone(SCRIPT, *flags, "--output_dir", str(tmp_path / "one")))
     mesh = ["--context-parallel-size", "2", "--context-parallel-algo", algorithm]
-    printed = succeeded(accelerate(2, SCRIPT, *flags, *mesh, "--output_dir", str(tmp_path / "two")))
+    launched = accelerate if algorithm == "ulysses_cp_algo" else several
+    printed = succeeded(launched(2, SCRIPT, *flags, *mesh, "--output_dir", str(tmp_path / "two")))
 
     assert "FutureWarning" not in printed
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
@@ -67,7 +68,7 @@ def test_two_processes_continue_a_run_of_one_that_was_cut_off(tmp_path: Path) ->
     assert "eval_loss" in printed
     whole = steps(out)
     (out / "checkpoint-3" / "trainer_state.json").unlink()  # as a run leaves it that is killed while it saves
-    printed = succeeded(accelerate(2, SCRIPT, *flags, "--context-parallel-size", "2"))
+    printed = succeeded(several(2, SCRIPT, *flags, "--context-parallel-size", "2"))
     assert f"continuing from {out / 'checkpoint-2'}" in printed
     assert [entry["loss"] for entry in steps(out)] == pytest.approx([entry["loss"] for entry in whole], abs=1e-5)
     assert (out / "model.safetensors").exists()
@@ -133,7 +134,7 @@ def test_a_stream_of_documents(tmp_path: Path) -> None:
     at = flags.index("--train_file")
     flags[at : at + 2] = ["--dataset_name", str(tmp_path / "texts"), "--streaming", "--sequence_length", "101"]
     succeeded(alone(SCRIPT, *flags, "--save_strategy", "no", "--output_dir", str(tmp_path / "one")))
-    two = accelerate(2, SCRIPT, *flags, "--context-parallel-size", "2", "--output_dir", str(tmp_path / "two"))
+    two = several(2, SCRIPT, *flags, "--context-parallel-size", "2", "--output_dir", str(tmp_path / "two"))
     succeeded(two)
     one, two = ([entry["loss"] for entry in steps(tmp_path / name)] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-5)

@@ -1,4 +1,4 @@
-"""`scripts/benchmarks/gpu.py` without a GPU: every part runs, the virtual ring is exact, the report is whole."""
+"""`benchmarks/gpu.py` without a GPU: every part runs, the virtual ring is exact, the report is whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "benchmarks" / "gpu.py"
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,9 +43,8 @@ def test_rehearsal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("edges", [[0, 256], [0, 20, 90, 256]], ids=["causal", "packed"])
-def test_virtual_ring_is_the_whole(edges: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_virtual_ring_is_the_whole(edges: list[int]) -> None:
     """In fp64 the virtual ranks' outputs and gradients are those of one kernel call; a lost message would show."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from virtual_ring import VirtualRing
 
     torch.manual_seed(0)

@@ -250,10 +250,9 @@ def test_help_imports_neither_matplotlib_nor_the_explanation() -> None:
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (1, 4), (4, 1)])
 def test_explained_bytes_are_those_that_the_benchmark_predicts_and_counts(
-    ulysses: int, ring: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+    ulysses: int, ring: int, window: int | None
 ) -> None:
     """`tests/attention/test_counts.py` holds the benchmark's prediction against what really crosses the wire."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts" / "benchmarks"))
     import attention as benchmark
 
     case = Case(

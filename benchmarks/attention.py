@@ -1,7 +1,7 @@
 """One attention call, forward and backward, in one process and over 1x2, 2x1 and 2x2 (ring x ulysses) CPU processes.
 
-    python scripts/benchmarks/attention.py                      # 4,096 tokens, bf16 and fp32, 4 to 8 minutes
-    python scripts/benchmarks/attention.py --tokens 1024 --repeats 1 --dtypes float32
+    python benchmarks/attention.py                      # 4,096 tokens, bf16 and fp32, 4 to 8 minutes
+    python benchmarks/attention.py --tokens 1024 --repeats 1 --dtypes float32
 
 Prints prediction beside measurement per case (other libraries: compare.py) and writes results/attention-<date>.json,
 .md and .png with hardware, versions and this command. Bytes, messages, mask area, copies and saved bytes repeat; CPU
@@ -224,7 +224,7 @@ def main() -> None:
     machine = f"{os.cpu_count()} cores, {cpu}, {platform.system()}"
     versions = f"torch {torch.__version__}, hf_usp {hf_usp.__version__}, Python {platform.python_version()}"
     sizes = f"{args.tokens} tokens, {HEADS} query and {KV_HEADS} kv heads of width {WIDTH}, one row"
-    command = f"python scripts/benchmarks/attention.py --tokens {args.tokens} --repeats {args.repeats} --dtypes"
+    command = f"python benchmarks/attention.py --tokens {args.tokens} --repeats {args.repeats} --dtypes"
     command = " ".join([command, *args.dtypes])
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / f"attention-{date.today().isoformat()}"

@@ -1,7 +1,7 @@
 """What one GPU can tell about the whole: kernels, tiles, a virtual ring, launches, the longest step. Ten minutes.
 
-    python scripts/benchmarks/gpu.py                       # or: make gpu (after the checks of every kernel)
-    python scripts/benchmarks/gpu.py --device cpu --small  # a rehearsal of the same code without a GPU, under a minute
+    python benchmarks/gpu.py                       # or: make gpu (after the checks of every kernel)
+    python benchmarks/gpu.py --device cpu --small  # a rehearsal of the same code without a GPU, under a minute
 
 Expected on an H100 or H200: a ring of 8 virtual ranks of 8,192 rows costs at most 1 / 0.95 of the single kernel, packed
 1 / 0.90. Writes results/gpu/<date>-<device>-benchmark.json, .md and .png, after every part, so that a run that is cut
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from longest import longest_steps  # noqa: E402
 from notes import machine_notes  # noqa: E402
@@ -302,7 +302,7 @@ def main() -> int:
         f"{bench.heads} query and {bench.kv_heads} kv heads of width {bench.width}, bf16; kernel {bench.kernel}; {name}"
     )
     arguments = " --small" * args.small + f" --device {args.device}" * (args.device != "cuda")
-    notes = machine_notes(f"python scripts/benchmarks/gpu.py{arguments}") | {"sizes": sizes}
+    notes = machine_notes(f"python benchmarks/gpu.py{arguments}") | {"sizes": sizes}
     args.output.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     stem = args.output / f"{date.today().isoformat()}-{slug}-benchmark"

@@ -1,7 +1,7 @@
 """One causal attention call, forward and backward, of this library and of others: same inputs, processes and kernel.
 
-    python scripts/benchmarks/compare.py --peers build/peers          # 4,096 tokens, bf16, 2 and 4 processes, 5 minutes
-    python scripts/benchmarks/compare.py                              # without the peers that are not installed
+    python benchmarks/compare.py --peers build/peers          # 4,096 tokens, bf16, 2 and 4 processes, 5 minutes
+    python benchmarks/compare.py                              # without the peers that are not installed
 
 `peers.py` says how to install the others into build/peers and what was done to run them on CPU. All contenders live in
 the same processes and take turns, so that what disturbs one disturbs all. Counted per rank: bytes on the wire,
@@ -253,9 +253,7 @@ def main() -> None:
         print(f"{world} processes", flush=True)
         more, absent = run_world(world, args)
         lines, missing = lines + more, missing | absent
-    command = (
-        f"python scripts/benchmarks/compare.py --tokens {args.tokens} --repeats {args.repeats} --dtype {args.dtype}"
-    )
+    command = f"python benchmarks/compare.py --tokens {args.tokens} --repeats {args.repeats} --dtype {args.dtype}"
     notes = machine_notes(command) | {
         "sizes": f"{args.tokens} tokens, {HEADS} query and {KV_HEADS} kv heads of width {WIDTH}, one row, causal"
     }

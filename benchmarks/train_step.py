@@ -1,6 +1,6 @@
 """A small Llama under the stock Trainer: this library beside Accelerate's own sequence parallelism, 1 to 4 processes.
 
-    python scripts/benchmarks/train_step.py --peers build/peers  # 5 to 10 minutes; peers.py fills the folder
+    python benchmarks/train_step.py --peers build/peers  # 5 to 10 minutes; peers.py fills the folder
 
 Every way trains the same model on the same rows; the losses say whether they train the same thing. Tokens per second is
 wall time of the fastest step, CPU seconds those of the busiest process in it, memory the largest resident set of a
@@ -299,7 +299,7 @@ def main() -> None:
         for case in CASES:
             lines.append(run_case(case, args, Path(folder)))
             print(f"  {case[0]}, {case[1]} processes, ulysses {case[2]}: {lines[-1].get('failed', 'done')}", flush=True)
-    notes = machine_notes(f"python scripts/benchmarks/train_step.py --tokens {args.tokens} --steps {args.steps}")
+    notes = machine_notes(f"python benchmarks/train_step.py --tokens {args.tokens} --steps {args.steps}")
     sizes = (
         f"Llama of 4 layers, width 256, 8 query and 4 kv heads, vocabulary 4,096, fp32; one row of {args.tokens} tokens"
     )

@@ -1,7 +1,7 @@
 """Two nodes on one machine: pure ulysses, pure ring and the hybrid over a link of set speed, two processes on a side.
 
-    sudo python scripts/benchmarks/two_nodes.py                     # 5 speeds, 2 lengths, 5 to 10 minutes
-    sudo python scripts/benchmarks/two_nodes.py --rates 100 --tokens 2048 --repeats 1
+    sudo python benchmarks/two_nodes.py                     # 5 speeds, 2 lengths, 5 to 10 minutes
+    sudo python benchmarks/two_nodes.py --rates 100 --tokens 2048 --repeats 1
 
 Makes two network namespaces joined by a veth pair whose rate `tc` limits (token bucket), starts two processes in each,
 and removes everything again, also when it is interrupted. Inside a namespace processes talk over its loopback. Nothing
@@ -389,7 +389,7 @@ def main() -> int:
 
 def write(lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Table, figures and picture."""
-    command = f"python scripts/benchmarks/two_nodes.py --rates {' '.join(map(str, args.rates))} --tokens "
+    command = f"python benchmarks/two_nodes.py --rates {' '.join(map(str, args.rates))} --tokens "
     command += f"{' '.join(map(str, args.tokens))} --repeats {args.repeats}"
     notes = machine_notes(command)
     sizes = f"{HEADS} query and {KV_HEADS} kv heads of width {WIDTH}, bf16, causal, one row; 4 processes, 2 on a side."

@@ -1,6 +1,6 @@
 """CPU time of what is planned once per batch: dealing tokens to ring ranks, and one rank's plan.
 
-    python scripts/benchmarks/planning.py                       # 1,048,576 tokens in 10,000 documents, a minute
+    python benchmarks/planning.py                       # 1,048,576 tokens in 10,000 documents, a minute
 
 Documents of log-normal lengths, four batches each. Prints a table and writes it to results/planning-<date>.md.
 """
@@ -67,7 +67,7 @@ def main() -> None:
             lines.append("| " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "unknown")
-    command = f"python scripts/benchmarks/planning.py --tokens {args.tokens} --documents {args.documents}"
+    command = f"python benchmarks/planning.py --tokens {args.tokens} --documents {args.documents}"
     machine = f"{os.cpu_count()} cores, {cpu}; numpy {np.__version__}, Python {platform.python_version()}"
     table = "\n".join(lines)
     args.output.mkdir(parents=True, exist_ok=True)

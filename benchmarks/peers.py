@@ -174,7 +174,8 @@ def ringmaster(ulysses: int, schedule: str) -> Contender:
         if schedule == "zigzag":
             return zig.zigzag_ring_attention(q, k, v, group=along_ring, scaling=None)
         if ulysses == world:
-            return flash_stand_in.flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return flash_stand_in.flash_attn_func(q, k, v, causal=True)
         return p2p.ring_p2p_attention(q, k, v, group=along_ring, causal=True, scaling=None)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -280,5 +281,5 @@ def contenders(tokens: int) -> tuple[list[Contender], dict[str, str]]:
         try:
             found.append(make())
         except ImportError as error:
-            missing[name] = f"not installed here ({error}); the commands stand in scripts/benchmarks/peers.py"
+            missing[name] = f"not installed here ({error}); the commands stand in benchmarks/peers.py"
     return found, missing

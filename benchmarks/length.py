@@ -1,6 +1,6 @@
 """Memory of a rank against the length of the sequence: flat when the ranks grow with it. 1, 2 and 4 processes.
 
-    python scripts/benchmarks/length.py            (8,192 tokens a rank, up to 32,768; 17 minutes on 2 busy cores)
+    python benchmarks/length.py            (8,192 tokens a rank, up to 32,768; 17 minutes on 2 busy cores)
 
 One training step of a small Llama, prepared by Accelerate: loss and MLPs in chunks, checkpointed layers; beside it
 plain Transformers in one process at the same lengths. Two figures of the busiest rank: live bytes, the largest sum of
@@ -257,7 +257,7 @@ def main() -> None:
     from notes import machine_notes
 
     lines = run_all(args.per_rank)
-    notes = machine_notes(f"python scripts/benchmarks/length.py --per-rank {args.per_rank}")
+    notes = machine_notes(f"python benchmarks/length.py --per-rank {args.per_rank}")
     sizes = (
         f"Llama of {SIZES['num_hidden_layers']} layers, width {SIZES['hidden_size']}, 8 query and 4 kv heads, "
         f"vocabulary {SIZES['vocab_size']:,}, fp32; {args.per_rank:,} tokens a rank, loss_chunk_size, mlp_chunk_size "
