@@ -66,7 +66,11 @@ def test_both_front_pages_say_the_same() -> None:
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in TOP[:2])
     for pattern in (r"^## ", r"^\|", r"^```", r"^\* "):
         assert len(re.findall(pattern, english, re.M)) == len(re.findall(pattern, chinese, re.M)), pattern
-    for pattern in (r"\d+\.\d+", r"\]\((?:docs|results|scripts)/[^)]+\)", r"^(?:make|model|config|args|Trainer)\b[^#\n]*"):
+    for pattern in (
+        r"\d+\.\d+",
+        r"\]\((?:docs|results|scripts)/[^)]+\)",
+        r"^(?:make|model|config|args|Trainer)\b[^#\n]*",
+    ):
         assert set(re.findall(pattern, english, re.M)) <= set(re.findall(pattern, chinese, re.M)), pattern
 
 
@@ -102,7 +106,7 @@ def test_the_reference_has_what_pages_tell_to_use() -> None:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         texts[notebook.name] = "\n".join("".join(cell["source"]) for cell in cells)
     used = {name: page for page, text in texts.items() for name in told_to_use(text)}
-    assert {"data.packing.pack", "callbacks.checkpoint.get_last_complete_checkpoint", "UspParallelismConfig"} <= set(used)
+    assert {"data.packing.pack", "callbacks.checkpoint.get_last_complete_checkpoint", "shard"} <= set(used)
     assert not {name: page for name, page in used.items() if name not in reference()}
 
 
