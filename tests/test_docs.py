@@ -13,9 +13,11 @@ import hf_usp
 from hf_usp import errors
 
 from .planner import recipes
+from .test_laws import LAYERS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 # Blocks that speak of the reader's model, trainer or data: compiled only. All others run.
 NEEDS = re.compile(r"from_pretrained|\btrainer\b|\bTrainingArguments\b|\.\.\.")
@@ -54,6 +56,35 @@ def test_every_page_is_in_the_menu() -> None:
     assert all(page.name in menu for page in (ROOT / "docs").glob("*.md"))
 
 
+@pytest.mark.parametrize("page, most", [("README.md", 100), ("README.zh.md", 100), ("docs/glossary.md", 40)])
+def test_pages_that_are_read_first_are_short(page: str, most: int) -> None:
+    assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= most
+
+
+def test_both_front_pages_say_the_same() -> None:
+    """As many sections, tables, rows and links, the same code and the same figures."""
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in TOP[:2])
+    for pattern in (r"^## ", r"^\|", r"^```", r"^\* "):
+        assert len(re.findall(pattern, english, re.M)) == len(re.findall(pattern, chinese, re.M)), pattern
+    for pattern in (
+        r"\d+\.\d+",
+        r"\]\((?:docs|results|scripts)/[^)]+\)",
+        r"^(?:make|model|config|args|Trainer)\b[^#\n]*",
+    ):
+        assert set(re.findall(pattern, english, re.M)) <= set(re.findall(pattern, chinese, re.M)), pattern
+
+
+def test_how_it_works_lists_every_layer_and_file() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| ", page, re.M)
+    assert [int(layer) for layer, _ in rows] == list(range(len(LAYERS), 0, -1))
+    assert [tuple(re.findall(r"`(\w+)/?`", packages)) for _, packages in rows] == list(reversed(LAYERS))
+    sources = {path.relative_to(ROOT / "hf_usp").as_posix() for path in (ROOT / "hf_usp").rglob("*.py")}
+    listed = re.findall(r"^([\w/]+\.py)  +\S", page, re.M)
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {name for name in sources if not name.endswith("/__init__.py")}
+
+
 def reference() -> list[str]:
     """Names in docs/api.md, without the leading hf_usp."""
     return re.findall(r"^::: hf_usp\.(\S+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
@@ -67,14 +98,15 @@ def told_to_use(text: str) -> set[str]:
 
 
 def test_the_reference_has_what_pages_tell_to_use() -> None:
-    """README, all pages but those on the insides (the walk and decisions), and the notebooks."""
-    pages = [page for page in PAGES if page.parent.name != "decisions" and page.name != "walk.md"]
+    """README, all pages but those on the insides and on the past, and the notebooks."""
+    inside = ("how-it-works.md", "CHANGELOG.md")
+    pages = [page for page in PAGES if page.parent.name != "decisions" and page.name not in inside]
     texts = {page.name: page.read_text(encoding="utf-8") for page in pages}
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         texts[notebook.name] = "\n".join("".join(cell["source"]) for cell in cells)
     used = {name: page for page, text in texts.items() for name in told_to_use(text)}
-    assert {"integers.packing.pack", "checkpoint.get_last_complete_checkpoint", "UspParallelismConfig"} <= set(used)
+    assert {"data.packing.pack", "callbacks.checkpoint.get_last_complete_checkpoint", "shard"} <= set(used)
     assert not {name: page for name, page in used.items() if name not in reference()}
 
 

@@ -1,13 +1,26 @@
-"""Ring attention: one loop forward, its mirror image backward. The plan says what each step sends and computes.
+"""Ring attention: one loop forward, its mirror image backward. The ring schedule lists each step's rows and tiles.
+
+Each rank keeps its queries. Keys and values come directly from the rank that holds them, and only rows that some query
+of the receiver sees (`hf_usp.sharding.schedule`). Rank 0 of a ring of 4:
+
+    step 0    own K, V      -> tiles          step 1 receives K, V of rank 3, sends own to rank 1
+    step 1    K, V of 3     -> tiles, merge   step 2 receives K, V of rank 2, sends own to rank 2
+    step 2    K, V of 2     -> tiles, merge   step 3 receives K, V of rank 1, sends own to rank 3
+    step 3    K, V of 1     -> tiles, merge
+              computed now                    sent and received meanwhile
+
+    for step in schedule:                           # ring_forward
+        start_send_and_receive(step.next)           # overlaps with the tiles below
+        for tile in step.tiles:
+            merge(out, lse, kernel(q[tile.rows], k[tile.keys], v[tile.keys]))
+        k, v = wait_for(step.next)
+
+Backward: the same loop. The kernel gets the FINAL output and log-sum-exp, so the partial gradients of tiles simply add
+up (Ring Attention, arXiv 2310.01889). dQ stays; dK and dV are sent to the owner of the keys in their own dtype, and the
+owner sums them in fp32. `softmax_merge.py` decides which sums and merges are needed (FlashAttention, arXiv 2205.14135).
 
 Shape suffixes: T own tokens of the ring shard (query rows), K key rows at hand, H query heads, G kv heads, D key width,
 E value width.
-
-Forward: the rows that readers need are on their way while this step's tiles are computed; every tile's output and
-log-sum-exp are merged in fp32. Backward: keys and values travel again, and each tile's dK, dV go straight home, in
-their own dtype, where the owner sums them in fp32. Tiles are given the FINAL output and log-sum-exp, so partial
-gradients simply add (Ring Attention, arXiv 2310.01889; the merge is FlashAttention's, arXiv 2205.14135). What parts
-are summed in, and what needs no sum, is decided in `merge.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +42,15 @@ from .softmax_merge import GradientSum, OnlineSoftmax
 
 @dataclass(frozen=True, eq=False)
 class RingCall:
-    """Everything about one attention call that is not a tensor."""
+    """Everything about one attention call that is not a tensor.
+
+    Attributes:
+        work: the ring schedule on this device.
+        mesh: the ranks; the ring group is used.
+        kernel: computes one tile.
+        softmax: scaling and softcap.
+        heads: query-head and kv-head slices of each kernel call; more than one where heads split unevenly.
+    """
 
     work: DeviceSchedule
     mesh: UspMesh
@@ -39,7 +60,13 @@ class RingCall:
 
 
 class Block(NamedTuple):
-    """Keys and values at hand, k_KGD and v_KGE. message: what they arrived in, of which they are views, or None."""
+    """Keys and values that a step computes with.
+
+    Attributes:
+        k: keys k_KGD.
+        v: values v_KGE.
+        message: the received buffer of which k and v are views; None for own keys.
+    """
 
     k: Tensor
     v: Tensor
@@ -83,19 +110,19 @@ def ring_backward(
             return (*call.kernel.backward(dout_THE, q_THD, k_TGD, v_TGE, *rows[2:], segments, call.softmax), None)
     work = call.work
     dq, dk, dv = GradientSum(q_THD, work.rows), GradientSum(k_TGD, work.keys), GradientSum(v_TGE, work.keys)
-    coming_home: Callable[[], None] | None = None
+    arriving_gradients: Callable[[], None] | None = None
     for stage, block in _arrivals(k_TGD, v_TGE, call):
         if stage.recv_rank == call.mesh.ring_rank:
             _tiles_backward(stage, rows, block(), (dq, dk, dv), call)
             continue
         packed = _partial_gradients(stage, rows, block(), dq, call)
-        if coming_home is not None:
-            coming_home()
-            coming_home = None  # and with it the memory of what came
-        coming_home = _send_home(stage, packed, dk, dv, call.mesh)
+        if arriving_gradients is not None:
+            arriving_gradients()
+            arriving_gradients = None  # frees the received message
+        arriving_gradients = _send_to_owner(stage, packed, dk, dv, call.mesh)
         del packed
-    if coming_home is not None:
-        coming_home()
+    if arriving_gradients is not None:
+        arriving_gradients()
     return dq.result(), dk.result(), dv.result(), _sink_gradient(dout_THE, out_THE, lse_HT, sinks_H)
 
 
@@ -105,7 +132,7 @@ def _needs_no_merge(sinks_H: Tensor | None, call: RingCall) -> bool:
 
 
 def _tiles_forward(stage: DeviceStep, q_THD: Tensor, block: Block, merged: OnlineSoftmax, call: RingCall) -> None:
-    """Compute a stage's tiles and merge them."""
+    """Compute the tiles of a step and merge them."""
     for part in stage.calls:
         q_rows, k_rows, v_rows = q_THD[part.rows], block.k[part.keys], block.v[part.keys]
         for h, g in call.heads:
@@ -124,7 +151,7 @@ def _tiles_backward(
     sums: tuple[GradientSum, GradientSum, GradientSum],
     call: RingCall,
 ) -> None:
-    """Add the gradients of a stage's tiles to `sums` (of dq, dk, dv); `rows` = dout, q, out, lse."""
+    """Add the gradients of a step's tiles to `sums` (of dq, dk, dv); `rows` = dout, q, out, lse."""
     dout_THE, q_THD, out_THE, lse_HT = rows
     for part in stage.calls:
         at = part.rows
@@ -153,9 +180,9 @@ def _tiles_backward(
 def _partial_gradients(
     stage: DeviceStep, rows: tuple[Tensor, ...], block: Block, dq: GradientSum, call: RingCall
 ) -> Tensor:
-    """dK, dV of the keys that arrived, summed in the message that takes them home; dq is added to.
+    """dK, dV of the keys that arrived, summed in the message that is sent to their owner; dQ is added to `dq`.
 
-    Where one kernel call has read all of the keys, their gradients take their place in the message that they came in.
+    Where one kernel call reads all of the keys, their gradients overwrite the received message.
     """
     assert block.message is not None
     once = len(stage.calls) == len(call.heads) == 1
@@ -168,7 +195,7 @@ def _partial_gradients(
 
 
 def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Any:
-    """Yield each stage with a function that returns its keys and values, the next stage's transfer already started."""
+    """Yield each step with a function that returns its keys and values; the next step's transfer has been started."""
     stages = call.work.stages
     ready: Callable[[], Block] = lambda: Block(k_TGD, v_TGE)  # noqa: E731
     for i, stage in enumerate(stages):
@@ -179,7 +206,7 @@ def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Any:
 
 
 def _start(stage: DeviceStep, k_TGD: Tensor, v_TGE: Tensor, mesh: UspMesh) -> Callable[[], Block]:
-    """Send the key and value rows that the send_rank needs, packed side by side; receive those that this rank needs."""
+    """Send the key and value rows that `send_rank` needs, packed side by side; receive those that this rank needs."""
     packed = _pack(k_TGD[stage.send], v_TGE[stage.send])
     arriving = packed.new_empty(stage.num_received, packed.shape[1])
     pending = _exchange(mesh, (packed, stage.send_rank), (arriving, stage.recv_rank))
@@ -194,10 +221,10 @@ def _start(stage: DeviceStep, k_TGD: Tensor, v_TGE: Tensor, mesh: UspMesh) -> Ca
     return block
 
 
-def _send_home(
+def _send_to_owner(
     stage: DeviceStep, packed: Tensor, dk: GradientSum, dv: GradientSum, mesh: UspMesh
 ) -> Callable[[], None]:
-    """The mirror of `_start`: gradients of the received rows go to their owner; add those that come back."""
+    """The mirror of `_start`: send gradients of the received rows to their owner; add those that arrive."""
     arriving = packed.new_empty(stage.num_sent, packed.shape[1])
     pending = _exchange(mesh, (packed, stage.recv_rank), (arriving, stage.send_rank))
 

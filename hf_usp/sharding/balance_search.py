@@ -1,4 +1,4 @@
-"""Chunks of a row assigned to ring ranks so that all compute and fetch equally long: first greedily, then by swaps.
+"""Chunks of a row assigned to ring ranks so that all compute and fetch for equally long: greedily, then by swaps.
 
 Objective: the sum over ranks of the squared excess, where a rank's excess is the key rows that it fetches plus the mask
 area above its allowance (`_exchange`). Integers only: no torch.
@@ -19,7 +19,7 @@ from .masks import Mask
 PIECES = (2, 4, 8, 16, 32, 64)
 
 
-# A rank may have this share more than the mean before tokens are dealt otherwise.
+# A rank may have this much more work than the mean before another assignment is searched.
 UNEVEN = 0.05
 
 
@@ -28,12 +28,18 @@ UNEVEN = 0.05
 PAIRS_PER_ROW = 250
 
 
-# Exchanges of chunks for each deal, and the numbers that they may look at in all: some ten milliseconds.
+# Swaps of chunks for each assignment, and the numbers that they may look at in all: some ten milliseconds.
 EXCHANGES, LOOKS = 40, 2_000_000
 
 
 class Chunks(NamedTuple):
-    """A row cut at `edges` [C + 1], and the ring rank that gets each chunk [C]. No chunk is empty."""
+    """Chunks of a row, and the ring rank of each. No chunk is empty.
+
+    Attributes:
+        edges: chunk i holds the positions edges[i] .. edges[i + 1] - 1 [C + 1].
+        owner: ring rank of each chunk [C].
+        ring: number of ring ranks.
+    """
 
     edges: IntArray
     owner: IntArray
@@ -41,12 +47,26 @@ class Chunks(NamedTuple):
 
 
 def without_empty(edges: IntArray, owner: IntArray, ring: int) -> Chunks:
+    """The same chunks without empty ones.
+
+    >>> chunks = without_empty(np.array([0, 2, 2, 4]), np.array([0, 1, 1]), ring=2)
+    >>> chunks.edges.tolist(), chunks.owner.tolist()
+    ([0, 2, 4], [0, 1])
+    """
     filled = np.diff(edges) > 0
     return Chunks(np.append(edges[:-1][filled], edges[-1]), owner[filled], ring)
 
 
 class MaskLoad:
-    """What chunks of a row cost, over all rows and layers."""
+    """The work of chunks of a row, summed over all rows and layers.
+
+    >>> from .masks import Documents
+    >>> load = MaskLoad([Mask(Documents.from_bounds([0, 8]))], batch=1, num_tokens=8)
+    >>> load.areas(np.array([0, 2, 4, 6, 8])).tolist(), load.total  # causal: later chunks have more pairs
+    ([3, 7, 11, 15], 36)
+    >>> load.busiest(Chunks(np.array([0, 2, 4, 6, 8]), np.array([0, 1, 1, 0]), 2))
+    18
+    """
 
     def __init__(self, masks: Sequence[Mask], batch: int, num_tokens: int) -> None:
         self.masks, self.batch, self.num_tokens = Counter(masks), batch, num_tokens
@@ -85,7 +105,13 @@ class MaskLoad:
 
 
 def balanced_assignments(load: MaskLoad, ring: int, shortest: int) -> list[Chunks]:
-    """Even deals with 2, 4, ... chunks for each rank, up to the first whose busiest rank is near the mean."""
+    """Assignments with 2, 4, ... chunks for each rank, up to the first whose busiest rank is near the mean.
+
+    >>> from .masks import Documents
+    >>> load = MaskLoad([Mask(Documents.from_bounds([0, 6, 8]))], batch=1, num_tokens=8)
+    >>> min(load.busiest(chunks) for chunks in balanced_assignments(load, ring=2, shortest=1)), load.total
+    (12, 24)
+    """
     dealt: list[Chunks] = []
     for pieces in PIECES:
         size = load.num_tokens // (ring * pieces)
@@ -116,9 +142,9 @@ def _assign_greedily(load: MaskLoad, ring: int, size: int) -> Chunks:
 
 
 def _swap_chunks(chunks: Chunks, load: MaskLoad, tries: int) -> Chunks:
-    """The same chunks after exchanges of two each, which take keys that have to be fetched off the rank that is last.
+    """The same chunks after swaps of two each. A swap takes work or fetched keys off the rank with the largest excess.
 
-    A rank's excess is what it fetches and the area above its allowance; an exchange lowers the sum of their squares.
+    A rank's excess is what it fetches and the area above its allowance. A swap lowers the sum of the squares.
     """
     edges, owner, ring = chunks.edges, chunks.owner.copy(), chunks.ring
     need, length, area = _fetch_costs(edges, load), np.diff(edges), load.areas(edges).astype(np.float64)
@@ -172,7 +198,7 @@ def _swap_chunks(chunks: Chunks, load: MaskLoad, tries: int) -> Chunks:
 
 
 def _fetch_costs(edges: IntArray, load: MaskLoad) -> IntArray:
-    """What fetching would cost of each chunk (of each row) that the queries of a chunk see [C, batch * C]."""
+    """Cost of fetching each chunk (of each row) that the queries of a chunk see [C, batch * C]."""
     start, stop = edges[:-1], edges[1:]
     need = np.zeros((len(start), load.batch, len(start)))
     rows = np.arange(load.batch)[:, None] * load.num_tokens

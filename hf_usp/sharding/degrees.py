@@ -15,29 +15,43 @@ from .heads import check_heads
 
 
 def ulysses_bytes(num_heads: int, num_kv_heads: int, ulysses_degree: int) -> float:
-    """Floor of the head exchanges, forward and backward, in u."""
+    """Least bytes of the all-to-alls, forward and backward, in u.
+
+    >>> ulysses_bytes(32, 8, ulysses_degree=8)  # 2 * (64 + 16) * 7/8
+    140.0
+    """
     m = max(num_kv_heads, ulysses_degree)
     return 2 * (2 * num_heads + 2 * m) * (1 - 1 / ulysses_degree)
 
 
 def ring_bytes(num_kv_heads: int, ulysses_degree: int, ring_degree: int) -> float:
-    """Floor of the pruned causal zigzag ring, forward and backward, in u."""
+    """Least bytes of a causal zigzag ring that sends visible keys only, forward and backward, in u.
+
+    >>> ring_bytes(8, ulysses_degree=1, ring_degree=8)  # 4.5 * 8 * 7
+    252.0
+    """
     return 4.5 * max(num_kv_heads, ulysses_degree) * (ring_degree - 1)
 
 
 def even_degrees(cp_size: int, num_heads: int) -> list[int]:
-    """Divisors of `cp_size` that leave every rank at most 5 % more query heads than the mean; 1 always does."""
+    """Divisors of `cp_size` that leave every rank at most 5 % more query heads than the mean; 1 always does.
+
+    >>> even_degrees(8, num_heads=14)
+    [1, 2]
+    """
     return [d for d in range(1, cp_size + 1) if cp_size % d == 0 and -(-num_heads // d) * d <= 1.05 * num_heads]
 
 
 def choose_ulysses_degree(
     cp_size: int, num_heads: int, num_kv_heads: int, ranks_per_node: int | None = None
 ) -> tuple[int, str]:
-    """The ulysses degree that moves the fewest bytes, and the reason in words.
+    """The ulysses degree that sends the fewest bytes, and the reason as text.
 
-    Only degrees that divide `cp_size`, lie inside a node of `ranks_per_node` ranks and leave every rank at most 5 %
-    more query heads than the mean are considered; 1 (a pure ring) always qualifies.
-    Raises `UspConfigError` for sizes that no mesh has.
+    Candidates divide `cp_size`, fit inside a node of `ranks_per_node` ranks and leave every rank at most 5 % more query
+    heads than the mean; 1 (a pure ring) always qualifies. Raises `UspConfigError` for sizes that no mesh has.
+
+    >>> choose_ulysses_degree(16, num_heads=32, num_kv_heads=8, ranks_per_node=8)[0]
+    8
     """
     check_heads(num_heads, num_kv_heads)
     node = cp_size if ranks_per_node is None else ranks_per_node
@@ -58,12 +72,16 @@ def choose_ulysses_degree(
 
 
 def check_degrees(cp_size: int, ulysses_degree: int) -> int:
-    """Ring degree of a cp group, or `UspConfigError` when the ulysses degree does not divide it."""
+    """Ring degree of a cp group. Raises `UspConfigError` where the ulysses degree does not divide its size.
+
+    >>> check_degrees(cp_size=8, ulysses_degree=4)
+    2
+    """
     if ulysses_degree < 1 or cp_size < 1 or cp_size % ulysses_degree:
         divisors = [d for d in range(1, max(cp_size, 1) + 1) if cp_size % d == 0]
         raise UspConfigError(
             f"ulysses_degree={ulysses_degree} with a context-parallel size of {cp_size}",
-            rule="context-parallel size = ulysses_degree x ring_degree, both whole numbers of at least 1",
+            rule="context-parallel size = ulysses_degree x ring_degree, both integers of at least 1",
             remedy=f"choose ulysses_degree from {', '.join(map(str, divisors))}, or change the context-parallel size",
         )
     return cp_size // ulysses_degree

@@ -10,10 +10,15 @@ from ..utils.validation import check_positive_int
 
 @dataclass(frozen=True)
 class HeadShare:
-    """Heads of one ulysses rank: query heads q0..q1-1 and the kv heads k0..k1-1 that they read.
+    """Heads of one ulysses rank.
 
-    `runs` cuts them into (q0, q1, k0, k1), local numbers, inside which every kv head serves equally many query heads
-    in order, as grouped-query kernels expect. An even split is one run.
+    Attributes:
+        q0: first query head.
+        q1: head after the last query head.
+        k0: first kv head that they read.
+        k1: head after the last kv head that they read.
+        runs: (q0, q1, k0, k1) in local numbers. Inside a run every kv head serves equally many query heads in order, as
+            grouped-query kernels expect. An even split is one run.
     """
 
     q0: int
@@ -24,18 +29,25 @@ class HeadShare:
 
     @property
     def num_query(self) -> int:
+        """Number of query heads."""
         return self.q1 - self.q0
 
     @property
     def num_kv(self) -> int:
+        """Number of kv heads."""
         return self.k1 - self.k0
 
 
 def split_heads(num_heads: int, num_kv_heads: int, ulysses_degree: int) -> tuple[HeadShare, ...]:
-    """Deal any number of heads to `ulysses_degree` ranks, as evenly as whole query heads allow.
+    """Split any number of heads over `ulysses_degree` ranks, as evenly as query heads allow.
 
-    A kv head travels once to every rank that reads it. Raises `UspConfigError` where grouped-query attention itself is
+    A kv head is sent once to every rank that reads it. Raises `UspConfigError` where grouped-query attention itself is
     undefined (num_heads not a multiple of num_kv_heads).
+
+    Six query heads over two kv heads on four ranks; the second rank has heads 2 and 3, which read different kv heads:
+
+    >>> [(s.q0, s.q1, s.k0, s.k1) for s in split_heads(6, 2, 4)]
+    [(0, 2, 0, 1), (2, 4, 0, 2), (4, 5, 1, 2), (5, 6, 1, 2)]
     """
     check_heads(num_heads, num_kv_heads)
     check_positive_int(required=True, ulysses_degree=ulysses_degree)
@@ -51,6 +63,10 @@ def split_heads(num_heads: int, num_kv_heads: int, ulysses_degree: int) -> tuple
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
+    """Raise `UspConfigError` unless the query heads are a multiple of the kv heads.
+
+    >>> check_heads(14, 2)
+    """
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise UspConfigError(
             f"{num_heads} query heads over {num_kv_heads} kv heads",

@@ -1,13 +1,24 @@
-"""Who holds which token, and who looks at whom. Integers only: no torch.
+"""Load balancing: which ring rank holds which tokens of a row. Integers only: no torch.
 
-The one idea: **a query sees one interval of keys.** Causal, packed documents, sliding windows, chunks, padding, both
-directions: each only clips that interval (`Mask.interval`). Shards keep their tokens in ascending order, so between
-any two shards a query still sees one interval of *local* key rows (`visible`). A run of queries whose intervals grow
-like a band is a tile (`cut_tiles`), and a tile is exactly one segment of a variable-length flash-attention call.
+Eight tokens under a causal mask. Rows are queries, columns are keys. A number is the ring rank that computes the pair;
+a dot is masked. Two ranks hold four tokens each.
 
-Positions are global and flattened over the batch: row b of a batch of rows of S tokens holds b*S .. b*S + S - 1.
-A batch is a pack of its rows. Windows follow flash-attention: ``left`` / ``right`` count the keys before / after the
-diagonal that ends in the bottom right corner of the tile; -1 means no limit.
+    contiguous: rank 0 holds 0-3             zigzag: rank 0 holds 0, 1, 6, 7
+
+         0 1 2 3 4 5 6 7                          0 1 2 3 4 5 6 7
+      0  0 . . . . . . .                       0  0 . . . . . . .
+      1  0 0 . . . . . .                       1  0 0 . . . . . .
+      2  0 0 0 . . . . .                       2  1 1 1 . . . . .
+      3  0 0 0 0 . . . .                       3  1 1 1 1 . . . .
+      4  1 1 1 1 1 . . .                       4  1 1 1 1 1 . . .
+      5  1 1 1 1 1 1 . .                       5  1 1 1 1 1 1 . .
+      6  1 1 1 1 1 1 1 .                       6  0 0 0 0 0 0 0 .
+      7  1 1 1 1 1 1 1 1                       7  0 0 0 0 0 0 0 0
+
+    pairs: rank 0 10, rank 1 26              pairs: rank 0 18, rank 1 18
+
+A query is computed by the rank that holds it; the keys of other ranks are sent to it. "balanced" splits a row into
+more chunks and assigns them by their work; packed documents of uneven length need it.
 """
 
 from __future__ import annotations
@@ -27,18 +38,32 @@ ORDERS = ("contiguous", "zigzag")
 
 
 def contiguous(num_tokens: int, ring: int) -> list[IntArray]:
-    """Rank r holds the r-th of `ring` equal slices."""
+    """Rank r holds the r-th of `ring` equal slices.
+
+    >>> [shard.tolist() for shard in contiguous(8, 2)]
+    [[0, 1, 2, 3], [4, 5, 6, 7]]
+    """
     return np.array_split(np.arange(num_tokens), ring)
 
 
 def zigzag(num_tokens: int, ring: int) -> list[IntArray]:
-    """Rank r holds chunks r and 2*ring-1-r: an early one and a late one, so causal work is equal."""
+    """Rank r holds chunks r and 2*ring-1-r: an early one and a late one, so causal work is equal.
+
+    >>> [shard.tolist() for shard in zigzag(8, 2)]
+    [[0, 1, 6, 7], [2, 3, 4, 5]]
+    """
     chunks = np.array_split(np.arange(num_tokens), 2 * ring)
     return [np.concatenate((chunks[r], chunks[2 * ring - 1 - r])) for r in range(ring)]
 
 
 def fixed_assignment(num_tokens: int, ring: int, order: str) -> list[IntArray]:
-    """Positions of one row that each ring rank holds, ascending. `order` is one of `ORDERS`."""
+    """Positions of one row that each ring rank holds, ascending. `order` is one of `ORDERS`.
+
+    Raises `UspConfigError` for another order, and for a ring of no ranks.
+
+    >>> [shard.tolist() for shard in fixed_assignment(8, 4, "zigzag")]
+    [[0, 7], [1, 6], [2, 5], [3, 4]]
+    """
     if order not in ORDERS:
         raise UspConfigError(
             f"sequence_order={order!r}",
@@ -53,7 +78,11 @@ def fixed_assignment(num_tokens: int, ring: int, order: str) -> list[IntArray]:
 
 
 def over_batch(shards: Sequence[IntArray], batch: int, num_tokens: int) -> list[IntArray]:
-    """The same assignment for every row of a batch, as flattened ascending positions."""
+    """The same assignment for every row of a batch, as flattened ascending positions.
+
+    >>> [shard.tolist() for shard in over_batch([np.array([0, 3]), np.array([1, 2])], batch=2, num_tokens=4)]
+    [[0, 3, 4, 7], [1, 2, 5, 6]]
+    """
     rows = np.arange(batch)[:, None] * num_tokens
     return [(rows + shard).ravel() for shard in shards]
 
@@ -76,21 +105,40 @@ WORTH = 0.01
 
 
 class Assignment(NamedTuple):
-    """Name of the order, and the positions of a row that each ring rank holds, ascending."""
+    """An assignment of the tokens of a row to ring ranks.
+
+    Attributes:
+        order: its name, one of `ALL_ORDERS`.
+        shards: positions that each ring rank holds, ascending.
+    """
 
     order: str
     shards: list[IntArray]
 
 
 def assign_tokens(batch: int, num_tokens: int, ring: int, order: str, masks: Sequence[Mask]) -> Assignment:
-    """Deal the tokens of each of `batch` rows to `ring` ranks, the same way in every row.
+    """Assign the tokens of each of `batch` rows to `ring` ranks, the same way in every row.
 
     Args:
-        batch, num_tokens: rows, and tokens of a row (a multiple of `ring`).
+        batch: number of rows.
+        num_tokens: tokens of a row (a multiple of `ring`).
+        ring: number of ring ranks.
         order: one of `ALL_ORDERS`, or "auto": contiguous or zigzag where the better one is even (`choose_order`),
-            balanced where that costs less. A row that is one document is never dealt otherwise: a sliding window then
-            moves its halo and no more.
-        masks: over the whole batch, one entry per layer.
+            balanced where that costs less. A row of one document always gets a fixed order: a sliding window then
+            sends its halo and no more.
+        masks: over the full batch, one entry per layer.
+
+    Raises:
+        UspConfigError: an unknown order.
+
+    A causal mask over one document gets zigzag; documents of 6 and 2 tokens are balanced:
+
+    >>> from .masks import Documents
+    >>> assign_tokens(1, 8, 2, "auto", [Mask(Documents.from_bounds([0, 8]))]).order
+    'zigzag'
+    >>> found = assign_tokens(1, 8, 2, "balanced", [Mask(Documents.from_bounds([0, 6, 8]))])
+    >>> [shard.tolist() for shard in found.shards]  # 1 + 2 + 3 + 6 pairs each
+    [[0, 1, 2, 5], [3, 4, 6, 7]]
     """
     if order not in ("auto", *ALL_ORDERS):
         raise UspConfigError(
@@ -118,7 +166,7 @@ def assign_tokens(batch: int, num_tokens: int, ring: int, order: str, masks: Seq
         costs = [load.cost(chunks) for chunks in found]
         even = [load.busiest(chunks) <= (1 + UNEVEN) * mean for chunks in found]
         worth = [cost < (1 - WORTH) * costs[0] for cost in costs]
-        # Even deals first: a cost is an estimate of one machine's speeds, the work of the busiest rank is not.
+        # Even assignments first: a cost is an estimate of one machine's speeds, the work of the busiest rank is not.
         chosen = min(range(len(found)), key=lambda i: (not (even[i] and worth[i]), costs[i]))
         if worth[chosen]:
             return Assignment(BALANCED, _shards(found[chosen]))
@@ -146,7 +194,13 @@ def _shards(chunks: Chunks) -> list[IntArray]:
 
 
 def own_and_rest(shards: Sequence[IntArray], mask: Mask) -> tuple[IntArray, IntArray]:
-    """Mask area per rank [R] over the keys that it holds, and over those that have to come from other ranks."""
+    """Mask area per rank [R] over the keys that it holds, and over the keys that other ranks send it.
+
+    >>> from .masks import Documents
+    >>> own, rest = own_and_rest(zigzag(8, 2), Mask(Documents.from_bounds([0, 8])))
+    >>> own.tolist(), rest.tolist()
+    ([10, 10], [8, 8])
+    """
     pairs = np.empty((2, len(shards)), dtype=np.int64)
     for rank, shard in enumerate(shards):
         runs, seen = find_runs(shard), mask.interval(shard)
@@ -158,8 +212,13 @@ def own_and_rest(shards: Sequence[IntArray], mask: Mask) -> tuple[IntArray, IntA
 def balance(shards: Sequence[IntArray], mask: Mask) -> float:
     """Mean mask area per rank over the path of ranks that wait for each other: 1.0 is perfect, 1/ranks the worst.
 
-    Every rank computes its own keys first and meets the others where their keys are needed, so the path is the
-    largest share of own keys plus the largest share of the rest; work that is equal only in sum still waits.
+    Every rank computes with its own keys first and then waits for keys of others. So the path is the largest area over
+    own keys plus the largest area over the rest; ranks whose areas are equal only in sum still wait.
+
+    >>> from .masks import Documents
+    >>> mask = Mask(Documents.from_bounds([0, 8]))
+    >>> round(balance(contiguous(8, 2), mask), 3), balance(zigzag(8, 2), mask)  # 18 / (10 + 16), 18 / (10 + 8)
+    (0.692, 1.0)
     """
     own, rest = own_and_rest(shards, mask)
     path = own.max() + rest.max()
@@ -169,8 +228,13 @@ def balance(shards: Sequence[IntArray], mask: Mask) -> float:
 def choose_order(batch: int, num_tokens: int, ring: int, masks: Sequence[Mask]) -> str:
     """The order whose busiest rank has the least work, summed over `masks` (one entry per layer).
 
-    Where that differs by less than `WORTH`: the order in which ranks wait less (`balance`; a sliding window is better
-    off contiguous), then the one that needs fewer foreign keys (documents aligned with shards need none), then zigzag.
+    Where that differs by less than `WORTH`: the order in which ranks wait less (`balance`; contiguous for a sliding
+    window), then the one that fetches fewer keys (documents aligned with shards fetch none), then zigzag.
+
+    >>> from .masks import Documents
+    >>> document = Documents.from_bounds([0, 64])
+    >>> choose_order(1, 64, 4, [Mask(document)]), choose_order(1, 64, 4, [Mask(document, left=3)])
+    ('zigzag', 'contiguous')
     """
     if ring == 1:
         return "contiguous"

@@ -25,9 +25,15 @@ UNLIMITED = -1
 class Documents:
     """Consecutive groups of tokens that see only each other.
 
-    bounds [N + 1]: document i holds the positions bounds[i] .. bounds[i + 1] - 1.
-    first, last [N]: its visible keys are first[i] .. last[i] - 1. They are fewer than its tokens where keys are
-    padding, and none (first == last) where nothing is to be computed.
+    Attributes:
+        bounds: document i holds the positions bounds[i] .. bounds[i + 1] - 1 [N + 1].
+        first: first visible key of each document [N].
+        last: position after the last visible key of each document [N]. Padding is not visible. A document with
+            first == last has no visible key, and nothing is computed for it.
+
+    >>> packed = Documents.from_bounds([0, 3, 8])  # two documents, of 3 and 5 tokens
+    >>> packed.first.tolist(), packed.last.tolist(), packed.num_tokens
+    ([0, 3], [3, 8], 8)
     """
 
     bounds: IntArray
@@ -46,18 +52,27 @@ class Documents:
 
     @classmethod
     def from_bounds(cls, bounds: Sequence[int] | IntArray) -> Documents:
-        """Documents without padding: every token is a visible key."""
+        """Documents without padding: every token is a visible key.
+
+        >>> Documents.from_bounds([0, 3, 8]).bounds.tolist()
+        [0, 3, 8]
+        """
         edges = np.asarray(bounds, dtype=np.int64)
         return cls(edges, edges[:-1], edges[1:])
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all documents."""
         return int(self.bounds[-1])
 
     def chunked(self, size: int, row: int = 0) -> Documents:
-        """Each document cut into chunks of `size` tokens, counted from its first visible key (Llama 4).
+        """Each document split into chunks of `size` tokens, counted from its first visible key (Llama 4).
 
-        With a `row` length documents inside a row count their chunks from the row's first token.
+        With a `row` length, documents inside a row count their chunks from the first token of the row.
+        Raises `UspMaskError` for a size below 1.
+
+        >>> Documents.from_bounds([0, 5]).chunked(2).bounds.tolist()
+        [0, 2, 4, 5]
         """
         if size < 1:
             raise UspMaskError(
@@ -82,7 +97,18 @@ class Documents:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A query at position i sees the visible keys of its own document in [i - left, i + right]."""
+    """A query at position i sees the visible keys of its own document in [i - left, i + right].
+
+    Attributes:
+        documents: the documents of all rows.
+        left: keys before the query that it sees; -1: no limit.
+        right: keys after the query that it sees; -1: no limit, 0: causal.
+
+    >>> mask = Mask(Documents.from_bounds([0, 3, 8]), left=1)  # packed, causal, sliding_window=2
+    >>> lo, hi = mask.interval(np.arange(8))
+    >>> lo.tolist(), hi.tolist()
+    ([0, 0, 1, 3, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8])
+    """
 
     documents: Documents
     left: int = UNLIMITED
@@ -97,10 +123,14 @@ class Mask:
             )
 
     def interval(self, positions: IntArray) -> tuple[IntArray, IntArray]:
-        """First and past-the-last visible global position of each query; equal or crossed where it sees nothing.
+        """Interval [lo, hi) of global positions that each query sees; hi <= lo where a query sees nothing.
 
-        `positions` ascend, so where they are many, documents are looked up among them and not the other way around.
+        Query 4 of two documents of 3 and 5 tokens sees keys 3 and 4:
+
+        >>> [int(x[0]) for x in Mask(Documents.from_bounds([0, 3, 8])).interval(np.array([4]))]
+        [3, 5]
         """
+        # Positions ascend: where they are many, documents are looked up among them and not the other way around.
         docs = self.documents
         if len(positions) > len(docs.first):
             counts = np.diff(np.searchsorted(positions, docs.bounds))
@@ -117,7 +147,10 @@ class Mask:
     def reach(self, queries: Runs) -> IntArray:
         """Global positions that at least one of these queries sees, as sorted disjoint intervals [M, 2].
 
-        Worked out for runs inside a document: there intervals of neighbours overlap or touch.
+        Computed for each run inside a document, where the intervals of neighbours overlap or touch.
+
+        >>> Mask(Documents.from_bounds([0, 3, 8])).reach(find_runs(np.array([4, 5]))).tolist()
+        [[3, 6]]
         """
         docs = self.documents
         begin = np.searchsorted(docs.bounds, queries.start, side="right") - 1
@@ -133,12 +166,20 @@ class Mask:
         return merge_intervals(lo, np.where(start < stop, hi, lo))
 
     def area(self, positions: IntArray) -> int:
-        """Number of (query, key) pairs that these queries see."""
+        """Number of (query, key) pairs that the queries at `positions` see.
+
+        >>> Mask(Documents.from_bounds([0, 3, 8])).area(np.arange(8))  # 3 * 4 / 2 + 5 * 6 / 2
+        21
+        """
         runs = find_runs(positions)
         return int((self.area_before(runs.stop) - self.area_before(runs.start)).sum())
 
     def area_before(self, positions: IntArray) -> IntArray:
-        """Number of (query, key) pairs of all queries before each of the ascending `positions`."""
+        """Number of (query, key) pairs of all queries before each of the ascending `positions`.
+
+        >>> Mask(Documents.from_bounds([0, 3, 8])).area_before(np.array([3, 8])).tolist()
+        [6, 21]
+        """
         docs = self.documents
         lengths = np.diff(docs.bounds)
         before = np.concatenate(([0], np.cumsum(self._pairs(lengths, docs.bounds[:-1], docs.first, docs.last))))
@@ -147,7 +188,7 @@ class Mask:
         return before[document] + self._pairs(positions - start, start, docs.first[document], docs.last[document])
 
     def _pairs(self, count: IntArray, start: IntArray, first: IntArray, last: IntArray) -> IntArray:
-        """What the first `count` queries from `start` on see of the keys from `first` to `last`."""
+        """Pairs of the first `count` queries from `start` on with the keys from `first` to `last`."""
         keys = last - first
 
         def up_to(diagonal: int) -> IntArray:
@@ -167,7 +208,12 @@ def _triangle(rows: IntArray, most: IntArray) -> IntArray:
 
 
 def visible(q_pos: IntArray, k_pos: IntArray, mask: Mask) -> tuple[IntArray, IntArray]:
-    """Interval of local key rows that each local query row sees on a shard holding `k_pos` (hi <= lo: nothing)."""
+    """Interval of rows of the shard `k_pos` that each query of `q_pos` sees (hi <= lo: nothing).
+
+    >>> mask = Mask(Documents.from_bounds([0, 3, 8]))
+    >>> [x.tolist() for x in visible(np.array([6, 7]), np.array([2, 3, 4, 5]), mask)]  # keys 3, 4, 5 are rows 1 to 3
+    [[1, 1], [4, 4]]
+    """
     lo, hi = mask.interval(q_pos)
     runs = find_runs(k_pos)
     return rows_before(runs, lo), rows_before(runs, hi)

@@ -1,10 +1,10 @@
-"""What each ring rank computes and sends: the integer plan of one attention call. No torch.
+"""The ring schedule: which key rows each ring rank sends, receives and computes with in one attention call. No torch.
 
-The plan names, for every pair of ring ranks, exactly the key rows that some query of the send_rank sees. They go
-straight from their owner to the send_rank; a pair that sees nothing exchanges nothing. Step 0 is the rank's own tokens;
-each step after it pairs every rank with one recv_rank and one send_rank, so every link is used once (`partners`).
+For every pair of ring ranks the schedule names exactly the key rows that some query of the receiver sees. Their owner
+sends them directly; a pair whose queries see nothing exchanges nothing. Step 0 is the rank's own tokens. In each later
+step every rank receives from one rank and sends to one rank, so every link is used once (`partners`).
 
-Byte floor, causal zigzag, per rank and layer: 0.75 of what relaying whole blocks around the ring moves.
+Causal zigzag needs at least 0.75 of the bytes that a ring of full blocks sends, per rank and layer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from .tiles import Tiles, cut_tiles
 
 @dataclass(frozen=True, eq=False)
 class RingStep:
-    """One exchange and the tiles it makes possible.
+    """One exchange of key rows, and the tiles that it makes possible.
 
-    recv_rank, send_rank: ring ranks that this rank receives from and sends to.
-    send_intervals [M, 2]: intervals of own key rows that the send_rank needs; they arrive packed, in this order.
-    num_received: number of key rows that arrive.
-    tiles: bands of own queries against the packed rows that arrived (own keys in step 0).
+    Attributes:
+        recv_rank: ring rank that this rank receives from.
+        send_rank: ring rank that this rank sends to.
+        send_intervals: intervals of own key rows that `send_rank` needs [M, 2]; sent packed, in this order.
+        num_received: number of key rows that arrive.
+        tiles: own queries against the packed rows that arrived (against own keys in step 0).
     """
 
     recv_rank: int
@@ -38,12 +40,19 @@ class RingStep:
 
     @property
     def num_sent(self) -> int:
+        """Number of key rows that this rank sends."""
         return int((self.send_intervals[:, 1] - self.send_intervals[:, 0]).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class RingSchedule:
-    """All steps of one ring rank for one mask. `num_tokens` is its number of tokens."""
+    """All steps of one ring rank for one mask.
+
+    Attributes:
+        rank: the ring rank.
+        num_tokens: its number of tokens, over all rows of the batch.
+        steps: step 0 (own tokens), then one step for each other ring rank.
+    """
 
     rank: int
     num_tokens: int
@@ -56,10 +65,12 @@ class RingSchedule:
 
     @property
     def rows_received(self) -> int:
+        """Key rows that this rank receives in one forward pass."""
         return sum(step.num_received for step in self.steps)
 
     @property
     def rows_sent(self) -> int:
+        """Key rows that this rank sends in one forward pass."""
         return sum(step.num_sent for step in self.steps)
 
     @property
@@ -69,9 +80,12 @@ class RingSchedule:
 
 
 def ring_per_node(ranks: Sequence[int], ulysses: int, node: int) -> int:
-    """Consecutive ring ranks that share a node of `node` ranks, when `ranks` share a sequence; 1 where that differs.
+    """Consecutive ring ranks on one node of `node` ranks, where `ranks` share a sequence; 1 where nodes differ in it.
 
-    Global ranks are numbered node by node, as launchers do; a ring rank is `ulysses` of them in order.
+    Global ranks are numbered node by node, as launchers do. A ring rank is `ulysses` consecutive ranks.
+
+    >>> ring_per_node(range(8), ulysses=2, node=4)
+    2
     """
     nodes = [rank // node for rank in ranks]
     together = len(nodes) // len(set(nodes))
@@ -81,20 +95,26 @@ def ring_per_node(ranks: Sequence[int], ulysses: int, node: int) -> int:
 
 
 def shifts(ring: int, per_node: int) -> list[tuple[int, int]]:
-    """Nodes and places that each step after a rank's own shifts by, where `per_node` ranks in order share a node.
+    """Distance in nodes and in ranks of a node of each step after step 0; `per_node` consecutive ranks share a node.
 
-    Transfers between nodes come first: in such a step all ranks of a node send to another node, each over its own
-    link and to a rank of its own. Those inside the node come last, so that the one transfer of the backward that
-    nothing hides, the last gradients on their way home, is a short one.
+    Transfers between nodes come first. In such a step all ranks of a node send to another node, each over its own
+    link and to a different rank. Transfers inside the node come last: the last dK and dV of the backward are the one
+    transfer that overlaps with nothing, and so they use the fast link.
+
+    >>> shifts(ring=4, per_node=2)
+    [(1, 0), (1, 1), (0, 1)]
     """
     nodes = ring // per_node
     return [(far, near) for far in (*range(1, nodes), 0) for near in range(per_node) if far or near]
 
 
 def partners(ring: int, per_node: int, rank: int) -> list[tuple[int, int]]:
-    """Source and send_rank of a ring rank in each step after its own, in the order of `shifts`.
+    """(recv_rank, send_rank) of a ring rank in each step after step 0, in the order of `shifts`.
 
     On one node, or with one rank on each, step i pairs rank r with r - i and r + i.
+
+    >>> partners(ring=4, per_node=1, rank=1)
+    [(0, 2), (3, 3), (2, 0)]
     """
     nodes, (node, place) = ring // per_node, divmod(rank, per_node)
 
@@ -105,10 +125,31 @@ def partners(ring: int, per_node: int, rank: int) -> list[tuple[int, int]]:
 
 
 def make_ring_schedule(shards: Sequence[IntArray], mask: Mask, rank: int, per_node: int = 1) -> RingSchedule:
-    """Plan of ring rank `rank` when rank r holds the ascending global positions `shards[r]`.
+    """Schedule of ring rank `rank`, where rank r holds the ascending global positions `shards[r]`.
 
-    per_node: consecutive ring ranks that share a node (a divisor of their number). Under a window a rank meets its
-    neighbours alone; they are the first in the order of ranks, which is kept there.
+    Args:
+        shards: positions of each ring rank, flattened over the batch.
+        mask: over the same positions.
+        rank: the ring rank.
+        per_node: consecutive ring ranks that share a node (a divisor of their number). It is not used under a window:
+            there a rank exchanges with its neighbours only, and they come first in the order of ranks.
+
+    Raises:
+        UspConfigError: a rank without a shard.
+
+    Eight tokens, causal, zigzag: rank 0 holds 0, 1, 6, 7. Rank 1 (2, 3, 4, 5) sees tokens 0 and 1, rows 0 and 1 of rank
+    0; queries 6 and 7, rows 2 and 3 of rank 0, see all four keys of rank 1.
+
+    >>> from .masks import Documents
+    >>> shards = [np.array([0, 1, 6, 7]), np.array([2, 3, 4, 5])]
+    >>> schedule = make_ring_schedule(shards, Mask(Documents.from_bounds([0, 8])), rank=0)
+    >>> own, other = schedule.steps
+    >>> other.send_intervals.tolist(), other.num_sent, other.num_received
+    ([[0, 2]], 2, 4)
+    >>> [int(x[0]) for x in other.tiles]  # q0, q1, k0, k1, left, right
+    [2, 4, 0, 4, -1, -1]
+    >>> schedule.area, schedule.rows_sent, schedule.rows_received, schedule.messages
+    (18, 2, 4, 1)
     """
     if not 0 <= rank < len(shards):
         raise UspConfigError(
@@ -133,7 +174,7 @@ def make_ring_schedule(shards: Sequence[IntArray], mask: Mask, rank: int, per_no
 
 
 def _has_window(mask: Mask) -> bool:
-    """Whether some document is longer than what its queries see before them."""
+    """Whether some document is longer than the window before its queries."""
     longest = int((mask.documents.last - mask.documents.first).max(initial=0))
     return UNLIMITED < mask.left < longest - 1
 

@@ -1,7 +1,7 @@
 """From intervals to tiles: segments of a variable-length FlashAttention call. Integers only: no torch.
 
-A run of queries whose visible key intervals grow like a band is a tile (`cut_tiles`). A tile is exactly one segment of
-a variable-length FlashAttention call with a window, aligned to the bottom right corner.
+A run of queries whose visible intervals form a band is a tile (`cut_tiles`). A tile is exactly one segment of a
+variable-length FlashAttention call with a window, aligned to the bottom right corner.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from .masks import UNLIMITED
 
 
 class Tiles(NamedTuple):
-    """Bands of one shard pair, one entry per tile: queries q0..q1-1 against keys k0..k1-1 under a window."""
+    """Tiles of one pair of shards, one entry per tile [N].
+
+    Attributes:
+        q0: first query row.
+        q1: row after the last query row.
+        k0: first key row.
+        k1: row after the last key row.
+        left: keys before the diagonal that a query sees; -1: no limit. The diagonal ends in the bottom right corner.
+        right: keys after the diagonal that a query sees; -1: no limit.
+    """
 
     q0: IntArray
     q1: IntArray
@@ -25,7 +34,11 @@ class Tiles(NamedTuple):
     right: IntArray
 
     def area(self) -> int:
-        """Number of (query, key) pairs inside the bands."""
+        """Number of (query, key) pairs inside the tiles.
+
+        >>> cut_tiles(np.zeros(4, dtype=int), np.arange(1, 5)).area()  # causal, 4 x 4
+        10
+        """
         lq, lk = self.q1 - self.q0, self.k1 - self.k0
         # Row i of a tile sees columns max(0, i + lk - lq - left) .. min(lk, i + lk - lq + right + 1) - 1. The columns
         # hidden to the right of (or left of) the band form a triangle that shrinks by one a row.
@@ -36,10 +49,18 @@ class Tiles(NamedTuple):
 
 
 def cut_tiles(lo: IntArray, hi: IntArray) -> Tiles:
-    """The fewest bands that cover the visible intervals; each query that sees something is in exactly one.
+    """The fewest tiles that cover the visible intervals [lo, hi); each query that sees a key is in exactly one.
 
-    Inside a band both edges move by at most one key a row; the lower edge may stand still and then climb, the upper
-    edge climb and then stand still. Anything else (a jump, a row that sees nothing) starts a new band.
+    Inside a tile `lo` stays constant and then grows by one a row; `hi` grows by one a row and then stays constant.
+    Anything else (a jump, a row that sees nothing) starts a new tile.
+
+    Two documents of 3 and 5 tokens under a causal mask are two tiles:
+
+    >>> tiles = cut_tiles(np.array([0, 0, 0, 3, 3, 3, 3, 3]), np.arange(1, 9))
+    >>> tiles.q0.tolist(), tiles.q1.tolist(), tiles.k0.tolist(), tiles.k1.tolist()
+    ([0, 3], [3, 8], [0, 3], [3, 8])
+    >>> tiles.left.tolist(), tiles.right.tolist()
+    ([-1, -1], [0, 0])
     """
     if len(lo) == 0:
         return Tiles(*(np.zeros(0, dtype=np.int64) for _ in range(6)))
@@ -60,6 +81,11 @@ def cut_tiles(lo: IntArray, hi: IntArray) -> Tiles:
 
 
 def group_by_window(tiles: Tiles) -> list[Tiles]:
-    """Tiles that share a window, so that one variable-length call computes them all."""
+    """Tiles grouped by window: one variable-length call computes a group.
+
+    >>> tiles = cut_tiles(np.array([0, 0, 0, 3, 3, 3, 3, 3]), np.arange(1, 9))
+    >>> [len(group.q0) for group in group_by_window(tiles)]
+    [2]
+    """
     windows, which = np.unique(np.stack([tiles.left, tiles.right], axis=1), axis=0, return_inverse=True)
     return [Tiles(*(field[which.ravel() == i] for field in tiles)) for i in range(len(windows))]
