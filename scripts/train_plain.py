@@ -1,4 +1,4 @@
-"""A training loop with nothing but torch and hf_usp: build the mesh, shard each batch, average the gradients. Seconds.
+"""A training loop with nothing but torch and hf_usp: build the mesh, pass full batches, average the gradients. Seconds.
 
 torchrun --standalone --nproc_per_node 4 scripts/train_plain.py README.md --ring_degree 2 --ulysses_degree 2
 python scripts/train_plain.py README.md               (one process: the same losses, 5.7 down to about 4)
@@ -35,23 +35,22 @@ def main() -> None:
     mesh = hf_usp.UspMesh.build(ring_degree=args.ring_degree, ulysses_degree=args.ulysses_degree)
 
     rows = data.pack(data.tokenize(texts.file_documents(args.text), texts.ByteTokenizer()), args.sequence_length)
-    model = tiny_llama()
+    model = hf_usp.apply_context_parallel(tiny_llama(), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     for step in range(args.steps):
-        # Every process of a mesh takes the same full batch; with several meshes each would take its own.
+        # Every process of a mesh passes the same full batch; with several meshes each would pass its own.
         batch = default_collate([rows[(2 * step + i) % len(rows)] for i in range(2)])
-        loss = model(**hf_usp.shard(batch, mesh)).loss
+        loss = model(**batch).loss
         loss.backward()
-        # A process's loss is its share times the number of processes: the averages are the exact loss and gradients.
-        total = loss.detach()
-        for tensor in (total, *(weight.grad for weight in model.parameters() if weight.grad is not None)):
-            dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
+        # The loss is that of the full batch; gradients are, too, after an average over all processes (DDP does that).
+        for gradient in (weight.grad for weight in model.parameters() if weight.grad is not None):
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
         optimizer.step()
         optimizer.zero_grad()
         if dist.get_rank() == 0:
-            print(f"step {step + 1} loss {total.item():.6f}", flush=True)
+            print(f"step {step + 1} loss {loss.item():.6f}", flush=True)
     dist.destroy_process_group()
 
 
