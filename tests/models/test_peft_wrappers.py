@@ -14,6 +14,8 @@ from ..ranks import Ranks
 from ..tiny import batch_of, largest_difference, tiny_model
 from .test_unsharded import gradients, prepared
 
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing")
+
 
 def adapted(sharded: bool) -> Any:
     from peft import AdaLoraConfig, get_peft_model
