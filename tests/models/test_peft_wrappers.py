@@ -39,7 +39,10 @@ def train_adapted(folder: str, sharded: bool, batch: int = 2) -> dict[str, Any]:
 
     model = adapted(sharded)
     tokens: set[int] = set()
-    model.get_base_model().lm_head.register_forward_hook(lambda m, args, out: tokens.add(out.shape[1]))
+    # Without gradients `model.forward` is that of the whole batch, on each rank.
+    model.get_base_model().lm_head.register_forward_hook(
+        lambda m, args, out: tokens.add(out.shape[1]) if torch.is_grad_enabled() else None
+    )
     found = train_model(model, folder, (2, 1) if sharded else None, batch=batch)
     return {"tokens": tokens, **{name: found[name] for name in ("losses", "evaluation", "weights")}}
 
