@@ -25,6 +25,7 @@ from hf_usp import data
 from hf_usp.batch.documents import find_documents
 from hf_usp.callbacks import UspMetricsCallback
 from hf_usp.data.packing import pack
+from hf_usp.memory.activation_offload import CHECKPOINTING
 from hf_usp.models.hooks import find_model
 from hf_usp.sharding.load_balance import fixed_assignment
 from hf_usp.sharding.masks import Documents, Mask
@@ -155,7 +156,7 @@ def normed(max_norm: float | None) -> Any:
 def offloaded(checkpointed: bool) -> Any:
     model = tiny_model()
     if checkpointed:
-        model.gradient_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
     return prepared({"offload_checkpoints": True}, model=model)[1](**PLAIN)
 
 
@@ -305,7 +306,6 @@ TWO_RANKS: dict[str, Case] = {
     "max_norm of an embedding": Case(lambda: normed(0.01), lambda: normed(None)),
     "leave neftune_noise_alpha out": Case(lambda: noisy(5.0), lambda: noisy(None)),
     "leave out create_graph": Case(lambda: second_derivative(True), lambda: second_derivative(False)),
-    "model.gradient_checkpointing_enable()": Case(lambda: offloaded(False), lambda: offloaded(True)),
     "UspParallelismConfig(gather_outputs=True) for predict": Case(metrics, lambda: metrics(gather_outputs=True)),
     "leave out loss_chunk_size for predict and compute_metrics": Case(
         lambda: padded_logits(loss_chunk_size=16), padded_logits
@@ -329,7 +329,7 @@ TWO_RANKS: dict[str, Case] = {
         sharded(input_ids=IDS.float()), sharded(input_ids=IDS.float().long())
     ),
     "or a data collator that makes tensors": Case(
-        sharded(input_ids=IDS.tolist()), sharded(input_ids=torch.as_tensor(IDS.tolist()))
+        sharded(labels=IDS.tolist()), sharded(labels=torch.as_tensor(IDS.tolist()))
     ),
     "_enable()": Case(lambda: offloaded(False), lambda: offloaded(True)),
     "cut inputs with hf_usp.shard": Case(lambda: attend(extra=3), attend),

@@ -14,6 +14,8 @@ from ..harness import prepared_modules, taken_gradients
 from ..ranks import Ranks
 from ..tiny import batch_of, largest_difference, tiny_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing")
+
 
 def adapted(sharded: bool) -> Any:
     from peft import AdaLoraConfig, get_peft_model
@@ -37,7 +39,10 @@ def train_adapted(folder: str, sharded: bool, batch: int = 2) -> dict[str, Any]:
 
     model = adapted(sharded)
     tokens: set[int] = set()
-    model.get_base_model().lm_head.register_forward_hook(lambda m, args, out: tokens.add(out.shape[1]))
+    # Without gradients `model.forward` is that of the whole batch, on each rank.
+    model.get_base_model().lm_head.register_forward_hook(
+        lambda m, args, out: tokens.add(out.shape[1]) if torch.is_grad_enabled() else None
+    )
     found = train_model(model, folder, (2, 1) if sharded else None, batch=batch)
     return {"tokens": tokens, **{name: found[name] for name in ("losses", "evaluation", "weights")}}
 
@@ -49,13 +54,6 @@ def test_adalora_under_the_trainer_equals_one_process(two_ranks: Ranks, tmp_path
         assert max(mine["tokens"]) == 20
         assert mine["losses"] == pytest.approx(reference["losses"], rel=1e-6)
         assert mine["evaluation"] == pytest.approx(reference["evaluation"], rel=1e-6)
-        assert largest_difference(mine["weights"], reference["weights"]) < 1e-6
-
-
-def test_adalora_with_data_parallelism_around_the_mesh(four_ranks: Ranks, tmp_path: Path) -> None:
-    reference = train_adapted(str(tmp_path / "one"), False, 4)
-    for mine in four_ranks.run(train_adapted, str(tmp_path / "mesh"), True, 2):
-        assert mine["losses"] == pytest.approx(reference["losses"], rel=1e-6)
         assert largest_difference(mine["weights"], reference["weights"]) < 1e-6
 
 
