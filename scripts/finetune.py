@@ -21,6 +21,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import quiet  # noqa: F401
 import texts
 from degrees import ContextParallelArguments
 from ending import end_process_groups
