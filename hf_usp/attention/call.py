@@ -35,7 +35,14 @@ Kept = tuple[Tensor | None, Tensor, Tensor]
 
 
 class Sizes(NamedTuple):
-    """Query heads H, kv heads G, key width D, value width E of a call, before heads travel."""
+    """Sizes of a call before heads are exchanged.
+
+    Attributes:
+        heads: query heads H.
+        kv_heads: kv heads G.
+        width: key width D.
+        value_width: value width E.
+    """
 
     heads: int
     kv_heads: int
@@ -45,7 +52,12 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Everything about one call that is not a tensor."""
+    """Everything about one call that is not a tensor.
+
+    Attributes:
+        ring: the ring call.
+        heads: heads of each ulysses rank.
+    """
 
     ring: RingCall
     heads: Heads

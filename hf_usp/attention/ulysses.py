@@ -25,9 +25,16 @@ from ..sharding.heads import HeadShare
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """Who keeps which heads of a call: rank u those of `shares[u]`.
+    """Which ulysses rank has which heads of a call.
 
-    batch: rows. query_heads, kv_heads: their numbers before the exchange (H, G). width, value_width: D, E.
+    Attributes:
+        shares: shares[u]: heads of ulysses rank u.
+        mesh: the ranks.
+        batch: rows.
+        query_heads: query heads before the exchange (H).
+        kv_heads: kv heads before the exchange (G).
+        width: key width D.
+        value_width: value width E.
     """
 
     shares: Sequence[HeadShare]

@@ -44,10 +44,15 @@ IGNORED = -100  # the label that Transformers leaves out of the loss
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How to cut: the order of tokens, the masks that layers will ask for (they decide order "auto"), the kernel.
+    """How to shard a batch.
 
-    positions: of a full batch without position_ids, [B, S] or None for 0, 1, 2 ...; they do not tell documents apart.
-    largest_position: whether the model looks at the largest position of a batch (see `rope`).
+    Attributes:
+        order: order of tokens: "auto", "contiguous", "zigzag" or "balanced".
+        mask_specs: masks of the layers; "auto" and "balanced" look at them.
+        kernel: name of the kernel; None: the best installed.
+        positions: function from a full batch without position_ids to [B, S]; None: 0, 1, 2 ... They do not separate
+            documents.
+        largest_position: whether the model looks at the largest position of a batch.
     """
 
     order: str = "auto"

@@ -22,11 +22,15 @@ from ..sharding.load_balance import over_batch
 
 @dataclass
 class StepCounts:
-    """Sums over micro-batches, of this rank's context-parallel group; `sent` of this rank alone.
+    """Sums over micro-batches of this rank's context-parallel group.
 
-    tokens: real ones; places: with padding, that of the rows and ours. pairs: (query, key) pairs x heads x (key width +
-    value width) of all layers; path: the same of the ranks that the others wait for, as if every rank had so much.
-    sent: bytes of attention's exchanges, recomputed layers included. micro_batches: how many.
+    Attributes:
+        tokens: tokens without padding.
+        places: tokens with padding.
+        pairs: (query, key) pairs x heads x (key width + value width) of all layers.
+        path: the same of the busiest rank, times the number of ranks.
+        sent: bytes that this rank sent for attention, recomputed layers included.
+        micro_batches: number of micro-batches.
     """
 
     tokens: int = 0
@@ -39,7 +43,12 @@ class StepCounts:
 
 @dataclass
 class Seen:
-    """One micro-batch: its layout, and the attention calls of its forward."""
+    """One micro-batch.
+
+    Attributes:
+        layout: its layout.
+        forward: attention calls of its forward.
+    """
 
     layout: SequenceLayout
     forward: Counter[AttentionShape] = field(default_factory=Counter)

@@ -48,7 +48,13 @@ class _ReduceLoss(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class VocabularyPart:
-    """This rank's entries of a vocabulary, counted from `start`; all ranks of `group` together hold `entries`."""
+    """This rank's entries of a vocabulary.
+
+    Attributes:
+        group: ranks that hold the full vocabulary together.
+        start: first entry of this rank.
+        entries: entries of all ranks.
+    """
 
     group: Group
     start: int

@@ -29,10 +29,20 @@ from .failures import expect_failures, timeout_of
 
 @dataclass(frozen=True, eq=False)
 class UspMesh:
-    """This rank's place in its mesh, and the groups it talks to (None where an axis has one rank).
+    """This rank's place in its mesh, and the process groups of its axes.
 
-    Build it with `UspMesh.build` or `UspMesh.from_device_mesh`, on every rank of the mesh. ring_per_node: consecutive
-    ring ranks that share a node, 1 where that is not known or not the same on all nodes.
+    Build it with `UspMesh.build` or `UspMesh.from_device_mesh`, on every rank of the mesh.
+
+    Attributes:
+        ring_degree: number of ring ranks.
+        ulysses_degree: number of ulysses ranks.
+        ring_rank: this rank's index in the ring.
+        ulysses_rank: this rank's index in its ulysses group.
+        ranks: global ranks of the mesh; ring outside, ulysses inside.
+        ring_group: group of its ring; None for one rank.
+        ulysses_group: group of its ulysses ranks; None for one rank.
+        group: group of all ranks of the mesh; None for one rank.
+        ring_per_node: consecutive ring ranks on one node; 1 if unknown or different on some node.
     """
 
     ring_degree: int

@@ -30,7 +30,15 @@ LANE = 8
 
 
 class Bounds(NamedTuple):
-    """The host integers of one call."""
+    """The host integers of one call.
+
+    Attributes:
+        max_seqlen_q: longest query segment.
+        max_seqlen_k: longest key segment.
+        causal: whether the kernel gets causal=True.
+        left: window_size_left.
+        right: window_size_right.
+    """
 
     max_seqlen_q: int
     max_seqlen_k: int

@@ -31,7 +31,14 @@ if not hasattr(PreTrainedModel, f"{CHECKPOINTING}_enable"):
 
 @dataclass(eq=False)
 class OffloadedTensor:
-    """A tensor that waits in CPU memory. before: the one that was parked before it, needed next after it."""
+    """A tensor that is kept in CPU memory.
+
+    Attributes:
+        host: the copy.
+        device: device that it came from.
+        before: the tensor that was offloaded before it, and is needed after it.
+        fetched: the copy on the device, once fetched.
+    """
 
     host: Tensor
     device: torch.device

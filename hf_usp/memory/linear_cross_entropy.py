@@ -34,7 +34,13 @@ LogitTransform = Callable[[Tensor], Tensor]
 class LMHead:
     """From a chunk of hidden states to the sum of its token losses.
 
-    `part`: which rows of the head this rank holds; None: all of them.
+    Attributes:
+        changes: transforms of the logits (softcap, scaling), in order.
+        chunk: tokens of a chunk.
+        ignored: label that counts for nothing.
+        smoothing: label smoothing.
+        autocast: dtype of autocast; None: off.
+        part: entries of the vocabulary that this rank holds; None: all.
     """
 
     changes: tuple[LogitTransform, ...]

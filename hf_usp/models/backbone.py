@@ -54,10 +54,12 @@ OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
 
 @dataclass(frozen=True)
 class Backbone:
-    """The part of a model that is cut: the model itself, or one inside it.
+    """The module of a model that is sharded: the model itself, or one inside it.
 
-    token_loss: the model's loss is Transformers' ForCausalLMLoss, of which ranks compute shares.
-    needs_full_hidden_states: around the body runs a head that needs whole hidden states.
+    Attributes:
+        module: that module.
+        token_loss: whether the loss is Transformers' ForCausalLMLoss, of which each rank computes a part.
+        needs_full_hidden_states: whether a head around the module needs the hidden states of all tokens.
     """
 
     module: PreTrainedModel

@@ -22,9 +22,12 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank in a step. moments: name -> bytes of each kind in it. The attributes: each kind's largest.
+    """Bytes of one rank in a step; the properties give the largest of each kind.
 
-    logits: of the tokens at hand, and what a loss in chunks holds for the gradient of the head.
+    `logits` includes what a loss in chunks holds for the gradient of the head.
+
+    Attributes:
+        moments: moment -> kind -> bytes.
     """
 
     moments: dict[str, dict[str, float]]

@@ -29,7 +29,15 @@ from .workload import Degrees, ModelShape, TrainingStep, check
 
 @dataclass(frozen=True)
 class Attention:
-    """Seconds of one layer's attention in one direction on the slowest rank; `ring_exposed` of `ring` is not hidden."""
+    """Seconds of one layer's attention in one direction on the slowest rank.
+
+    Attributes:
+        tiles: in kernels.
+        merges: in merges of outputs.
+        ulysses: in all-to-alls.
+        ring: in transfers of the ring.
+        ring_exposed: part of `ring` that no tile overlaps with.
+    """
 
     tiles: float
     merges: float
@@ -43,13 +51,28 @@ class Attention:
 
     @property
     def exposed(self) -> float:
-        """Seconds of communication that nothing hides."""
+        """Seconds of communication that no computation overlaps with."""
         return self.ulysses + self.ring_exposed
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step of one rank. Seconds by kind; `flops` are those that the model needs, recomputation not counted."""
+    """A step of one rank: seconds by kind, and bytes.
+
+    Attributes:
+        attention: seconds of attention kernels and merges.
+        linear: seconds of matrix products outside attention.
+        ulysses: seconds of all-to-alls.
+        ring: seconds of ring transfers that no tile overlaps with.
+        tensor_parallel: seconds of tensor-parallel communication.
+        data_parallel: seconds of data-parallel communication that nothing overlaps with.
+        offload: seconds of copies to host memory that nothing overlaps with.
+        ring_hidden: seconds of ring transfers that tiles overlap with.
+        flops: operations of one rank that the model needs, recomputation not counted.
+        tokens: tokens of all data-parallel replicas.
+        memory: bytes of a rank.
+        peak_flops: peak operations a second of one rank.
+    """
 
     attention: float
     linear: float
@@ -70,16 +93,17 @@ class Prediction:
 
     @property
     def exposed(self) -> float:
-        """Seconds of communication that nothing hides."""
+        """Seconds of communication that no computation overlaps with."""
         return self.ulysses + self.ring + self.tensor_parallel + self.data_parallel + self.offload
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """Tokens of all ranks a second."""
         return self.tokens / self.seconds
 
     @property
     def mfu(self) -> float:
+        """Model FLOPs utilization: needed operations over peak operations."""
         return self.flops / self.seconds / self.peak_flops
 
 

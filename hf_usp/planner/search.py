@@ -19,7 +19,14 @@ MOST_FACTOR = 64
 
 @dataclass(frozen=True)
 class Candidate:
-    """One split and the fastest of its ways that fits; where none fits, the smallest one."""
+    """One split of the ranks with its fastest memory options that fit; where none fit, the smallest.
+
+    Attributes:
+        degrees: the split.
+        job: the step with these options.
+        prediction: seconds and bytes.
+        budget: bytes that a run may use.
+    """
 
     degrees: Degrees
     job: TrainingStep
