@@ -88,7 +88,7 @@ def attend(
 
     Args:
         inputs: q_BLHD, k_BLGD, v_BLGE, sinks_H or None.
-        ticket: of the layout (see `tickets`), which torch.compile needs; without it a graph ends here.
+        handle: of the layout (`make_handle`), which torch.compile needs; without it a graph ends here.
 
     Returns:
         out_BLHE.

@@ -192,7 +192,7 @@ def make_layout(
 ) -> SequenceLayout:
     """Layout of `batch` rows of `length` tokens; `documents` cover batch * length positions.
 
-    order "auto" takes what suits the masks of `mask_specs`, one entry per layer (`dealing.assign_tokens`).
+    order "auto" takes the order that suits the masks of `mask_specs`, one entry per layer (`assign_tokens`).
     """
     # Zigzag wants 2 chunks per ring rank, ulysses equal slices of each ring rank's tokens.
     unit = mesh.ring_degree * int(np.lcm(2 if mesh.ring_degree > 1 else 1, mesh.ulysses_degree))

@@ -99,9 +99,9 @@ ATTRIBUTE = "usp_layout"
 
 
 def make_handle(layout: SequenceLayout) -> Tensor:
-    """A ticket for this layout, on the CPU.
+    """A handle of this layout: a tensor on the CPU that carries it.
 
-    The layout does not hold its tickets: it would then live until Python looks for cycles.
+    The layout does not hold its handles: it would then live until Python looks for cycles.
     """
     handle = torch.zeros(1, dtype=torch.int64, device="cpu")
     setattr(handle, ATTRIBUTE, layout)
@@ -109,7 +109,7 @@ def make_handle(layout: SequenceLayout) -> Tensor:
 
 
 def layout_from_handle(handle: Tensor) -> SequenceLayout:
-    """The layout that a ticket carries. Copies of a ticket carry none: they are refused with a `UspModelError`."""
+    """The layout that a handle carries. Copies of a handle carry none: they are refused with a `UspModelError`."""
     layout = getattr(handle, ATTRIBUTE, None)
     if isinstance(layout, SequenceLayout):
         return layout

@@ -50,8 +50,8 @@ class _Unshard(torch.autograd.Function):
         mesh = layout.mesh
         shape = list(grads[0].shape)
         shape[dim] = layout.padded
-        dealt = grads[0].new_zeros(shape).index_copy_(dim, _where_from(layout, grads[0].device), grads[0])
-        blocks = torch.stack(dealt.chunk(mesh.size, dim))
+        ordered = grads[0].new_zeros(shape).index_copy_(dim, _where_from(layout, grads[0].device), grads[0])
+        blocks = torch.stack(ordered.chunk(mesh.size, dim))
         sizes = [blocks[0].numel()] * mesh.size
         received = all_to_all(blocks.view(-1), sizes, sizes, mesh.group).view_as(blocks)
         return received.sum(0, dtype=accumulation_dtype(received.dtype)).to(received.dtype), None, None

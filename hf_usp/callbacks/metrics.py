@@ -1,6 +1,6 @@
 """A training report in the Trainer's own log: speed, useful work, bytes, padding, balance, memory.
 
-    from hf_usp.report import UspMetricsCallback
+    from hf_usp.callbacks import UspMetricsCallback
 
     trainer = Trainer(...)
     UspMetricsCallback(trainer)  # that is all; TensorBoard, Weights & Biases, trackio ... show usp/... beside the loss

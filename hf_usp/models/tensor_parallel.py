@@ -33,7 +33,7 @@ def check_tensor_parallel(model: PreTrainedModel) -> None:
         if ranks > 1 and isinstance(count, int) and count % ranks:
             raise UspModelError(
                 f"{type(model).__name__} with {name}={count} under tp_size={ranks}",
-                rule="tensor parallelism gives every rank whole heads; what is left of them may be dealt unevenly to "
+                rule="tensor parallelism gives every rank whole heads; what is left of them may be split unevenly over "
                 "ulysses ranks",
                 remedy=f"choose a tp_size that divides {count}, and more ranks for cp_size",
             )
@@ -104,7 +104,7 @@ def rows_of_head(head: nn.Linear) -> tuple[Tensor, Tensor | None, VocabularyPart
     mesh, own_ND = weight_VD.device_mesh, weight_VD.to_local()
     most = -(-len(weight_VD) // mesh["tp"].size())
     start = min(mesh.get_local_rank("tp") * most, len(weight_VD))
-    assert len(own_ND) == min(most, len(weight_VD) - start), "rows are dealt as torch.chunk does"
+    assert len(own_ND) == min(most, len(weight_VD) - start), "rows are split as torch.chunk does"
     part = VocabularyPart(mesh.get_group("tp"), start, len(weight_VD))
     return own_ND, None if bias_V is None else bias_V.to_local(), part
 

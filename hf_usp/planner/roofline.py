@@ -242,7 +242,7 @@ def mask_area(tokens: int, window: int | None) -> float:
 def _areas(tokens: int, ring: int, window: int | None) -> tuple[float, float, int, int]:
     """Area of a rank's own tokens, area of each further step, key rows that a step brings, and the steps.
 
-    Full attention is dealt in zigzag order, windows in contiguous order.
+    Full attention is assigned in zigzag order, windows in contiguous order.
     """
     rows = tokens // ring
     total = mask_area(tokens, window) / ring
