@@ -304,7 +304,7 @@ TWO_RANKS: dict[str, Case] = {
     "leave kernel=None to let hf_usp choose": Case(lambda: attend("flash_attn"), lambda: attend(None)),
     "pass sliding_window=1 or more": Case(lambda: attend(sliding_window=0), lambda: attend(sliding_window=1)),
     "cast them, as in k.to(q.dtype)": Case(lambda: attend(dtype=torch.bfloat16), attend),
-    "cut inputs with hf_usp.shard": Case(lambda: attend(extra=3), attend),
+    "shard inputs with hf_usp.shard": Case(lambda: attend(extra=3), attend),
     "for a module of your own use hf_usp.shard and hf_usp.usp_attention": Case(
         lambda: find_model(torch.nn.Linear(2, 2)), attend
     ),

@@ -174,7 +174,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout:
                 f"{name} of shape {tuple(x.shape)}",
                 rule=f"sharded attention takes [batch, local tokens, heads, width] with {expected[0]} x {expected[1]} "
                 "tokens, queries and keys of the same tokens (self-attention without a cache)",
-                remedy="call the model without past_key_values, and cut inputs with hf_usp.shard",
+                remedy="call the model without past_key_values, and shard inputs with hf_usp.shard",
             )
     if k.shape[2] != v.shape[2] or k.shape[3] != q.shape[3]:
         raise UspModelError(

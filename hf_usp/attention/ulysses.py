@@ -111,7 +111,7 @@ def gather_seq_scatter_heads_backward(
 
 
 class _Whole:
-    """Gradient of all heads of q, k or v (`which`) [B, L, heads, width], put together from those of every share.
+    """Gradient of all heads of q, k or v (`which`) [B, L, heads, width], gathered from those of every ulysses rank.
 
     Starts with this rank's own. kv heads that several ranks read are summed in fp32.
     """

@@ -137,7 +137,7 @@ class SequenceLayout:
         return self.memoize(("ring_schedule", mask_spec), make)
 
     def mask(self, mask_spec: MaskSpec = CAUSAL) -> Mask:
-        """The mask over the whole batch, positions flattened.
+        """The mask over the full batch, positions flattened.
 
         A window or chunk of all tokens is none; wider ones may not fit the integers of positions.
         """

@@ -1,4 +1,4 @@
-"""Cutting a full batch into this rank's share (`unshard` puts shares together again).
+"""From a full batch to the local batch of this rank (`unshard` is the inverse).
 
 Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
 
@@ -63,10 +63,10 @@ class ShardOptions:
 
 
 def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kernel: str | None = None) -> dict[str, Any]:
-    """This rank's share of a full batch, as keywords for a model with `attn_implementation="usp"`.
+    """This rank's local batch of a full batch, as keywords for a model with `attn_implementation="usp"`.
 
     `model(**hf_usp.shard(batch, mesh)).loss` is this rank's part; its average over all ranks of the world is the loss
-    of the whole batch, and the average of the gradients over all ranks is its gradient (what DDP computes).
+    of the full batch, and the average of the gradients over all ranks is its gradient (what DDP computes).
 
     Args:
         batch: the same full batch on every rank of the mesh: `input_ids` [B, S] (or `inputs_embeds` [B, S, D]), and any
@@ -80,7 +80,7 @@ def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kerne
 
     Returns:
         Local `input_ids` [B, L], `position_ids` [B, L], `attention_mask` [B, L], labels already shifted (`labels` and
-        `shift_labels` [B, L]), `num_items_in_batch` (label tokens of the whole batch / ranks of the mesh, a tensor that
+        `shift_labels` [B, L]), `num_items_in_batch` (label tokens of the full batch / ranks of the mesh, a tensor that
         mixed precision of wrappers does not cast), and `usp`, the layout.
 
     Raises:
@@ -119,7 +119,7 @@ def agree_on_layout(
 ) -> SequenceLayout:
     """The layout of a full batch, once all ranks of the mesh hold the same one and none refuses it.
 
-    `names`: the tensors that are cut or describe documents (all, by default); others may have any shape.
+    `names`: the tensors that are sharded or describe documents (all, by default); others may have any shape.
     """
     layout, error = None, None
     try:
@@ -215,7 +215,7 @@ def shifted_labels(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def shard_labels(shifted_BS: Tensor | None, layout: SequenceLayout) -> dict[str, Tensor]:
-    """The keywords of a loss over this rank's tokens, and `num_labels`, the label tokens of the whole batch []."""
+    """The keywords of a loss over this rank's tokens, and `num_labels`, the label tokens of the full batch []."""
     if shifted_BS is None:
         return {}
     share_BL = shard_tensor(shifted_BS, layout, IGNORED).contiguous()

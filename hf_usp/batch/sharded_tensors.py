@@ -68,7 +68,7 @@ class LayoutMask(Tensor):
 
 
 class GlobalPositions(Tensor):
-    """Positions of this rank's tokens [..., L]; their maximum is the largest of the whole batch, `largest` []."""
+    """Positions of this rank's tokens [..., L]; their maximum is the largest of the full batch, `largest` []."""
 
     largest: Tensor
 

@@ -1,4 +1,4 @@
-"""Shares of a batch put together again: the inverse of `hf_usp.shard`, and its gradient."""
+"""From local tensors to a full tensor: the inverse of `hf_usp.shard`, and its gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .layout import SequenceLayout
 def unshard(tensor: Tensor, layout: SequenceLayout, dim: int = 1) -> Tensor:
     """The full tensor, in the original order and without our padding, from every rank's share along `dim`.
 
-    The inverse of the cut that `hf_usp.shard` makes. Differentiable: every rank's gradient of its full tensor counts,
+    The inverse of `hf_usp.shard`. Differentiable: every rank's gradient of its full tensor counts,
     so with the same loss on all ranks gradients are right after the data-parallel average over ranks.
     """
     if layout.mesh.size == 1:

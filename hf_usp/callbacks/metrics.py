@@ -75,7 +75,7 @@ class UspMetricsCallback(TrainerCallback):
         self.accelerator = trainer.accelerator
         assert isinstance(trainer.model, torch.nn.Module)
         model = find_model(trainer.model)
-        self.work_per_token = work_per_token(model)  # before FSDP and ZeRO cut the weights
+        self.work_per_token = work_per_token(model)  # before FSDP and ZeRO shard the weights
         self.counts = StepCounts()
         self.under_way: list[Seen] = []
         self.seconds, self.steps = 0.0, 0

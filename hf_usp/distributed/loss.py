@@ -1,6 +1,6 @@
 """Losses over ranks: from every rank's share of the tokens, or of the vocabulary, to the loss of one process.
 
-Each rank's model computes (sum of its token losses) / n, where n counts the tokens of the *whole* batch. The sum over
+Each rank's model computes (sum of its token losses) / n, where n counts the tokens of the *full* batch. The sum over
 the ranks of a context-parallel group is then the loss that one process computes.
 
 Gradients are averaged over all ranks by DDP, FSDP and ZeRO, context-parallel ones included. An average over P ranks of
@@ -25,10 +25,10 @@ from .comm import Group, all_gather, all_reduce_sum
 
 
 def reduce_loss(share: Tensor, group: Group, ranks: int) -> Tensor:
-    """The loss of the whole batch [] on every rank, from this rank's share.
+    """The loss of the full batch [] on every rank, from this rank's share.
 
     Args:
-        share: (sum of local token losses) / n; n counts the tokens of the whole batch, or is `num_items_in_batch`.
+        share: (sum of local token losses) / n; n counts the tokens of the full batch, or is `num_items_in_batch`.
         ranks: P, the size of `group`.
     """
     return _ReduceLoss.apply(share, group, ranks)

@@ -1,4 +1,4 @@
-"""What an accelerator puts together when ranks share batches: rows and counts once, and no shares of a row."""
+"""`gather` and `reduce` of an accelerator whose ranks share batches: rows and counts once, never parts of a row."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Gathering:
     stock_reduce: Callable[..., Any]
 
     def gather(self, tensor: Any) -> Any:
-        """Tensors (nested ones too), put together along their first dim."""
+        """Tensors (nested ones too), concatenated along their first dim."""
         return self._gather(tensor, None)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:

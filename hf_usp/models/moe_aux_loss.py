@@ -159,7 +159,7 @@ def _short_batch(model: Any, device: torch.device) -> dict[str, Tensor]:
 
 
 def find_aux_loss(model: Any, batch: Mapping[str, Any]) -> AuxLossTerm | None:
-    """What the model adds to its loss for router logits, seen on a whole batch with padding; None if nothing.
+    """What the model adds to its loss for router logits, seen on a full batch with padding; None if nothing.
 
     Raises `UspModelError` where that is not coefficient times the formula above.
     """

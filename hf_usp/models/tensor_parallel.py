@@ -116,7 +116,7 @@ def _placement(weight: Any) -> Any:
 
 
 class PartialGradients(NotSaved):
-    """Gradients of norms inside heads that tensor parallelism has cut (`q_norm`, `k_norm` of Qwen3), added up once.
+    """Gradients of norms inside heads that tensor parallelism has sharded (`q_norm`, `k_norm` of Qwen3), added up once.
 
     Every rank has the part of its heads. Transformers 5.23 sums them over ranks once they are in `.grad`, and with them
     what `.grad` held from earlier micro-batches, which was summed already. Here that is set aside meanwhile.

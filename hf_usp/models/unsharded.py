@@ -1,7 +1,7 @@
 """Calls that leave a prepared model unsharded: which of them are meant, which are refused.
 
-`generate` needs whole sequences, and outside training a whole batch gives one process's numbers. In a training step a
-rank that attends to a whole batch computes what all others compute too, and a loss or gradient may count once for each
+`generate` needs whole sequences, and outside training a full batch gives one process's numbers. In a training step a
+rank that attends to a full batch computes what all others compute too, and a loss or gradient may count once for each
 of them. So a prepared model's layers know that they are prepared, and refuse: whoever called them, on whatever way.
 """
 
@@ -64,13 +64,13 @@ class PreparedLayers:
 
 
 def refuse_unsharded(module: nn.Module) -> None:
-    """Refuse a layer of a prepared model that gets a whole batch in a training step."""
+    """Refuse a layer of a prepared model that gets a full batch in a training step."""
     if not (torch.is_grad_enabled() and module.training and getattr(module, MARK, None)):
         return
     problem = UspModelError(
-        f"{type(module).__name__} of a prepared model gets a whole batch in a training step",
+        f"{type(module).__name__} of a prepared model gets a full batch in a training step",
         rule="in training each rank computes its share; a part of the model that is called by itself, or beside the "
-        "prepared one, would compute the whole batch on every rank, and count once for each",
+        "prepared one, would compute the full batch on every rank, and count once for each",
         remedy="call the prepared model itself: model(...), whose logits and hidden states are whole with "
         "UspParallelismConfig(gather_outputs=True); prepare a second Transformers model by itself "
         "(accelerator.prepare_model); outside training use model.eval() or torch.no_grad()",

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import record_function
 
 # usp.exchange: a message is handed over (an all-to-all on CPU also waits in it); usp.wait: the step waits for one;
-# usp.tiles: kernels; usp.merge: their results are put together.
+# usp.tiles: kernels; usp.merge: their results are merged.
 EXCHANGE, WAIT, TILES, MERGE = "usp.exchange", "usp.wait", "usp.tiles", "usp.merge"
 
 

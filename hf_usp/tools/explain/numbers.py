@@ -211,5 +211,5 @@ def count_traffic(plans: Sequence[RingSchedule], shares: Sequence[HeadShare], ca
 
 def messages(plan: RingSchedule, ulysses: int) -> tuple[int, int]:
     """Messages of one layer, forward and backward: (point to point along the ring, all-to-alls along ulysses)."""
-    home = sum(step.num_received > 0 for step in plan.steps)
-    return 2 * plan.messages + home, 4 if ulysses > 1 else 0
+    returned = sum(step.num_received > 0 for step in plan.steps)
+    return 2 * plan.messages + returned, 4 if ulysses > 1 else 0
