@@ -94,7 +94,7 @@ def make_call(
 
 
 def forward(inputs: Inputs, call: AttentionCall) -> Kept:
-    """What to keep for the backward; the result is the output in it, out_ThE."""
+    """Tensors to keep for the backward; one of them is the output out_ThE."""
     q_BLHD, k_BLGD, v_BLGE, _ = inputs
     arrived_TX = gather_seq_scatter_heads(q_BLHD, k_BLGD, v_BLGE, call.heads)
     with no_autocast(q_BLHD.device):

@@ -1,6 +1,6 @@
-"""A plan made ready for one device: indices and segment edges as tensors, once per batch and mask.
+"""A ring schedule on one device: indices and segment edges as tensors, made once per batch and mask.
 
-No layer plans, and none copies integers to the device.
+So no layer computes a schedule or copies integers to the device.
 """
 
 from __future__ import annotations

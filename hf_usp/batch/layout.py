@@ -1,4 +1,4 @@
-"""The geometry of one sharded batch: who holds which token, and which tokens form a document.
+"""The geometry of one sharded batch: which rank holds which token, and which tokens form a document.
 
 A layout travels with the local batch through the model to every attention layer. It makes the schedule of each mask
 once per batch.
@@ -128,7 +128,7 @@ class SequenceLayout:
         return np.split(self.shards[ring_rank], self.mesh.ulysses_degree)[ulysses_rank]
 
     def ring_schedule(self, mask_spec: MaskSpec = CAUSAL) -> RingSchedule:
-        """What this rank computes and sends for such a mask; made once."""
+        """The ring schedule of this rank for such a mask; made once."""
 
         def make() -> RingSchedule:
             shards = over_batch(self.shards, self.batch, self.padded)
@@ -150,7 +150,7 @@ class SequenceLayout:
         return Mask(documents, min(mask_spec.window_left, most), min(mask_spec.window_right, most))
 
     def device_schedule(self, mask_spec: MaskSpec, device: torch.device) -> DeviceSchedule:
-        """The plan on a device; made once."""
+        """The ring schedule on a device; made once."""
         return self.memoize(
             ("device_schedule", mask_spec, device), lambda: make_device_schedule(self.ring_schedule(mask_spec), device)
         )
@@ -163,7 +163,7 @@ class SequenceLayout:
         return (rows[:, None] + offsets).reshape(mesh.size, -1)
 
     def memoize(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` returns, made once for this batch."""
+        """The result of `make`, computed once for this batch."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

@@ -143,7 +143,7 @@ def agree_on_layout(
 
 
 def get_tokens(batch: Mapping[str, Any]) -> Any:
-    """What has one entry per token: input_ids, or inputs_embeds; None in a batch without either."""
+    """The entry with one value per token: input_ids, or inputs_embeds; None in a batch without either."""
     ids = batch.get("input_ids")
     return batch.get("inputs_embeds") if ids is None else ids
 

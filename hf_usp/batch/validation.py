@@ -1,4 +1,4 @@
-"""What of a batch can be sharded: kinds, shapes and dtypes of its entries."""
+"""Checks of a batch before it is sharded: kinds, shapes and dtypes of its entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step did, counted from its layouts: tokens, useful work, balance, bytes sent.
+"""Tokens, useful work, balance and bytes sent of a training step, counted from its layouts.
 
 Nothing here talks to other ranks or looks at a clock. Work is *model* work: what the mathematics asks for, a multiply
 and an add being two operations; recomputation does not count (PaLM, arXiv 2204.02311, appendix B).

@@ -143,7 +143,7 @@ class UspMetricsCallback(TrainerCallback):
         self.since = now
 
     def _skip_time(self) -> None:
-        """What went by since the last step was no training."""
+        """Time since the last step was not training."""
         self.since = time.perf_counter() if self.since is not None else None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which documents share a row: packing without cutting where that can be avoided, in integers.
+"""Which documents share a row: packing that splits a document only where necessary, in integers.
 
 Rows have room for a fixed number of tokens. Documents are placed whole, longest first, each into the row that it leaves
 with the least room (best-fit decreasing). Documents longer than a row are cut into row-long pieces, of which only the

@@ -1,4 +1,4 @@
-"""Losses over ranks: from every rank's share of the tokens, or of the vocabulary, to the loss of one process.
+"""Losses over ranks: from each rank's tokens, or part of the vocabulary, to the loss of one process.
 
 Each rank's model computes (sum of its token losses) / n, where n counts the tokens of the *full* batch. The sum over
 the ranks of a context-parallel group is then the loss that one process computes.

@@ -174,7 +174,7 @@ def batch_mesh(device_type: str, model_parallel_size: int) -> DeviceMesh:
 
 
 def kept(key: Hashable, make: Callable[[], Any]) -> Any:
-    """What `make` returned the first time: torch frees no group before the end, so later meshes use the same ones.
+    """The first result of `make`: torch frees no group before the end, so later meshes use the same ones.
 
     It is kept beside torch's own record of groups, for as long as the default process group lasts.
     """

@@ -1,4 +1,4 @@
-"""What a kernel is: attention over packed segments, returning the output and its log-sum-exp.
+"""The kernel contract: attention over packed segments, returning the output and its log-sum-exp.
 
 Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads (H a multiple of G; query head h
 reads kv head h // (H // G)), D key width, E value width.

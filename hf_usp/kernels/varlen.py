@@ -1,4 +1,4 @@
-"""What FlashAttention 2's variable-length call asks of its caller, in torch's own build and in the flash-attn package.
+"""Arguments of FlashAttention 2's variable-length call, as torch's own build and the flash-attn package need them.
 
 Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads, D key width, E value width.
 

@@ -1,4 +1,4 @@
-"""Activation checkpoints in CPU memory: what a checkpointed layer is recomputed from does not stay on the device.
+"""Activation checkpoints in CPU memory: inputs of checkpointed layers do not stay on the device.
 
 With activation checkpointing a layer keeps its input alone, yet at 131,072 local tokens of width 4,096 that is 1 GiB a
 layer in bf16. Here exactly these inputs go to pinned CPU memory while the next layers compute, on a stream of their

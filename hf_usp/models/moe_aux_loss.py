@@ -159,7 +159,7 @@ def _short_batch(model: Any, device: torch.device) -> dict[str, Tensor]:
 
 
 def find_aux_loss(model: Any, batch: Mapping[str, Any]) -> AuxLossTerm | None:
-    """What the model adds to its loss for router logits, seen on a full batch with padding; None if nothing.
+    """The term that the model adds to its loss for router logits, measured on a full batch with padding, or None.
 
     Raises `UspModelError` where that is not coefficient times the formula above.
     """

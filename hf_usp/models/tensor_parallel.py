@@ -1,4 +1,4 @@
-"""Tensor and expert parallelism of Transformers (`DistributedConfig`) on the mesh: what is refused, what is mended."""
+"""Tensor and expert parallelism of Transformers (`DistributedConfig`) on the mesh: refusals and corrections."""
 
 from __future__ import annotations
 

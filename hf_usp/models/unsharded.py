@@ -1,4 +1,4 @@
-"""Calls that leave a prepared model unsharded: which of them are meant, which are refused.
+"""Calls of a prepared model that run unsharded: which are intended, and which are refused.
 
 `generate` needs whole sequences, and outside training a full batch gives one process's numbers. In a training step a
 rank that attends to a full batch computes what all others compute too, and a loss or gradient may count once for each

@@ -1,4 +1,4 @@
-"""Models and calls that are refused for what can be seen without running the model."""
+"""Models and calls that are refused without running the model."""
 
 from __future__ import annotations
 

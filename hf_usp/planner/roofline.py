@@ -1,4 +1,4 @@
-"""What a training step should cost: seconds, exposed communication and memory, from sizes and rates alone. No torch.
+"""Predicted cost of a training step: seconds, exposed communication and memory, from sizes and rates. No torch.
 
 Symbols: S tokens of a row, s = S / (U R) of one rank, n = U s of a ring shard, h query heads, g kv heads,
 m = max(g, U), d head width, e bytes of an element, u = s d e. Per rank and layer, causal:

@@ -1,4 +1,4 @@
-"""What a training step is made of: sizes of the model, of the job and of the mesh. No torch."""
+"""Sizes of the model, of the training step and of the mesh. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plans of recurrent layers on a device, made once per batch: index tensors for `scan` and `states`."""
+"""Schedules of recurrent layers on a device, made once per batch: index tensors for `scan` and `state_passing`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def scan_device_schedule(layout: SequenceLayout, device: torch.device) -> tuple[
 
 
 def halo_device_schedule(layout: SequenceLayout, reach: int, device: torch.device) -> HaloWork:
-    """What a convolution over `reach` earlier tokens fetches."""
+    """The halo of a convolution over `reach` earlier tokens."""
 
     def make() -> HaloWork:
         plan = make_halo_schedule(layout.documents, layout.positions_per_rank(), layout.mesh.rank, reach)
@@ -95,7 +95,7 @@ def state_schedule(layout: SequenceLayout) -> StateSchedule:
 
 
 def state_device_schedule(layout: SequenceLayout, device: torch.device) -> StateDeviceSchedule:
-    """What a scan that passes states needs."""
+    """The schedule of a scan that passes states."""
 
     def make() -> StateDeviceSchedule:
         plan = state_schedule(layout)

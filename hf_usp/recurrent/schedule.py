@@ -1,4 +1,4 @@
-"""Which tokens a layer with a state along the sequence brings together, in integers: no torch.
+"""Which tokens and states a layer with a state along the sequence exchanges. Integers only: no torch.
 
 Positions are flattened over the batch, as in `layout`: row b of rows of S tokens holds b*S .. b*S + S - 1. `held`
 [P, N] are the positions of each rank's tokens; what all ranks hold, one after the other, is a permutation of all.

@@ -1,4 +1,4 @@
-"""What a check finds, and the rules that find it. Plain numbers in, sentences out: no process talks to another here."""
+"""Findings of a check, and the rules that find them. Numbers in, sentences out: no communication."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check is asked to do, and everything that it found."""
+"""The options of a check, and its results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .issues import PROBLEM, Finding, Transfer
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What to check.
+    """Options of a check.
 
     Attributes:
         model: model whose small copy is run; None: none.

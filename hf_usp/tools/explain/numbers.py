@@ -1,4 +1,4 @@
-"""What a run would do, without running it: who holds what, who computes what, who sends what to whom, and why.
+"""Numbers of a run without running it: tokens, work and bytes of each rank, and the reasons.
 
 Everything comes from the same integers that a training step uses (`make_layout`, `make_ring_schedule`, `split_heads`),
 so what is printed is what happens. Here are the numbers; `text`, `picture` and `page` show them.
