@@ -1,11 +1,11 @@
-"""The ulysses exchange: give away heads, receive tokens, and back (DeepSpeed-Ulysses, arXiv 2309.14509).
+"""The ulysses exchange: scatter heads, gather tokens, and back (DeepSpeed-Ulysses, arXiv 2309.14509).
 
 Shape suffixes: B batch, U ulysses ranks, L local tokens of a row, T = B * U * L tokens of the ring shard in ascending
 order, H query heads, G kv heads, D key width, E value width, X all columns of a message (q, k, v side by side); lower
 case h, g: the heads that this rank keeps.
 
-q, k and v travel in one message, the output in another; the backward mirrors both. Any number of heads: rank u keeps
-the heads of `shares[u]`, and a kv head travels once to every rank that reads it. For B = 1 what arrives already is
+q, k and v are sent in one message, the output in another; the backward mirrors both. Any number of heads: rank u keeps
+the heads of `shares[u]`, and a kv head is sent once to every rank that reads it. For B = 1 what arrives already is
 [T, X]: q, k and v are views into the message.
 """
 

@@ -1,6 +1,6 @@
 """The geometry of one sharded batch: which rank holds which token, and which tokens form a document.
 
-A layout travels with the local batch through the model to every attention layer. It makes the schedule of each mask
+A layout passes with the local batch through the model to every attention layer. It makes the schedule of each mask
 once per batch.
 """
 

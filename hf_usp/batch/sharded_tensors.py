@@ -40,9 +40,8 @@ _SAME_MASK = (
 class LayoutMask(Tensor):
     """This rank's padding mask [B, L] (True: a token) that carries the layout to where masks are made and read.
 
-    Anything computed from it is a plain tensor; only moving, casting and looking at it otherwise keep the layout. Asked
-    whether all is True it says no: models drop a mask without padding, which would depend on the rank, and the layout
-    with it.
+    Moves, casts and views keep the layout; every other operation returns a plain tensor. `.all()` always returns False:
+    models drop all-ones masks, and the layout would be lost on ranks without padding.
     """
 
     usp_layout: SequenceLayout
@@ -114,8 +113,8 @@ def layout_from_handle(handle: Tensor) -> SequenceLayout:
     if isinstance(layout, SequenceLayout):
         return layout
     raise UspModelError(
-        "an attention that gets a copy of the tensor which carries the layout of the batch",
-        rule="what travels with a batch is passed on as it is",
+        "the layout of the batch was lost, because the tensor that carries it was copied",
+        rule="the layout tensor is passed through unmodified; CUDA graphs and hooks on saved tensors copy it",
         remedy="compile without CUDA graphs (no mode='reduce-overhead' or 'max-autotune') and without hooks that copy "
         "saved tensors, or leave out torch.compile",
     )

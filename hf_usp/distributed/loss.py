@@ -67,7 +67,7 @@ def loss_over_parts(
     """Sum of the token losses [], as `cross_entropy` has it for the logits of all ranks side by side.
 
     One message of two or three numbers per token and rank, in the dtype of the logits (ForCausalLMLoss makes it fp32).
-    The gradient is that of this rank's logits. Labels are `ignored` or entries of the whole vocabulary; others raise as
+    The gradient is that of this rank's logits. Labels are `ignored` or entries of the full vocabulary; others raise as
     they do in `cross_entropy`.
     """
     return _LossOverParts.apply(logits_TN, labels_T, part, ignored, smoothing)

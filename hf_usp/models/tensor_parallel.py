@@ -23,9 +23,9 @@ WHOLE = (None, "replicate")
 
 
 def check_tensor_parallel(model: PreTrainedModel) -> None:
-    """Refuse tensor parallelism that leaves parts of a head on a rank, and what comes out wrong of Transformers alone.
+    """Reject tensor-parallel sizes that split an attention head, and two cases that Transformers alone computes wrong.
 
-    That are gradients of experts, and tied embeddings, under its own FSDP.
+    These are gradients of experts in fp16 and fp64, and unevenly sharded tied embeddings, both under its own FSDP.
     """
     ranks, config = getattr(model, "tp_size", None) or 1, model.config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
