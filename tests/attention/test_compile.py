@@ -165,7 +165,7 @@ def test_the_stock_trainer(two_ranks: Ranks, tmp_path: Path, regional: bool) -> 
         compare(mine, reference)
 
 
-def test_a_copied_ticket_is_refused() -> None:
+def test_a_copied_handle_is_refused() -> None:
     """The tensor that carries the layout must arrive itself: a copy has no layout."""
     mesh = hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1)
     handle = hf_usp.shard(batch_of("plain"), mesh)["attention_mask"].usp_handle
