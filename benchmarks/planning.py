@@ -1,4 +1,4 @@
-"""CPU time of what is planned once per batch: dealing tokens to ring ranks, and one rank's plan.
+"""CPU time of what is planned once per batch: assigning tokens to ring ranks, and one rank's ring schedule.
 
     python benchmarks/planning.py                       # 1,048,576 tokens in 10,000 documents, a minute
 
@@ -51,19 +51,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("results"))
     args = parser.parse_args()
-    lines = ["| ring ranks | sigma | order | dealing, ms | plan of a rank, ms | together, most |", "| --- " * 6 + "|"]
+    lines = [
+        "| ring ranks | sigma | order | assignment, ms | schedule of a rank, ms | together, most |",
+        "| --- " * 6 + "|",
+    ]
     for ring in (4, 8, 16):
         for sigma in (0.5, 1.0, 1.5):
-            dealing, plans, orders = [], [], set()
+            assigning, plans, orders = [], [], set()
             for seed in range(4):
                 mask = Mask(packed(args.tokens, args.documents, sigma, seed))
-                ms, dealt = cpu_ms(partial(assign_tokens, 1, args.tokens, ring, "auto", [mask]), args.repeats)
-                dealing.append(ms)
-                plans.append(cpu_ms(partial(make_ring_schedule, dealt.shards, mask, 0), args.repeats)[0])
-                orders.add(dealt.order)
-            most = max(a + b for a, b in zip(dealing, plans, strict=True))
+                ms, assigned = cpu_ms(partial(assign_tokens, 1, args.tokens, ring, "auto", [mask]), args.repeats)
+                assigning.append(ms)
+                plans.append(cpu_ms(partial(make_ring_schedule, assigned.shards, mask, 0), args.repeats)[0])
+                orders.add(assigned.order)
+            most = max(a + b for a, b in zip(assigning, plans, strict=True))
             cells = [str(ring), str(sigma), ", ".join(sorted(orders))]
-            cells += [f"{min(x):.0f} to {max(x):.0f}" for x in (dealing, plans)] + [f"{most:.0f}"]
+            cells += [f"{min(x):.0f} to {max(x):.0f}" for x in (assigning, plans)] + [f"{most:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "unknown")

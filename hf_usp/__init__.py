@@ -1,4 +1,4 @@
-"""hf_usp: train any Hugging Face causal LM on sequences far longer than one device holds.
+"""hf_usp: train Hugging Face causal LMs on sequences longer than one device holds.
 
 Importing it registers `attn_implementation="usp"` with Transformers and does nothing else. See the README.
 """

@@ -54,29 +54,31 @@ class UspParallelismConfig(ParallelismConfig):
     prepared then take full batches and shard them themselves.
 
     Args:
-        cp_size: ranks that share a sequence (default: the environment's PARALLELISM_CONFIG_CP_SIZE, or 1).
-        ulysses_degree: of these, how many exchange heads. The rest is the ring:
-            `ring_degree = cp_size // ulysses_degree`. None: chosen at `prepare`, as `hf-usp plan` ranks
-            degrees for this model on this machine, ulysses inside a node; on an unknown GPU by bytes moved.
+        cp_size: number of ranks that share a sequence. Default: PARALLELISM_CONFIG_CP_SIZE of the environment, or 1.
+        ulysses_degree: number of these ranks that exchange heads; `ring_degree = cp_size // ulysses_degree`. Default:
+            chosen at `prepare`, as `hf-usp plan` ranks degrees for this model on this machine, with ulysses groups
+            inside a node; on an unknown GPU the degree that sends the fewest bytes.
         dp_replicate_size, dp_shard_size, tp_size: as in `ParallelismConfig`. If neither data-parallel size is given
-            (nor set in the environment), the ranks left over are data parallel: dp_shard under FSDP, else dp_replicate.
-        sequence_order: "auto" (what suits the masks of the batch), "contiguous", "zigzag", or "balanced" (chunks dealt
-            so that ranks have equal work, also for packed documents of uneven length).
-        gather_outputs: whether logits and hidden states come back whole on every rank, or as this rank's share.
-        loss_chunk_size: with labels, compute the loss of this rank's tokens in chunks of so many, without ever holding
-            all their logits; `outputs.logits` is then None. The same loss and gradients; also for cp_size=1. Under
-            tensor parallelism each rank computes the logits of its entries of the vocabulary.
-        mlp_chunk_size: compute the MLPs of all layers in chunks of so many tokens, again in the backward; also for one
-            rank.
-        offload_checkpoints: keep the inputs of checkpointed layers (gradient checkpointing) in CPU memory.
-        kernel: name of the attention kernel to use; None: the best installed.
-        self_check: whether a prepared model first shows on a short random batch that sharding changes nothing.
-        ranks_per_node: the ulysses degree is chosen so that its groups lie inside a node; None: LOCAL_WORLD_SIZE.
-        machine: it is chosen for this preset of `hf-usp plan`, or file of `hf-usp check`; None: by the GPU's name.
-        sequence_length: and for rows of so many tokens; None: 8,192 for each rank that shares them.
+            (nor set in the environment), the remaining ranks are data parallel: dp_shard under FSDP, else dp_replicate.
+        sequence_order: "auto" (chosen by the masks of the batch), "contiguous", "zigzag", or "balanced" (chunks
+            assigned so that ranks have equal work, also for packed documents of uneven length).
+        gather_outputs: whether logits and hidden states are gathered on every rank. Default: each rank keeps its own
+            tokens.
+        loss_chunk_size: with labels, compute the loss of this rank's tokens in chunks of this many tokens, without
+            holding all their logits; `outputs.logits` is then None. Loss and gradients stay the same. Also for
+            cp_size=1. Under tensor parallelism each rank computes the logits of its entries of the vocabulary.
+        mlp_chunk_size: compute the MLPs of all layers in chunks of this many tokens, and again in the backward. Also
+            for cp_size=1.
+        offload_checkpoints: keep the inputs of checkpointed layers (activation checkpointing) in CPU memory.
+        kernel: name of the attention kernel. Default: the best installed.
+        self_check: whether a prepared model first compares a short random batch, sharded and unsharded.
+        ranks_per_node: ranks on one node; used to keep ulysses groups inside a node. Default: `LOCAL_WORLD_SIZE`.
+        machine: preset of `hf-usp plan`, or file of `hf-usp check`, used to choose `ulysses_degree`. Default: detected
+            from the name of the GPU.
+        sequence_length: tokens of a sequence assumed for that choice. Default: 8,192 x cp_size.
 
     Raises:
-        UspConfigError: sizes or options that fit neither each other nor the number of processes.
+        UspConfigError: sizes or options that do not fit each other or the number of processes.
     """
 
     cp_size: int

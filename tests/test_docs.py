@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+OF_OTHERS = {"script.py", "train.py", "modeling_rope_utils.py", "modeling_utils.py"}  # files named that are not ours
 # Blocks that speak of the reader's model, trainer or data: compiled only. All others run.
 NEEDS = re.compile(r"from_pretrained|\btrainer\b|\bTrainingArguments\b|\.\.\.")
 
@@ -83,6 +84,42 @@ def test_how_it_works_lists_every_layer_and_file() -> None:
     listed = re.findall(r"^([\w/]+\.py)  +\S", page, re.M)
     assert len(listed) == len(set(listed))
     assert set(listed) == {name for name in sources if not name.endswith("/__init__.py")}
+
+
+# Names of the package before its parts were named after what PyTorch, FlashAttention and Transformers call them.
+OLD_NAMES = re.compile(
+    r"\b(?:integers|seams|costs|planning|core|recurrence)/\w"
+    r"|\bhf_usp[./](?:integers|seams|costs|planning|core|report|recurrence)\b"
+    r"|\b(?:class Layout|MaskKind|RingPlan|RingStage|ScanPlan|HaloPlan|StatePlan|StateWork)\b"
+    r"|\b(?:ShardedForward|AcceleratorSeam)\b"
+    r"|\b(?:UspReport|SameRun|KeepAttention|keep_attention|SumOfLosses|ChunkedForward|Garage|Steady|CutBody|RouterLoss)\b"
+    r"|\b(?:find_body|whole_head|heads_to_tokens|tokens_to_heads|check_whole|last_complete|put_together|heed_failure)\b"
+    r"|\b(?:cut_all|cut_labels|layout_of|differentiated_once|tell_failure|passed_on|needed_rows|deal_row|send_home)\b"
+    r"|\b(?:q_edges|cu_q|by_row|by_hand|is_blank)\b|\b(?:dealing|scan_plan|footprint)\b"
+    r"|\btickets?\b|\bseams?\b|\bdealt\b"
+)
+CODE = [path for folder in ("hf_usp", "scripts", "tests", "configs") for path in sorted((ROOT / folder).rglob("*.*"))]
+TOLD = [*PAGES, *CODE, *(ROOT / "notebooks").glob("*.ipynb"), ROOT / "Makefile", ROOT / "mkdocs.yml"]
+TOLD = [x for x in TOLD if x.suffix not in (".pyc", ".png") and x.name not in ("CHANGELOG.md", "test_docs.py")]
+FILES = {path.relative_to(ROOT).as_posix() for path in TOLD} | {"tests/test_docs.py"}
+
+
+@pytest.mark.parametrize("path", TOLD, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_old_names_are_gone(path: Path) -> None:
+    """In code, docs and errors; names of files (decisions keep theirs) are no prose."""
+    text = re.sub(r"\b\d{4}-[\w-]+\.md", "", path.read_text(encoding="utf-8"))
+    found = [(text[: match.start()].count("\n") + 1, match.group()) for match in OLD_NAMES.finditer(text)]
+    assert not found, found
+
+
+@pytest.mark.parametrize(
+    "path", [x for x in TOLD if x.suffix in (".md", ".py")], ids=lambda p: p.relative_to(ROOT).as_posix()
+)
+def test_files_that_are_named_exist(path: Path) -> None:
+    for name in re.findall(r"(?<![\w/.-])((?:\w+/)*\w+\.py)\b", path.read_text(encoding="utf-8")):
+        if name.startswith(("hf_usp/", "tests/", "scripts/")) or path.parent.parts[-1:] == ("docs",):
+            known = any(f"/{file}".endswith(f"/{name}") for file in FILES)
+            assert known or name in OF_OTHERS, name
 
 
 def reference() -> list[str]:

@@ -253,6 +253,22 @@ def test_every_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(TREES[path])
 
 
+def is_record(node: ast.ClassDef) -> bool:
+    """A dataclass or NamedTuple."""
+    return "dataclass" in {called(x) for x in node.decorator_list} or "NamedTuple" in {called(x) for x in node.bases}
+
+
+@every_source
+def test_every_field_has_its_line(path: Path) -> None:
+    """Public dataclasses and NamedTuples list each field under `Attributes:`."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.ClassDef) and is_record(node) and not node.name.startswith("_"):
+            told = (ast.get_docstring(node) or "").partition("Attributes:")[2]
+            fields = [ast.unparse(x.target) for x in node.body if isinstance(x, ast.AnnAssign)]
+            missing = [name for name in fields if not name.startswith("_") and f"\n    {name}: " not in told]
+            assert not missing, f"{node.name}: {missing}"
+
+
 @pytest.mark.parametrize("name", hf_usp.__all__)
 def test_every_public_name_is_documented(name: str) -> None:
     thing = getattr(hf_usp, name)

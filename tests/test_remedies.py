@@ -332,7 +332,7 @@ TWO_RANKS: dict[str, Case] = {
         sharded(labels=IDS.tolist()), sharded(labels=torch.as_tensor(IDS.tolist()))
     ),
     "_enable()": Case(lambda: offloaded(False), lambda: offloaded(True)),
-    "cut inputs with hf_usp.shard": Case(lambda: attend(extra=3), attend),
+    "shard inputs with hf_usp.shard": Case(lambda: attend(extra=3), attend),
     "for a module of your own use hf_usp.shard and hf_usp.usp_attention": Case(
         lambda: find_model(torch.nn.Linear(2, 2)), attend
     ),

@@ -35,7 +35,14 @@ Kept = tuple[Tensor | None, Tensor, Tensor]
 
 
 class Sizes(NamedTuple):
-    """Query heads H, kv heads G, key width D, value width E of a call, before heads travel."""
+    """Sizes of a call before heads are exchanged.
+
+    Attributes:
+        heads: query heads H.
+        kv_heads: kv heads G.
+        width: key width D.
+        value_width: value width E.
+    """
 
     heads: int
     kv_heads: int
@@ -45,7 +52,12 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Everything about one call that is not a tensor."""
+    """Everything about one call that is not a tensor.
+
+    Attributes:
+        ring: the ring call.
+        heads: heads of each ulysses rank.
+    """
 
     ring: RingCall
     heads: Heads
@@ -82,7 +94,7 @@ def make_call(
 
 
 def forward(inputs: Inputs, call: AttentionCall) -> Kept:
-    """What to keep for the backward; the result is the output in it, out_ThE."""
+    """Tensors to keep for the backward; one of them is the output out_ThE."""
     q_BLHD, k_BLGD, v_BLGE, _ = inputs
     arrived_TX = gather_seq_scatter_heads(q_BLHD, k_BLGD, v_BLGE, call.heads)
     with no_autocast(q_BLHD.device):
@@ -162,7 +174,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout:
                 f"{name} of shape {tuple(x.shape)}",
                 rule=f"sharded attention takes [batch, local tokens, heads, width] with {expected[0]} x {expected[1]} "
                 "tokens, queries and keys of the same tokens (self-attention without a cache)",
-                remedy="call the model without past_key_values, and cut inputs with hf_usp.shard",
+                remedy="call the model without past_key_values, and shard inputs with hf_usp.shard",
             )
     if k.shape[2] != v.shape[2] or k.shape[3] != q.shape[3]:
         raise UspModelError(

@@ -4,7 +4,7 @@ Selective checkpointing decides over operators, and `torch.compile` puts operato
 inside. Everywhere else attention is an autograd function, whose parts stay visible to profilers and dispatch modes.
 Policies of others know attention by names: TRL's selective checkpointing keeps operators with `flash_attn` in theirs.
 
-The layout of the batch reaches the operator with a ticket (`tickets`).
+The layout of the batch reaches the operator with a handle (`hf_usp.batch.sharded_tensors`).
 
 Shape suffixes: as in `core`.
 """

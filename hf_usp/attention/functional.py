@@ -37,7 +37,7 @@ def usp_attention(
     """Attention of local queries over the keys of all ranks of the layout's mesh. Differentiable.
 
     Args:
-        q: local queries [B, L, H, D], as `hf_usp.shard` cut the tokens.
+        q: local queries [B, L, H, D], for the tokens that `hf_usp.shard` gives this rank.
         k, v: local keys [B, L, G, D] and values [B, L, G, E]; H is a multiple of G, E may differ from D.
         layout: of this batch, the same on every rank (`hf_usp.shard(...)["usp"]`).
         scaling: factor of q.k, by default D ** -0.5.
@@ -88,7 +88,7 @@ def attend(
 
     Args:
         inputs: q_BLHD, k_BLGD, v_BLGE, sinks_H or None.
-        ticket: of the layout (see `tickets`), which torch.compile needs; without it a graph ends here.
+        handle: of the layout (`make_handle`), which torch.compile needs; without it a graph ends here.
 
     Returns:
         out_BLHE.

@@ -1,10 +1,10 @@
-"""Putting the results of tiles together: the softmax over more keys, and sums of gradients. In place.
+"""Merging the results of tiles, in place: the softmax over more keys, and sums of gradients.
 
 Shape suffixes: T query rows or key rows, H heads, D width, E value width.
 
-What can be left out is left out. The first tile that reaches rows is written, not merged, and a tile over all rows is
-taken as it is. A result of two parts is computed in fp32 and rounded once, whatever it is kept in, so only rows with
-more parts are kept in fp32 (`WriteCounts.max_parts`).
+Merges that are not needed are skipped: the first tile of a row is copied, and a tile that covers every row is returned
+directly. With at most two parts the merge rounds once, so the accumulator can stay in the dtype of the input; with more
+it is fp32 (`WriteCounts.max_parts`).
 """
 
 from __future__ import annotations

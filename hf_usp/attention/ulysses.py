@@ -1,11 +1,11 @@
-"""The ulysses exchange: give away heads, receive tokens, and back (DeepSpeed-Ulysses, arXiv 2309.14509).
+"""The ulysses exchange: scatter heads, gather tokens, and back (DeepSpeed-Ulysses, arXiv 2309.14509).
 
 Shape suffixes: B batch, U ulysses ranks, L local tokens of a row, T = B * U * L tokens of the ring shard in ascending
 order, H query heads, G kv heads, D key width, E value width, X all columns of a message (q, k, v side by side); lower
 case h, g: the heads that this rank keeps.
 
-q, k and v travel in one message, the output in another; the backward mirrors both. Any number of heads: rank u keeps
-the heads of `shares[u]`, and a kv head travels once to every rank that reads it. For B = 1 what arrives already is
+q, k and v are sent in one message, the output in another; the backward mirrors both. Any number of heads: rank u keeps
+the heads of `shares[u]`, and a kv head is sent once to every rank that reads it. For B = 1 what arrives already is
 [T, X]: q, k and v are views into the message.
 """
 
@@ -25,9 +25,16 @@ from ..sharding.heads import HeadShare
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """Who keeps which heads of a call: rank u those of `shares[u]`.
+    """Which ulysses rank has which heads of a call.
 
-    batch: rows. query_heads, kv_heads: their numbers before the exchange (H, G). width, value_width: D, E.
+    Attributes:
+        shares: shares[u]: heads of ulysses rank u.
+        mesh: the ranks.
+        batch: rows.
+        query_heads: query heads before the exchange (H).
+        kv_heads: kv heads before the exchange (G).
+        width: key width D.
+        value_width: value width E.
     """
 
     shares: Sequence[HeadShare]
@@ -104,7 +111,7 @@ def gather_seq_scatter_heads_backward(
 
 
 class _Whole:
-    """Gradient of all heads of q, k or v (`which`) [B, L, heads, width], put together from those of every share.
+    """Gradient of all heads of q, k or v (`which`) [B, L, heads, width], gathered from those of every ulysses rank.
 
     Starts with this rank's own. kv heads that several ranks read are summed in fp32.
     """

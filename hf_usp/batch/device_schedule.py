@@ -1,6 +1,6 @@
-"""A plan made ready for one device: indices and segment edges as tensors, once per batch and mask.
+"""A ring schedule on one device: indices and segment edges as tensors, made once per batch and mask.
 
-No layer plans, and none copies integers to the device.
+So no layer computes a schedule or copies integers to the device.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ Index = slice | Tensor
 
 @dataclass(frozen=True, eq=False)
 class WriteCounts:
-    """How the parts of a sum over tiles lie on its rows.
+    """How the parts of a sum over tiles cover its rows.
 
-    max_parts: the largest number of parts that a row gets. rows_to_zero: rows
-    that must be initialised (output 0, lse -inf), because no tile writes them first.
+    Attributes:
+        max_parts: largest number of parts that one row gets.
+        rows_to_zero: rows that must be initialised (output 0, lse -inf), because no tile writes them first.
     """
 
     max_parts: int
@@ -34,10 +35,16 @@ class WriteCounts:
 
 @dataclass(frozen=True, eq=False)
 class KernelCall:
-    """One kernel call: the query rows and key rows it gathers, and its segments.
+    """One kernel call over the tiles of a step that share a window.
 
-    first_write_q, first_write_k: whether no call before has reached any of these rows (of these keys, in its stage), so
-    that its results are written instead of added. unique_keys: whether no key is gathered twice.
+    Attributes:
+        rows: query rows that it gathers.
+        keys: key rows that it gathers.
+        first_write_q: whether no earlier call wrote any of these query rows, so results are written instead of
+            merged.
+        first_write_k: whether no earlier call of the step wrote gradients of any of these keys.
+        unique_keys: whether no key is gathered twice.
+        segments: the tiles.
     """
 
     rows: Index
@@ -50,9 +57,16 @@ class KernelCall:
 
 @dataclass(frozen=True, eq=False)
 class DeviceStep:
-    """One step of the ring on this device; `recv_rank` and `send_rank` are ring ranks.
+    """One step of the ring on this device.
 
-    keys: of the sums over its tiles.
+    Attributes:
+        recv_rank: ring rank that this rank receives from.
+        send_rank: ring rank that this rank sends to.
+        send: own key rows to send.
+        num_sent: number of key rows sent.
+        num_received: number of key rows received.
+        calls: kernel calls of the step.
+        keys: write counts of dK and dV of the received keys.
     """
 
     recv_rank: int
@@ -66,9 +80,14 @@ class DeviceStep:
 
 @dataclass(frozen=True, eq=False)
 class DeviceSchedule:
-    """All stages. `is_single_call`: one call over all rows and keys in order, whose result needs no merge.
+    """The ring schedule on this device.
 
-    rows: of the sums over tiles of a query. keys: of the sums over own tiles and over what readers send home.
+    Attributes:
+        num_rows: number of own tokens.
+        stages: the steps.
+        is_single_call: whether one call over all rows and keys in order is the full result, so nothing is merged.
+        rows: write counts of the output and of dQ.
+        keys: write counts of dK and dV of own keys, gradients from other ranks included.
     """
 
     num_rows: int

@@ -1,4 +1,4 @@
-"""Numbers that tell tensors apart by every bit of theirs, cheap enough to be compared over ranks in every step."""
+"""Checksums over every bit of tensors, cheap enough to be compared over ranks in every step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The geometry of one sharded batch: who holds which token, and which tokens form a document.
+"""The geometry of one sharded batch: which rank holds which token, and which tokens form a document.
 
-A layout travels with the local batch through the model to every attention layer. It makes the schedule of each mask
+A layout passes with the local batch through the model to every attention layer. It makes the schedule of each mask
 once per batch.
 """
 
@@ -31,9 +31,14 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """What a layer asks for: limits to the left and right of the diagonal (-1: none), chunk size (0: none).
+    """The mask that a layer asks for.
 
-    chunks_from_row_start: whether packed documents count their chunks from the start of the row instead of their own.
+    Attributes:
+        window_left: keys before the query that it sees; -1: no limit. `sliding_window` is window_left + 1.
+        window_right: keys after the query that it sees; -1: no limit, 0: causal.
+        chunk_size: tokens of a chunk outside of which nothing is seen (Llama 4); 0: no chunks.
+        chunks_from_row_start: whether packed documents count chunks from the start of the row, not from their own
+            start.
     """
 
     window_left: int = UNLIMITED
@@ -47,7 +52,16 @@ CAUSAL = MaskSpec()
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One attention call: its mask, heads, widths of keys and values, and bytes of an element."""
+    """One attention call, as it is counted.
+
+    Attributes:
+        mask_spec: its mask.
+        heads: query heads.
+        kv_heads: key and value heads.
+        width: width of a query or key head.
+        value_width: width of a value head.
+        itemsize: bytes of an element.
+    """
 
     mask_spec: MaskSpec
     heads: int
@@ -60,16 +74,27 @@ class AttentionShape:
 @opaque_to_fsdp
 @dataclass(eq=False)
 class SequenceLayout:
-    """Who holds which token of one batch.
+    """Which rank holds which token of one batch.
 
-    mesh: the ranks. batch, length: rows and tokens per row as the caller passed them. padded: tokens per row after ours
-    were appended so that every rank holds equally many. order: name of the assignment of tokens to ring ranks. shards:
-    positions of a row that each ring rank holds. kernel: the one asked for by name, or None. calls: how many layers
-    have used this layout, recomputed ones again; used: the same by shape; dtype: what attention last computed in.
-    shifted: whether the caller passed `shift_labels`; router_logits: whether those were asked for. manual_loop: whether
-    `hf_usp.shard` made it for a hand-written loop, whose model nobody prepared.
-    pass_states: whether recurrent layers pass states between ranks or exchange heads for tokens, where they can do
-    both; None: what costs less. positions: of a full batch that has no position_ids [B, S], or None.
+    Attributes:
+        mesh: the ranks.
+        batch: rows of the batch.
+        length: tokens of a row, as the caller passed them.
+        padded: tokens of a row after padding that gives every rank equally many.
+        order: name of the assignment of tokens to ring ranks.
+        documents: documents of all rows, with the padding.
+        shards: positions of a row that each ring rank holds.
+        kernel: name of the kernel that was asked for; None: the best installed.
+        calls: layers that have used this layout; recomputed layers count again.
+        used: the same by shape.
+        dtype: dtype of the last attention call.
+        shifted: whether the caller passed `shift_labels`.
+        manual_loop: whether `hf_usp.shard` made it for a hand-written loop, whose model has no hooks.
+        pass_states: whether recurrent layers pass states (True) or exchange heads for tokens (False); None: the
+            cheaper one.
+        positions: function from a full batch without position_ids to its positions [B, S], or None.
+        router_logits: whether the caller asked for `output_router_logits`.
+        largest_position: whether positions have to carry the largest position of the batch.
     """
 
     mesh: UspMesh
@@ -103,7 +128,7 @@ class SequenceLayout:
         return np.split(self.shards[ring_rank], self.mesh.ulysses_degree)[ulysses_rank]
 
     def ring_schedule(self, mask_spec: MaskSpec = CAUSAL) -> RingSchedule:
-        """What this rank computes and sends for such a mask; made once."""
+        """The ring schedule of this rank for such a mask; made once."""
 
         def make() -> RingSchedule:
             shards = over_batch(self.shards, self.batch, self.padded)
@@ -112,7 +137,7 @@ class SequenceLayout:
         return self.memoize(("ring_schedule", mask_spec), make)
 
     def mask(self, mask_spec: MaskSpec = CAUSAL) -> Mask:
-        """The mask over the whole batch, positions flattened.
+        """The mask over the full batch, positions flattened.
 
         A window or chunk of all tokens is none; wider ones may not fit the integers of positions.
         """
@@ -125,7 +150,7 @@ class SequenceLayout:
         return Mask(documents, min(mask_spec.window_left, most), min(mask_spec.window_right, most))
 
     def device_schedule(self, mask_spec: MaskSpec, device: torch.device) -> DeviceSchedule:
-        """The plan on a device; made once."""
+        """The ring schedule on a device; made once."""
         return self.memoize(
             ("device_schedule", mask_spec, device), lambda: make_device_schedule(self.ring_schedule(mask_spec), device)
         )
@@ -138,7 +163,7 @@ class SequenceLayout:
         return (rows[:, None] + offsets).reshape(mesh.size, -1)
 
     def memoize(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` returns, made once for this batch."""
+        """The result of `make`, computed once for this batch."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -167,7 +192,7 @@ def make_layout(
 ) -> SequenceLayout:
     """Layout of `batch` rows of `length` tokens; `documents` cover batch * length positions.
 
-    order "auto" takes what suits the masks of `mask_specs`, one entry per layer (`dealing.assign_tokens`).
+    order "auto" takes the order that suits the masks of `mask_specs`, one entry per layer (`assign_tokens`).
     """
     # Zigzag wants 2 chunks per ring rank, ulysses equal slices of each ring rank's tokens.
     unit = mesh.ring_degree * int(np.lcm(2 if mesh.ring_degree > 1 else 1, mesh.ulysses_degree))

@@ -1,4 +1,4 @@
-"""Cutting a full batch into this rank's share (`unshard` puts shares together again).
+"""From a full batch to the local batch of this rank (`unshard` is the inverse).
 
 Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
 
@@ -44,10 +44,15 @@ IGNORED = -100  # the label that Transformers leaves out of the loss
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How to cut: the order of tokens, the masks that layers will ask for (they decide order "auto"), the kernel.
+    """How to shard a batch.
 
-    positions: of a full batch without position_ids, [B, S] or None for 0, 1, 2 ...; they do not tell documents apart.
-    largest_position: whether the model looks at the largest position of a batch (see `rope`).
+    Attributes:
+        order: order of tokens: "auto", "contiguous", "zigzag" or "balanced".
+        mask_specs: masks of the layers; "auto" and "balanced" look at them.
+        kernel: name of the kernel; None: the best installed.
+        positions: function from a full batch without position_ids to [B, S]; None: 0, 1, 2 ... They do not separate
+            documents.
+        largest_position: whether the model looks at the largest position of a batch.
     """
 
     order: str = "auto"
@@ -58,10 +63,10 @@ class ShardOptions:
 
 
 def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kernel: str | None = None) -> dict[str, Any]:
-    """This rank's share of a full batch, as keywords for a model with `attn_implementation="usp"`.
+    """This rank's local batch of a full batch, as keywords for a model with `attn_implementation="usp"`.
 
     `model(**hf_usp.shard(batch, mesh)).loss` is this rank's part; its average over all ranks of the world is the loss
-    of the whole batch, and the average of the gradients over all ranks is its gradient (what DDP computes).
+    of the full batch, and the average of the gradients over all ranks is its gradient (what DDP computes).
 
     Args:
         batch: the same full batch on every rank of the mesh: `input_ids` [B, S] (or `inputs_embeds` [B, S, D]), and any
@@ -75,7 +80,7 @@ def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kerne
 
     Returns:
         Local `input_ids` [B, L], `position_ids` [B, L], `attention_mask` [B, L], labels already shifted (`labels` and
-        `shift_labels` [B, L]), `num_items_in_batch` (label tokens of the whole batch / ranks of the mesh, a tensor that
+        `shift_labels` [B, L]), `num_items_in_batch` (label tokens of the full batch / ranks of the mesh, a tensor that
         mixed precision of wrappers does not cast), and `usp`, the layout.
 
     Raises:
@@ -114,7 +119,7 @@ def agree_on_layout(
 ) -> SequenceLayout:
     """The layout of a full batch, once all ranks of the mesh hold the same one and none refuses it.
 
-    `names`: the tensors that are cut or describe documents (all, by default); others may have any shape.
+    `names`: the tensors that are sharded or describe documents (all, by default); others may have any shape.
     """
     layout, error = None, None
     try:
@@ -138,7 +143,7 @@ def agree_on_layout(
 
 
 def get_tokens(batch: Mapping[str, Any]) -> Any:
-    """What has one entry per token: input_ids, or inputs_embeds; None in a batch without either."""
+    """The entry with one value per token: input_ids, or inputs_embeds; None in a batch without either."""
     ids = batch.get("input_ids")
     return batch.get("inputs_embeds") if ids is None else ids
 
@@ -210,7 +215,7 @@ def shifted_labels(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def shard_labels(shifted_BS: Tensor | None, layout: SequenceLayout) -> dict[str, Tensor]:
-    """The keywords of a loss over this rank's tokens, and `num_labels`, the label tokens of the whole batch []."""
+    """The keywords of a loss over this rank's tokens, and `num_labels`, the label tokens of the full batch []."""
     if shifted_BS is None:
         return {}
     share_BL = shard_tensor(shifted_BS, layout, IGNORED).contiguous()

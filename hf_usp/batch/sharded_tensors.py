@@ -40,9 +40,8 @@ _SAME_MASK = (
 class LayoutMask(Tensor):
     """This rank's padding mask [B, L] (True: a token) that carries the layout to where masks are made and read.
 
-    Anything computed from it is a plain tensor; only moving, casting and looking at it otherwise keep the layout. Asked
-    whether all is True it says no: models drop a mask without padding, which would depend on the rank, and the layout
-    with it.
+    Moves, casts and views keep the layout; every other operation returns a plain tensor. `.all()` always returns False:
+    models drop all-ones masks, and the layout would be lost on ranks without padding.
     """
 
     usp_layout: SequenceLayout
@@ -68,7 +67,7 @@ class LayoutMask(Tensor):
 
 
 class GlobalPositions(Tensor):
-    """Positions of this rank's tokens [..., L]; their maximum is the largest of the whole batch, `largest` []."""
+    """Positions of this rank's tokens [..., L]; their maximum is the largest of the full batch, `largest` []."""
 
     largest: Tensor
 
@@ -99,9 +98,9 @@ ATTRIBUTE = "usp_layout"
 
 
 def make_handle(layout: SequenceLayout) -> Tensor:
-    """A ticket for this layout, on the CPU.
+    """A handle of this layout: a tensor on the CPU that carries it.
 
-    The layout does not hold its tickets: it would then live until Python looks for cycles.
+    The layout does not hold its handles: it would then live until Python looks for cycles.
     """
     handle = torch.zeros(1, dtype=torch.int64, device="cpu")
     setattr(handle, ATTRIBUTE, layout)
@@ -109,13 +108,13 @@ def make_handle(layout: SequenceLayout) -> Tensor:
 
 
 def layout_from_handle(handle: Tensor) -> SequenceLayout:
-    """The layout that a ticket carries. Copies of a ticket carry none: they are refused with a `UspModelError`."""
+    """The layout that a handle carries. Copies of a handle carry none: they are refused with a `UspModelError`."""
     layout = getattr(handle, ATTRIBUTE, None)
     if isinstance(layout, SequenceLayout):
         return layout
     raise UspModelError(
-        "an attention that gets a copy of the tensor which carries the layout of the batch",
-        rule="what travels with a batch is passed on as it is",
+        "the layout of the batch was lost, because the tensor that carries it was copied",
+        rule="the layout tensor is passed through unmodified; CUDA graphs and hooks on saved tensors copy it",
         remedy="compile without CUDA graphs (no mode='reduce-overhead' or 'max-autotune') and without hooks that copy "
         "saved tensors, or leave out torch.compile",
     )

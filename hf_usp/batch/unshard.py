@@ -1,4 +1,4 @@
-"""Shares of a batch put together again: the inverse of `hf_usp.shard`, and its gradient."""
+"""From local tensors to a full tensor: the inverse of `hf_usp.shard`, and its gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .layout import SequenceLayout
 def unshard(tensor: Tensor, layout: SequenceLayout, dim: int = 1) -> Tensor:
     """The full tensor, in the original order and without our padding, from every rank's share along `dim`.
 
-    The inverse of the cut that `hf_usp.shard` makes. Differentiable: every rank's gradient of its full tensor counts,
+    The inverse of `hf_usp.shard`. Differentiable: every rank's gradient of its full tensor counts,
     so with the same loss on all ranks gradients are right after the data-parallel average over ranks.
     """
     if layout.mesh.size == 1:
@@ -50,8 +50,8 @@ class _Unshard(torch.autograd.Function):
         mesh = layout.mesh
         shape = list(grads[0].shape)
         shape[dim] = layout.padded
-        dealt = grads[0].new_zeros(shape).index_copy_(dim, _where_from(layout, grads[0].device), grads[0])
-        blocks = torch.stack(dealt.chunk(mesh.size, dim))
+        ordered = grads[0].new_zeros(shape).index_copy_(dim, _where_from(layout, grads[0].device), grads[0])
+        blocks = torch.stack(ordered.chunk(mesh.size, dim))
         sizes = [blocks[0].numel()] * mesh.size
         received = all_to_all(blocks.view(-1), sizes, sizes, mesh.group).view_as(blocks)
         return received.sum(0, dtype=accumulation_dtype(received.dtype)).to(received.dtype), None, None

@@ -1,4 +1,4 @@
-"""What of a batch can be sharded: kinds, shapes and dtypes of its entries."""
+"""Checks of a batch before it is sharded: kinds, shapes and dtypes of its entries."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_token_count(count: Any) -> None:
     if not number or value < 0 or (value == 0 and not counted):
         raise UspBatchError(
             f"num_items_in_batch={count!r:.100}",
-            rule="it is the number of label tokens of the whole batch, above 0",
+            rule="it is the number of label tokens of the full batch, above 0",
             remedy="pass (labels[:, 1:] != -100).sum() of all batches of the step, or leave it out",
         )
 
@@ -101,6 +101,6 @@ def _check_tensor(name: str, value: Tensor, rows: int, length: int) -> None:
     elif name not in DESCRIBED and value.ndim > 0 and name != "num_items_in_batch":
         raise UspBatchError(
             f"a tensor {name} of shape {tuple(value.shape)} in the batch",
-            rule="hf_usp cuts " + ", ".join(sorted(per_token)) + "; it does not guess how to cut anything else",
+            rule="hf_usp shards " + ", ".join(sorted(per_token)) + "; it does not guess how to shard anything else",
             remedy=f"remove {name} from the batch (Trainer: remove_unused_columns=True, or a data collator)",
         )

@@ -1,6 +1,6 @@
 """A training report in the Trainer's own log.
 
-from hf_usp.report import UspMetricsCallback
+from hf_usp.callbacks import UspMetricsCallback
 """
 
 from .metrics import UspMetricsCallback

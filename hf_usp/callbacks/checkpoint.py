@@ -93,7 +93,7 @@ def describe_files(checkpoint: Path, ranks: Iterable[int]) -> dict[str, int] | N
 
 
 def _damages(checkpoint: Path, sizes: dict[str, int]) -> Iterator[str]:
-    """What is wrong with the files beside the state, in words; first what is missing."""
+    """Faults of the files beside the state, as text; missing files first."""
     yield from (f"{name} is missing" for name in sizes if not (checkpoint / name).is_file())
     for path in _files(checkpoint):
         name = path.relative_to(checkpoint).as_posix()

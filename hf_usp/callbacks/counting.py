@@ -1,4 +1,4 @@
-"""What a training step did, counted from its layouts: tokens, useful work, balance, bytes sent.
+"""Tokens, useful work, balance and bytes sent of a training step, counted from its layouts.
 
 Nothing here talks to other ranks or looks at a clock. Work is *model* work: what the mathematics asks for, a multiply
 and an add being two operations; recomputation does not count (PaLM, arXiv 2204.02311, appendix B).
@@ -23,11 +23,15 @@ from ..sharding.load_balance import over_batch
 
 @dataclass
 class StepCounts:
-    """Sums over micro-batches, of this rank's context-parallel group; `sent` of this rank alone.
+    """Sums over micro-batches of this rank's context-parallel group.
 
-    tokens: real ones; places: with padding, that of the rows and ours. pairs: (query, key) pairs x heads x (key width +
-    value width) of all layers; path: the same of the ranks that the others wait for, as if every rank had so much.
-    sent: bytes of attention's exchanges, recomputed layers included. micro_batches: how many.
+    Attributes:
+        tokens: tokens without padding.
+        places: tokens with padding.
+        pairs: (query, key) pairs x heads x (key width + value width) of all layers.
+        path: the same of the busiest rank, times the number of ranks.
+        sent: bytes that this rank sent for attention, recomputed layers included.
+        micro_batches: number of micro-batches.
     """
 
     tokens: int = 0
@@ -40,7 +44,12 @@ class StepCounts:
 
 @dataclass
 class Seen:
-    """One micro-batch: its layout, and the attention calls of its forward."""
+    """One micro-batch.
+
+    Attributes:
+        layout: its layout.
+        forward: attention calls of its forward.
+    """
 
     layout: SequenceLayout
     forward: Counter[AttentionShape] = field(default_factory=Counter)

@@ -1,6 +1,6 @@
 """A training report in the Trainer's own log: speed, useful work, bytes, padding, balance, memory.
 
-    from hf_usp.report import UspMetricsCallback
+    from hf_usp.callbacks import UspMetricsCallback
 
     trainer = Trainer(...)
     UspMetricsCallback(trainer)  # that is all; TensorBoard, Weights & Biases, trackio ... show usp/... beside the loss
@@ -76,7 +76,7 @@ class UspMetricsCallback(TrainerCallback):
         self.accelerator = trainer.accelerator
         assert isinstance(trainer.model, torch.nn.Module)
         model = find_model(trainer.model)
-        self.work_per_token = work_per_token(model)  # before FSDP and ZeRO cut the weights
+        self.work_per_token = work_per_token(model)  # before FSDP and ZeRO shard the weights
         self.counts = StepCounts()
         self.under_way: list[Seen] = []
         self.seconds, self.steps = 0.0, 0
@@ -144,7 +144,7 @@ class UspMetricsCallback(TrainerCallback):
         self.since = now
 
     def _skip_time(self) -> None:
-        """What went by since the last step was no training."""
+        """Time since the last step was not training."""
         self.since = time.perf_counter() if self.since is not None else None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""How much of a profiled step was spent waiting for other ranks.
+"""Time of a profiled step that was spent waiting for other ranks.
 
 On a GPU: time in which NCCL kernels run and no other kernel does, over the time from the first kernel to the last. On
 CPU: time that the training thread spends handing over messages and waiting for them (ranges of

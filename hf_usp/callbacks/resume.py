@@ -1,4 +1,4 @@
-"""A run that continues is the run that was cut off: the same rows in the same batches, the same model.
+"""Checks that a resumed run has the rows, batches and model of the run that was interrupted.
 
     from hf_usp.resume import ResumeGuard
 
@@ -77,7 +77,7 @@ class ResumeGuard(TrainerCallback, ExportableState):
 
 
 def describe(model: Any, loader: Any, accumulation: int) -> dict[str, Any]:
-    """What is compared, as JSON gives it back."""
+    """The values that are compared, as JSON returns them."""
     config = {name: x for name, x in find_model(model).config.to_diff_dict().items() if name not in FREE}
     rows = getattr(loader, "total_batch_size", None)
     run = {"rows a step": None if rows is None else rows * accumulation, **look_at(loader.dataset), "model": config}

@@ -1,4 +1,4 @@
-"""Which documents share a row: packing without cutting where that can be avoided, in integers.
+"""Which documents share a row: packing that splits a document only where necessary, in integers.
 
 Rows have room for a fixed number of tokens. Documents are placed whole, longest first, each into the row that it leaves
 with the least room (best-fit decreasing). Documents longer than a row are cut into row-long pieces, of which only the
@@ -24,7 +24,13 @@ OVERLONG = ("split", "whole", "refuse")
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens `start` to `stop` of one document, as the packer was given them."""
+    """Tokens of one document in a row.
+
+    Attributes:
+        document: index of the document.
+        start: its first token in the row.
+        stop: token after the last one.
+    """
 
     document: int
     start: int
@@ -39,7 +45,16 @@ Row = list[Piece]
 
 @dataclass(frozen=True)
 class Fill:
-    """How full rows are. length: tokens a row has room for; cut: documents in more than one piece."""
+    """How full rows are.
+
+    Attributes:
+        rows: number of rows.
+        length: tokens of a row.
+        documents: number of documents.
+        tokens: tokens of documents.
+        room: tokens of all rows, padding included.
+        cut: documents in more than one piece.
+    """
 
     rows: int
     length: int

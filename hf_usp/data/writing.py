@@ -1,4 +1,4 @@
-"""Rows put together: the pieces of documents that a plan names, one after the other, and padding."""
+"""Rows written: the pieces of documents that a plan lists, one after the other, and padding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import UspBatchError
 from . import packing
 
 PADDING_DOCUMENT = 256  # longest document of padding
-AT_ONCE = 2**20  # tokens that are put together before they are written
+AT_ONCE = 2**20  # tokens that are concatenated before they are written
 
 
 def features(*names: str) -> Any:
@@ -27,7 +27,7 @@ def features(*names: str) -> Any:
 def write_rows(
     documents: Any, plan: list[packing.Row], length: int, pad_token_id: int, num_proc: int | None, cached: bool
 ) -> Any:
-    """The rows of a plan, put together and written a few at a time."""
+    """The rows of a plan, concatenated and written a few at a time."""
     from datasets import Dataset
     from datasets.fingerprint import Hasher, is_caching_enabled
 

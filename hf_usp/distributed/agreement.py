@@ -1,4 +1,4 @@
-"""What all ranks of a run have to have alike, compared once, before anything depends on it."""
+"""Options, versions and settings that must be the same on all ranks: compared once, before anything depends on them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The only room where tensors travel between ranks.
+"""Communication between ranks: the only module that calls torch's collectives and point-to-point operations.
 
-Two ways: `all_to_all` along the ulysses axis, and `post` (point to point) along the ring axis. Every rank of a group
-runs the same sequence of calls, so messages between any two ranks match in order without tags. A rank is named by its
-global number, as torch's point-to-point operations want it.
+`all_to_all` runs along the ulysses axis, `start_p2p` along the ring axis. Every rank of a group makes the same sequence
+of calls, so messages between two ranks match in order without tags. Ranks are global ranks, as torch's point-to-point
+operations take them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A rank that fails alone: the others end with its cause and its name, instead of a lost connection.
+"""When one rank fails, the others raise its cause and its rank instead of a lost connection.
 
 A rank that raises leaves others in an exchange that it never joins. Before its exception goes on, it leaves word in the
 store of the process group: from a sharded forward or backward at once, from anywhere else when the exception ends the
@@ -57,7 +57,7 @@ def report_failure(problem: BaseException) -> None:
 
 
 def remote_failure(problem: BaseException) -> UspRankError | None:
-    """What to raise for an exception that comes from a lost connection; None for any other."""
+    """The error to raise for an exception that comes from a lost connection; None for any other."""
     if not lost_connection(problem) or not dist.is_initialized():
         return None
     late = any(part in str(problem).lower() for part in ("timed out", "timeout"))
@@ -145,7 +145,7 @@ def expect_failures() -> None:
 
 
 def _answer(ask: Callable[[], Any]) -> Any:
-    """What the store says; None where it does not answer, for its owner may be the rank that hangs."""
+    """The value in the store; None where it does not answer, for its owner may be the rank that hangs."""
     answers: list[Any] = []
 
     def work() -> None:

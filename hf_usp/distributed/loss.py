@@ -1,6 +1,6 @@
-"""Losses over ranks: from every rank's share of the tokens, or of the vocabulary, to the loss of one process.
+"""Losses over ranks: from each rank's tokens, or part of the vocabulary, to the loss of one process.
 
-Each rank's model computes (sum of its token losses) / n, where n counts the tokens of the *whole* batch. The sum over
+Each rank's model computes (sum of its token losses) / n, where n counts the tokens of the *full* batch. The sum over
 the ranks of a context-parallel group is then the loss that one process computes.
 
 Gradients are averaged over all ranks by DDP, FSDP and ZeRO, context-parallel ones included. An average over P ranks of
@@ -25,10 +25,10 @@ from .comm import Group, all_gather, all_reduce_sum
 
 
 def reduce_loss(share: Tensor, group: Group, ranks: int) -> Tensor:
-    """The loss of the whole batch [] on every rank, from this rank's share.
+    """The loss of the full batch [] on every rank, from this rank's share.
 
     Args:
-        share: (sum of local token losses) / n; n counts the tokens of the whole batch, or is `num_items_in_batch`.
+        share: (sum of local token losses) / n; n counts the tokens of the full batch, or is `num_items_in_batch`.
         ranks: P, the size of `group`.
     """
     return _ReduceLoss.apply(share, group, ranks)
@@ -48,7 +48,13 @@ class _ReduceLoss(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class VocabularyPart:
-    """This rank's entries of a vocabulary, counted from `start`; all ranks of `group` together hold `entries`."""
+    """This rank's entries of a vocabulary.
+
+    Attributes:
+        group: ranks that hold the full vocabulary together.
+        start: first entry of this rank.
+        entries: entries of all ranks.
+    """
 
     group: Group
     start: int
@@ -61,7 +67,7 @@ def loss_over_parts(
     """Sum of the token losses [], as `cross_entropy` has it for the logits of all ranks side by side.
 
     One message of two or three numbers per token and rank, in the dtype of the logits (ForCausalLMLoss makes it fp32).
-    The gradient is that of this rank's logits. Labels are `ignored` or entries of the whole vocabulary; others raise as
+    The gradient is that of this rank's logits. Labels are `ignored` or entries of the full vocabulary; others raise as
     they do in `cross_entropy`.
     """
     return _LossOverParts.apply(logits_TN, labels_T, part, ignored, smoothing)

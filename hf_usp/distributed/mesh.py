@@ -27,10 +27,20 @@ from .failures import expect_failures
 
 @dataclass(frozen=True, eq=False)
 class UspMesh:
-    """This rank's place in its mesh, and the groups it talks to (None where an axis has one rank).
+    """This rank's place in its mesh, and the process groups of its axes.
 
-    Build it with `UspMesh.build` or `UspMesh.from_device_mesh`, on every rank of the mesh. ring_per_node: consecutive
-    ring ranks that share a node, 1 where that is not known or not the same on all nodes.
+    Build it with `UspMesh.build` or `UspMesh.from_device_mesh`, on every rank of the mesh.
+
+    Attributes:
+        ring_degree: number of ring ranks.
+        ulysses_degree: number of ulysses ranks.
+        ring_rank: this rank's index in the ring.
+        ulysses_rank: this rank's index in its ulysses group.
+        ranks: global ranks of the mesh; ring outside, ulysses inside.
+        ring_group: group of its ring; None for one rank.
+        ulysses_group: group of its ulysses ranks; None for one rank.
+        group: group of all ranks of the mesh; None for one rank.
+        ring_per_node: consecutive ring ranks on one node; 1 if unknown or different on some node.
     """
 
     ring_degree: int
@@ -162,7 +172,7 @@ def batch_mesh(device_type: str, model_parallel_size: int) -> DeviceMesh:
 
 
 def kept(key: Hashable, make: Callable[[], Any]) -> Any:
-    """What `make` returned the first time: torch frees no group before the end, so later meshes use the same ones.
+    """The first result of `make`: torch frees no group before the end, so later meshes use the same ones.
 
     It is kept beside torch's own record of groups, for as long as the default process group lasts.
     """

@@ -1,4 +1,4 @@
-"""A rank that waits long for others at the start of a sharded forward says whom it waits for, and why that may be.
+"""A rank that waits long at the start of a sharded forward logs the ranks that it waits for, and likely causes.
 
 The first message of a forward needs all ranks of the mesh. One that computes a batch alone (the main process, say)
 waits there until the time limit of the group. Whoever waits for a second notes it in the store of the process group;

@@ -1,4 +1,4 @@
-"""What an accelerator puts together when ranks share batches: rows and counts once, and no shares of a row."""
+"""`gather` and `reduce` of an accelerator whose ranks share batches: rows and counts once, never parts of a row."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ from .streaming import rows_of_step
 
 @dataclass(frozen=True)
 class Gathering:
-    """`gather`, `reduce` and `gather_for_metrics` of one accelerator; stock: Accelerate's own `gather` and `reduce`.
+    """`gather`, `reduce` and `gather_for_metrics` of one accelerator.
 
-    Rows (tensors with a first dim, or objects) come from one of every cp_size x tp_size ranks, which hold the same
-    ones. Numbers (tensors without dims) come from one of every cp_size ranks, so that as many come together as the
-    accelerator's `num_processes` says: who counts under tensor parallelism divides by tp_size, as Transformers and TRL
-    do.
+    Rows (tensors with a first dim, or objects) are taken from one of every cp_size x tp_size ranks, which hold the
+    same ones. Numbers (tensors without dims) are taken from one of every cp_size ranks, so their count is the
+    accelerator's `num_processes`. Code that counts under tensor parallelism divides by tp_size, as Transformers and
+    TRL do.
+
+    Attributes:
+        accelerator: the accelerator.
+        cp_size: ranks that share a sequence.
+        tp_size: tensor-parallel ranks.
+        stock_gather: Accelerate's own `gather`.
+        stock_reduce: Accelerate's own `reduce`.
     """
 
     accelerator: Accelerator
@@ -33,7 +40,7 @@ class Gathering:
     stock_reduce: Callable[..., Any]
 
     def gather(self, tensor: Any) -> Any:
-        """Tensors (nested ones too), put together along their first dim."""
+        """Tensors (nested ones too), concatenated along their first dim."""
         return self._gather(tensor, None)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:

@@ -1,4 +1,4 @@
-"""Ranks that share a batch, counted as one process: the one place where Accelerate and the Trainer learn of it.
+"""Ranks that share a batch count as one process in Accelerate and the Trainer; no other module tells them.
 
 The `state` of an accelerator of ours answers for a world whose processes are context-parallel groups: `num_processes`
 is their number, and `parallelism_config` tells of no context parallelism. `gather` and `reduce` follow (gathering.py),

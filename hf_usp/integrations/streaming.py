@@ -1,4 +1,4 @@
-"""Streams: every rank reads an iterable dataset itself, and knows which rows only fill up its last step.
+"""Iterable datasets: every rank reads them itself and knows which rows only pad its last step.
 
 Accelerate's default for iterable datasets, the first process reading for all, would know as well; decision 4 says why
 it is not used.

@@ -1,4 +1,4 @@
-"""What every rank knows of its machine, put together, so that all ranks choose the same ulysses degree."""
+"""The ulysses degree for `ulysses_degree=None`: hardware of all ranks is gathered, so all ranks choose the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kernel is: attention over packed segments, returning the output and its log-sum-exp.
+"""The kernel contract: attention over packed segments, returning the output and its log-sum-exp.
 
 Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads (H a multiple of G; query head h
 reads kv head h // (H // G)), D key width, E value width.
@@ -25,7 +25,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Softmax:
-    """What stands between scores and weights: weights = softmax(softcap * tanh(scale * q.k / softcap))."""
+    """From scores to weights: softmax(softcap * tanh(scale * q.k / softcap)).
+
+    Attributes:
+        scale: factor of q.k.
+        softcap: bound of the scores; None: no bound.
+    """
 
     scale: float
     softcap: float | None = None
@@ -33,9 +38,15 @@ class Softmax:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """One variable-length call.
+    """The tiles of one variable-length call.
 
-    `cu_seqlens_q`, `cu_seqlens_k` are the edges as int32 tensors on the device of the data.
+    Attributes:
+        q_offsets: edges of the query segments, on the host [N + 1].
+        k_offsets: edges of the key segments, on the host [N + 1].
+        window_size_left: keys before the diagonal that a query sees; -1: no limit.
+        window_size_right: keys after the diagonal that a query sees; -1: no limit, 0: causal.
+        cu_seqlens_q: q_offsets as an int32 tensor on the device of the data.
+        cu_seqlens_k: k_offsets as an int32 tensor on the device of the data.
     """
 
     q_offsets: tuple[int, ...]

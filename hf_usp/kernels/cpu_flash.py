@@ -2,10 +2,10 @@
 
 Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads, D key width, E value width.
 
-What the operator does and does not do decides this file. It takes [B, H, L, D] views of any strides but the last,
+The limits of the operator decide this file. It takes [B, H, L, D] views of any strides but the last,
 which it takes for 1 whatever it is; grouped-query heads natively; and it returns the log-sum-exp. Its `is_causal` is
 aligned to the TOP LEFT, so it is used only on squares. An empty query or key kills the process. A row without a
-visible key gets log-sum-exp 0 instead of -inf. Value width must equal key width. So a band is cut into blocks of rows:
+visible key gets log-sum-exp 0 instead of -inf. Value width must equal key width. So blocks of rows split a band:
 full rectangles and causal squares go through unmasked, the rest with an additive mask over just the keys that the
 block sees, where every row sees at least one.
 """

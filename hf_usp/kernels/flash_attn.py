@@ -95,7 +95,7 @@ def _common(segments: Segments, softmax: Softmax) -> dict[str, Any]:
 
 
 def _missing() -> str | None:
-    """What is not installed and how to get it, without importing anything."""
+    """The package that is missing and how to install it, without importing anything."""
     if importlib.util.find_spec("flash_attn") is None:
         return f"the package flash-attn is not installed: {INSTALL}"
     return None

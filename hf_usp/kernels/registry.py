@@ -1,4 +1,4 @@
-"""Which kernel computes a call: the first that can, or the one the user names."""
+"""The choice of a kernel: the first that can compute a call, or the one that the user names."""
 
 from __future__ import annotations
 

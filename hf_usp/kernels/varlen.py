@@ -1,4 +1,4 @@
-"""What FlashAttention 2's variable-length call asks of its caller, in torch's own build and in the flash-attn package.
+"""Arguments of FlashAttention 2's variable-length call, as torch's own build and the flash-attn package need them.
 
 Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads, D key width, E value width.
 
@@ -31,7 +31,15 @@ LANE = 8
 
 
 class Bounds(NamedTuple):
-    """The host integers of one call."""
+    """The host integers of one call.
+
+    Attributes:
+        max_seqlen_q: longest query segment.
+        max_seqlen_k: longest key segment.
+        causal: whether the kernel gets causal=True.
+        left: window_size_left.
+        right: window_size_right.
+    """
 
     max_seqlen_q: int
     max_seqlen_k: int

@@ -1,4 +1,4 @@
-"""Activation checkpointing that keeps what sharded layers have exchanged and attended.
+"""Activation checkpointing that saves the outputs of attention and of exchanges instead of recomputing them.
 
 Plain checkpointing recomputes a layer in the backward, and with it every message of its forward. With the policy here
 the outputs of the attention (and what its backward needs) and the messages that recurrent layers have received stay in

@@ -1,4 +1,4 @@
-"""Activation checkpoints in CPU memory: what a checkpointed layer is recomputed from does not stay on the device.
+"""Activation checkpoints in CPU memory: inputs of checkpointed layers do not stay on the device.
 
 With activation checkpointing a layer keeps its input alone, yet at 131,072 local tokens of width 4,096 that is 1 GiB a
 layer in bf16. Here exactly these inputs go to pinned CPU memory while the next layers compute, on a stream of their
@@ -29,7 +29,14 @@ CHECKPOINTING = checkpointing_name()
 
 @dataclass(eq=False)
 class OffloadedTensor:
-    """A tensor that waits in CPU memory. before: the one that was parked before it, needed next after it."""
+    """A tensor that is kept in CPU memory.
+
+    Attributes:
+        host: the copy.
+        device: device that it came from.
+        before: the tensor that was offloaded before it, and is needed after it.
+        fetched: the copy on the device, once fetched.
+    """
 
     host: Tensor
     device: torch.device

@@ -6,7 +6,7 @@ gradient of the logits, which is spent on the gradients of hidden states and wei
 Weight gradients are summed over chunks in fp32 (or fp64), so bf16 loses nothing by chunks.
 
 Where ranks share the vocabulary (tensor parallelism), weight and bias are this rank's rows of them: every chunk's loss
-is put together by `loss_over_parts`, and the gradient of its hidden states summed over these ranks, in fp32.
+is computed by `loss_over_parts`, and the gradient of its hidden states summed over these ranks, in fp32.
 
 Shape suffixes: T tokens, D width, V vocabulary.
 """
@@ -34,7 +34,13 @@ LogitTransform = Callable[[Tensor], Tensor]
 class LMHead:
     """From a chunk of hidden states to the sum of its token losses.
 
-    `part`: which rows of the head this rank holds; None: all of them.
+    Attributes:
+        changes: transforms of the logits (softcap, scaling), in order.
+        chunk: tokens of a chunk.
+        ignored: label that counts for nothing.
+        smoothing: label smoothing.
+        autocast: dtype of autocast; None: off.
+        part: entries of the vocabulary that this rank holds; None: all.
     """
 
     changes: tuple[LogitTransform, ...]

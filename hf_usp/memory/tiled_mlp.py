@@ -1,4 +1,4 @@
-"""The MLP of every layer in chunks of tokens: what it computes between its matrices never exists for all tokens.
+"""The MLP of every layer in chunks of tokens: its intermediate activations never exist for all tokens.
 
 An MLP looks at one token at a time, and between its matrices a token is several times as wide as outside: gate, up,
 activation and product of a Llama are about 4 x 3.5 hidden states. Here the MLP runs chunk by chunk. Its input is all

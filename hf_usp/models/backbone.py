@@ -1,12 +1,12 @@
-"""Where a model is cut: at itself, or at a body inside it whose surroundings see whole sequences.
+"""The backbone: the module at which a model is sharded. It is the model itself, or a module inside it.
 
-- A causal language model whose loss is a sum over tokens is cut at itself; logits exist only as shares.
-- With any other head (classification, question answering, masked tokens ...) the body is its base model. The hidden
-  states are put together; the head and its loss run unchanged, on whole sequences, on every rank: any loss is exact.
-- With images the body is the language model inside. The vision tower, the image features that are scattered among the
-  token embeddings, and the positions in time, height and width are computed whole on every rank; the cut comes after.
+- A causal language model whose loss is a sum over tokens is sharded at itself. Each rank has the logits of its tokens.
+- With any other head (classification, question answering, masked tokens ...) the backbone is the base model. Its hidden
+  states are gathered. The head and its loss run unchanged, on full sequences, on every rank, so any loss is exact.
+- With images the backbone is the language model inside. Every rank computes the vision tower, the token embeddings with
+  image features, and the positions in time, height and width for full sequences, and shards them afterwards.
 
-The outermost model decides the layout and sends it to the body with the attention mask, as masks carry it everywhere.
+The outermost model decides the layout. The attention mask carries it to the backbone.
 
 Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
 """
@@ -54,10 +54,12 @@ OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
 
 @dataclass(frozen=True)
 class Backbone:
-    """The part of a model that is cut: the model itself, or one inside it.
+    """The module of a model that is sharded: the model itself, or one inside it.
 
-    token_loss: the model's loss is Transformers' ForCausalLMLoss, of which ranks compute shares.
-    needs_full_hidden_states: around the body runs a head that needs whole hidden states.
+    Attributes:
+        module: that module.
+        token_loss: whether the loss is Transformers' ForCausalLMLoss, of which each rank computes a part.
+        needs_full_hidden_states: whether a head around the module needs the hidden states of all tokens.
     """
 
     module: PreTrainedModel
@@ -166,7 +168,7 @@ class BackboneHooks(NotSaved):
 
     @torch.compiler.disable
     def post_forward(self, body: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """After the body: its hidden states are put together where a head needs them whole."""
+        """After the backbone: gather its hidden states where a head needs them in full."""
         layout = kwargs.get("usp")
         if isinstance(layout, SequenceLayout) and layout.mesh is self.mesh:
             if self.needs_full_hidden_states:
@@ -184,7 +186,7 @@ def _shard_inputs(body: PreTrainedModel, batch: dict[str, Any], layout: Sequence
         if not known and any(isinstance(x, Tensor) and x.ndim > 0 for x in tree_leaves(value)):
             raise UspBatchError(
                 f"{type(body).__name__} gets the tensor(s) {name}",
-                rule="hf_usp cuts " + ", ".join(PER_TOKEN) + "; it does not guess how to cut anything else",
+                rule="hf_usp shards " + ", ".join(PER_TOKEN) + "; it does not guess how to shard anything else",
                 remedy="remove it from the batch, or train this model without UspParallelismConfig",
             )
     if isinstance(mask, LayoutMask):

@@ -23,7 +23,7 @@ LOOKED_AT = 1 << 16  # words of a parameter, evenly spread
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """What does not depend on how the model will be wrapped: class, configuration, names, dtypes, checkpointing."""
+    """Properties that do not depend on wrappers: class, configuration, names, dtypes, checkpointing."""
     parameters = list(model.named_parameters())
     found = {
         "model": type(model).__name__,

@@ -31,7 +31,13 @@ class _MaskTouchedError(UspMaskError, AttributeError):
 @opaque_to_fsdp
 @dataclass(frozen=True, eq=False)
 class ShardedMask:
-    """What a layer of a sharded forward gets as its attention mask: the layout, its ticket and the kind of mask."""
+    """The attention mask that a layer of a sharded forward gets.
+
+    Attributes:
+        layout: layout of the batch.
+        mask_spec: the mask.
+        handle: the layout handle, under torch.compile; else None.
+    """
 
     layout: SequenceLayout
     mask_spec: MaskSpec

@@ -43,7 +43,12 @@ MANY = 2**40
 
 @dataclass(frozen=True)
 class AuxLossTerm:
-    """What a model adds to its loss: coefficient times the load-balancing loss of `chosen` experts a token."""
+    """The load-balancing loss that a model adds to its loss.
+
+    Attributes:
+        coefficient: its factor.
+        chosen: experts of a token.
+    """
 
     coefficient: float
     chosen: int
@@ -51,7 +56,13 @@ class AuxLossTerm:
 
 @dataclass(frozen=True)
 class Sums:
-    """Over all layers and some tokens: choices of each expert [E] and tokens [], both int64; probabilities [E]."""
+    """Sums over all layers and some tokens.
+
+    Attributes:
+        choices: how often each expert was chosen, int64 [E].
+        tokens: number of tokens, int64 [].
+        probabilities: sum of the router probabilities [E].
+    """
 
     choices: Tensor
     tokens: Tensor
@@ -148,7 +159,7 @@ def _short_batch(model: Any, device: torch.device) -> dict[str, Tensor]:
 
 
 def find_aux_loss(model: Any, batch: Mapping[str, Any]) -> AuxLossTerm | None:
-    """What the model adds to its loss for router logits, seen on a whole batch with padding; None if nothing.
+    """The term that the model adds to its loss for router logits, measured on a full batch with padding, or None.
 
     Raises `UspModelError` where that is not coefficient times the formula above.
     """

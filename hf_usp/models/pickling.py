@@ -1,4 +1,4 @@
-"""What `torch.save(model)` keeps of our hooks: nothing. The loaded model is an ordinary one."""
+"""`torch.save(model)` leaves our hooks out. The loaded model is an ordinary one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Positions that models count themselves, and what they are on a share of the sequence.
+"""Positions that models count themselves, computed for the local tokens of a rank.
 
 Most models take `position_ids`, and a rank passes those of its tokens. Three kinds count instead:
 

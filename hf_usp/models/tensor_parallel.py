@@ -1,4 +1,4 @@
-"""Tensor and expert parallelism of Transformers (`DistributedConfig`) on the mesh: what is refused, what is mended."""
+"""Tensor and expert parallelism of Transformers (`DistributedConfig`) on the mesh: refusals and corrections."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ WHOLE = (None, "replicate")
 
 
 def check_tensor_parallel(model: PreTrainedModel) -> None:
-    """Refuse tensor parallelism that leaves parts of a head on a rank, and what comes out wrong of Transformers alone.
+    """Reject tensor-parallel sizes that split an attention head, and two cases that Transformers alone computes wrong.
 
-    That are gradients of experts, and tied embeddings, under its own FSDP.
+    These are gradients of experts in fp16 and fp64, and unevenly sharded tied embeddings, both under its own FSDP.
     """
     ranks, config = getattr(model, "tp_size", None) or 1, model.config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
@@ -33,7 +33,7 @@ def check_tensor_parallel(model: PreTrainedModel) -> None:
         if ranks > 1 and isinstance(count, int) and count % ranks:
             raise UspModelError(
                 f"{type(model).__name__} with {name}={count} under tp_size={ranks}",
-                rule="tensor parallelism gives every rank whole heads; what is left of them may be dealt unevenly to "
+                rule="tensor parallelism gives every rank whole heads; what is left of them may be split unevenly over "
                 "ulysses ranks",
                 remedy=f"choose a tp_size that divides {count}, and more ranks for cp_size",
             )
@@ -104,7 +104,7 @@ def rows_of_head(head: nn.Linear) -> tuple[Tensor, Tensor | None, VocabularyPart
     mesh, own_ND = weight_VD.device_mesh, weight_VD.to_local()
     most = -(-len(weight_VD) // mesh["tp"].size())
     start = min(mesh.get_local_rank("tp") * most, len(weight_VD))
-    assert len(own_ND) == min(most, len(weight_VD) - start), "rows are dealt as torch.chunk does"
+    assert len(own_ND) == min(most, len(weight_VD) - start), "rows are split as torch.chunk does"
     part = VocabularyPart(mesh.get_group("tp"), start, len(weight_VD))
     return own_ND, None if bias_V is None else bias_V.to_local(), part
 
@@ -116,7 +116,7 @@ def _placement(weight: Any) -> Any:
 
 
 class PartialGradients(NotSaved):
-    """Gradients of norms inside heads that tensor parallelism has cut (`q_norm`, `k_norm` of Qwen3), added up once.
+    """Gradients of norms inside heads that tensor parallelism has sharded (`q_norm`, `k_norm` of Qwen3), added up once.
 
     Every rank has the part of its heads. Transformers 5.23 sums them over ranks once they are in `.grad`, and with them
     what `.grad` held from earlier micro-batches, which was summed already. Here that is set aside meanwhile.

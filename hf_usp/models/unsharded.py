@@ -1,8 +1,8 @@
-"""Calls that leave a prepared model unsharded: which of them are meant, which are refused.
+"""Calls of a prepared model that run unsharded: which are intended, and which are refused.
 
-`generate` needs whole sequences, and outside training a whole batch gives one process's numbers. In a training step a
-rank that attends to a whole batch computes what all others compute too, and a loss or gradient may count once for each
-of them. So a prepared model's layers know that they are prepared, and refuse: whoever called them, on whatever way.
+`generate` needs full sequences, and outside training a full batch gives the numbers of one process. In a training step
+a rank that attends to a full batch repeats the work of all other ranks, and a loss or gradient may count once for each
+of them. So the layers of a prepared model know that they are prepared and refuse such a call, whoever makes it.
 A model that was never prepared is left alone: without hooks nothing is divided or multiplied by the number of ranks,
 and each of them computes the numbers of one process.
 """
@@ -66,14 +66,14 @@ class PreparedLayers:
 
 
 def refuse_unsharded(module: nn.Module) -> None:
-    """Refuse a layer of a prepared model that gets a whole batch in a training step."""
+    """Refuse a layer of a prepared model that gets a full batch in a training step."""
     if not (torch.is_grad_enabled() and module.training and getattr(module, MARK, None)):
         return
     problem = UspModelError(
-        f"{type(module).__name__} of a prepared model gets a whole batch in a training step",
+        f"{type(module).__name__} of a prepared model gets a full batch in a training step",
         rule="in training each rank computes its share; a part of the model that is called by itself, or beside the "
-        "prepared one, would compute the whole batch on every rank, and count once for each",
-        remedy="call the prepared model itself: model(...), whose logits and hidden states are whole with "
+        "prepared one, would compute the full batch on every rank, and count once for each",
+        remedy="call the prepared model itself: model(...), whose logits and hidden states are full with "
         "UspParallelismConfig(gather_outputs=True); prepare a second Transformers model by itself "
         "(accelerator.prepare_model); outside training use model.eval() or torch.no_grad()",
     )
@@ -101,7 +101,7 @@ def wants_some_logits(batch: Mapping[str, Any]) -> bool:
 
 
 def is_generation(model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
-    """A call outside of training that has a cache or wants some logits only: `generate` needs whole sequences."""
+    """A call outside of training that has a cache or wants some logits only: `generate` needs full sequences."""
     meant = batch.get("labels") is None and (cache_in(batch) is not None or wants_some_logits(batch))
     return meant and not (model.training and trains(model, batch))
 
@@ -113,7 +113,7 @@ def check_outside_loss(model: PreTrainedModel, batch: Mapping[str, Any]) -> None
             f"{type(model).__name__} with gradients and without labels: a loss will be made outside the model",
             rule="logits and hidden states are this rank's share of the tokens; a loss of them would be another one on "
             "each rank",
-            remedy="hand out whole logits and hidden states with UspParallelismConfig(gather_outputs=True); or pass "
+            remedy="hand out full logits and hidden states with UspParallelismConfig(gather_outputs=True); or pass "
             "labels and take the model's own loss; or call the model under torch.no_grad()",
         )
 
@@ -145,6 +145,6 @@ class _Guard(torch.autograd.Function):
         raise UspModelError(
             f"a gradient reaches `{ctx.name}`, this rank's share, from outside the model's own loss",
             rule="a loss made outside the model from a share of the tokens would be another one on each rank",
-            remedy="hand out whole logits and hidden states with UspParallelismConfig(gather_outputs=True); detach() "
+            remedy="hand out full logits and hidden states with UspParallelismConfig(gather_outputs=True); detach() "
             "what is only looked at",
         )

@@ -1,4 +1,4 @@
-"""Models and calls that are refused for what can be seen without running the model."""
+"""Models and calls that are refused without running the model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def validate_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
             f"{cache or 'logits_to_keep'} together with labels, or in a training step",
             rule="a sharded forward sees whole sequences and computes the loss over all of them",
             remedy="train without a cache (prefix tuning keeps its prefix there) and without logits_to_keep; with "
-            "UspParallelismConfig(gather_outputs=True) take some of the whole logits instead",
+            "UspParallelismConfig(gather_outputs=True) take some of the full logits instead",
         )
     if batch.get("output_attentions") or getattr(config, "output_attentions", False):
         raise no_attention_weights()
@@ -79,7 +79,7 @@ def validate_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     if not has_labels and batch.get("num_items_in_batch") is not None:
         raise UspModelError(
             "num_items_in_batch without labels: a loss outside the model (label smoothing, compute_loss_func)",
-            rule="the model computes the loss of its share; a loss of whole logits would count once for every rank",
+            rule="the model computes the loss of its share; a loss of full logits would count once for every rank",
             remedy="set label_smoothing_factor=0 and no compute_loss_func; or, in your own loop, average a loss of "
             "gathered logits over ranks (gather_outputs=True)",
         )

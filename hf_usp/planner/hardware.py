@@ -18,11 +18,13 @@ from ..errors import UspConfigError
 
 @dataclass(frozen=True)
 class Link:
-    """One level.
+    """One level of the network.
 
-    ranks: ranks that it holds (its parts are the level below). bandwidth: of one rank talking to another part, alone.
-    shared: what all ranks of one part have together towards the other parts; None: every rank has a link of its own.
-    latency: seconds until a message or a collective is under way, its launch included.
+    Attributes:
+        ranks: ranks that it connects; its parts are the level below.
+        bandwidth: bytes a second of one rank that alone talks to another part.
+        shared: bytes a second of all ranks of one part together; None: every rank has a link of its own.
+        latency: seconds until a message or collective has started, its launch included.
     """
 
     ranks: int
@@ -33,14 +35,24 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one rank, and its links from inside to outside.
+    """Rates of one rank, and its links.
 
-    flops: peak of matrix products in the training dtype, a second. memory: bytes. memory_bandwidth: bytes a second.
-    matmul, attention: shares of the peak that long matrix products and long full attention tiles reach. backward: rate
-    of attention's backward over its forward. causal: rate of a long causal tile over a full one. full_ramp and
-    causal_ramp: keys of a tile at which half of the long rate is reached. processors: blocks of 128 rows and one head
-    that run at a time; the last ones leave some idle, for `tail` times one block's time on a causal tile, half of it on
-    a full one. launch: seconds that a ring step costs whatever its size. host_bandwidth: to host memory.
+    Attributes:
+        name: name of the preset or file.
+        flops: peak operations a second of matrix products in the training dtype.
+        memory: bytes of memory.
+        memory_bandwidth: bytes a second of its memory.
+        links: levels of the network, from inside to outside.
+        processors: thread blocks (128 rows of one head each) that run at a time.
+        matmul: part of the peak that long matrix products reach.
+        attention: part of the peak that long full attention tiles reach.
+        backward: rate of attention's backward over its forward.
+        causal: rate of a long causal tile over a full one.
+        full_ramp: keys of a full tile at which half of the long rate is reached.
+        causal_ramp: keys of a causal tile at which half of the long rate is reached.
+        tail: idle time of the last thread blocks of a causal tile, in times of one block; half of it for a full tile.
+        launch: seconds that a ring step costs whatever its size.
+        host_bandwidth: bytes a second to host memory.
     """
 
     name: str

@@ -22,9 +22,12 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank in a step. moments: name -> bytes of each kind in it. The attributes: each kind's largest.
+    """Bytes of one rank in a step; the properties give the largest of each kind.
 
-    logits: of the tokens at hand, and what a loss in chunks holds for the gradient of the head.
+    `logits` includes what a loss in chunks holds for the gradient of the head.
+
+    Attributes:
+        moments: moment -> kind -> bytes.
     """
 
     moments: dict[str, dict[str, float]]
@@ -74,7 +77,7 @@ def memory(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Memory:
     gradients of its weights, summed in fp32, beside what a chunk adds to them.
     Logits: log-softmax of the tokens at hand in fp32 and two gradients. In chunks the logits themselves, too, and the
     gradient of the head, summed in fp32, and what a chunk adds to it where that is in a lower precision. Under tensor
-    parallelism plans of Transformers gather whole logits on every rank; in chunks they stay apart. Meanwhile the last
+    parallelism plans of Transformers gather full logits on every rank; in chunks they stay apart. Meanwhile the last
     norm keeps what each norm does, and a loss in chunks collects the gradient of its output.
     """
     local = job.rows * job.tokens / degrees.cp

@@ -25,12 +25,22 @@ MOST_TOKENS, MOST_GPUS, MOST_ROWS, MOST_IN_A_NODE = 1 << 31, 1 << 17, 1 << 16, 1
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What to plan for. budget: bytes of a rank that a run may use. documents: lengths that rows are packed from.
+    """Sizes to plan for.
 
-    allow_offload: also consider checkpoints in host memory. mlp_chunk_size: also consider MLPs in chunks of so many
-        tokens.
-    name: of the model, for the launch line. like: a job whose ring and accumulation (relay, gradients, overlap,
-    accumulate) are planned for; the default is this library's.
+    Attributes:
+        name: name of the model, for the launch line.
+        model: its sizes.
+        machine: rates of a rank, and links.
+        tokens: tokens of a row.
+        gpus: number of ranks.
+        budget: bytes of a rank that a run may use.
+        rows: rows of a replica.
+        documents: lengths of the documents that a row is packed from.
+        most_tp: largest tensor-parallel degree; None: no limit.
+        allow_offload: also consider checkpoints in host memory.
+        mlp_chunk_size: also consider MLPs in chunks of so many tokens.
+        optimizer: bytes a parameter of optimizer state.
+        like: step whose ring and accumulation (relay, gradients, overlap, accumulate) are planned for.
     """
 
     name: str

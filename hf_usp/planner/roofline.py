@@ -1,16 +1,16 @@
-"""What a training step should cost: seconds, exposed communication and memory, from sizes and rates alone. No torch.
+"""Predicted cost of a training step: seconds, exposed communication and memory, from sizes and rates. No torch.
 
 Symbols: S tokens of a row, s = S / (U R) of one rank, n = U s of a ring shard, h query heads, g kv heads,
 m = max(g, U), d head width, e bytes of an element, u = s d e. Per rank and layer, causal:
 
     attention         forward 2 S^2 h d / (U R) FLOPs, backward 5/2 of it: the area of the mask, nothing else
-    ulysses           (2 h + 2 m) (1 - 1/U) u bytes forward, the same backward; nothing hides them
+    ulysses           (2 h + 2 m) (1 - 1/U) u bytes forward, the same backward; no computation overlaps with them
     ring              a hop carries 2 m u bytes, backward also the gradients of as many rows; a step computes n^2 / 2 of
                       the area. Exposed is what the transfer takes longer than the step: hidden once
-                      n >= e F / (G B), G = h / g, F FLOP/s, B bytes/s. The last gradients come home behind nothing
+                      n >= e F / (G B), G = h / g, F FLOP/s, B bytes/s. No step overlaps with the last gradients
     merge             every step but the first reads and writes the fp32 output, and in the backward dq
 
-Hops are in the order of the plan (`plan.shifts`): those between nodes first, those inside the node last.
+Hops are in the order of `shifts` (`sharding/schedule.py`): those between nodes first, those inside the node last.
 Times are those of the slowest rank: in zigzag order one receives whole blocks in every step although the mean is 3/4.
 Everything that does not depend on the degrees is kept simple on purpose.
 """
@@ -29,7 +29,15 @@ from .workload import Degrees, ModelShape, TrainingStep, check
 
 @dataclass(frozen=True)
 class Attention:
-    """Seconds of one layer's attention in one direction on the slowest rank; `ring_exposed` of `ring` is not hidden."""
+    """Seconds of one layer's attention in one direction on the slowest rank.
+
+    Attributes:
+        tiles: in kernels.
+        merges: in merges of outputs.
+        ulysses: in all-to-alls.
+        ring: in transfers of the ring.
+        ring_exposed: part of `ring` that no tile overlaps with.
+    """
 
     tiles: float
     merges: float
@@ -43,13 +51,28 @@ class Attention:
 
     @property
     def exposed(self) -> float:
-        """Seconds of communication that nothing hides."""
+        """Seconds of communication that no computation overlaps with."""
         return self.ulysses + self.ring_exposed
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step of one rank. Seconds by kind; `flops` are those that the model needs, recomputation not counted."""
+    """A step of one rank: seconds by kind, and bytes.
+
+    Attributes:
+        attention: seconds of attention kernels and merges.
+        linear: seconds of matrix products outside attention.
+        ulysses: seconds of all-to-alls.
+        ring: seconds of ring transfers that no tile overlaps with.
+        tensor_parallel: seconds of tensor-parallel communication.
+        data_parallel: seconds of data-parallel communication that nothing overlaps with.
+        offload: seconds of copies to host memory that nothing overlaps with.
+        ring_hidden: seconds of ring transfers that tiles overlap with.
+        flops: operations of one rank that the model needs, recomputation not counted.
+        tokens: tokens of all data-parallel replicas.
+        memory: bytes of a rank.
+        peak_flops: peak operations a second of one rank.
+    """
 
     attention: float
     linear: float
@@ -70,16 +93,17 @@ class Prediction:
 
     @property
     def exposed(self) -> float:
-        """Seconds of communication that nothing hides."""
+        """Seconds of communication that no computation overlaps with."""
         return self.ulysses + self.ring + self.tensor_parallel + self.data_parallel + self.offload
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """Tokens of all ranks a second."""
         return self.tokens / self.seconds
 
     @property
     def mfu(self) -> float:
+        """Model FLOPs utilization: needed operations over peak operations."""
         return self.flops / self.seconds / self.peak_flops
 
 
@@ -153,15 +177,15 @@ def attention(
     step = machine.tile(flops * other, length, blocks, causal=False, backward=backward) if hops else 0.0
     merge = _merged_bytes(heads, kv_heads, job, backward) * rows * model.head_dim * job.rows / machine.memory_bandwidth
     block = 2 * kv_heads * foreign * row_bytes
-    home = block * job.gradients / job.element if backward else 0.0
+    returned = block * job.gradients / job.element if backward else 0.0
     stages = [tiles, *[step + merge] * hops]
     if job.relay:  # always passes on to its neighbour, and the gradients with the keys
-        ring_seconds = [machine.hop(block + home, ulysses * stride, degrees.cp * stride)] * hops
+        ring_seconds = [machine.hop(block + returned, ulysses * stride, degrees.cp * stride)] * hops
         exposed = sum(max(0.0, seconds - (stages[-1] if job.overlap else 0.0)) for seconds in ring_seconds)
     else:
         of_window = None if window is None or window >= job.tokens else hops
         away = transfers(degrees, machine, block, of_window)
-        back = transfers(degrees, machine, home, of_window) if backward else []
+        back = transfers(degrees, machine, returned, of_window) if backward else []
         ring_seconds = away + back
         exposed = exposed_of(stages, away, back) if job.overlap else sum(ring_seconds)
     return Attention(tiles + hops * step, hops * merge, exchange, sum(ring_seconds), exposed)
@@ -188,7 +212,7 @@ def exposed_of(stages: Sequence[float], away: Sequence[float], back: Sequence[fl
     """Seconds that transfers take longer than the steps that they run beside (`attention/ring.py`).
 
     stages: of the rank's own tiles, then of each step's. away [i]: keys and values that stage i + 1 waits for, under
-    way during stage i. back [i]: gradients of stage i + 1 on their way home during stage i + 2; the last ones come home
+    way during stage i. back [i]: gradients of stage i + 1, sent during stage i + 2; the last ones are sent
     when nothing is left to compute.
     """
     beside = [*away, 0.0]
@@ -218,7 +242,7 @@ def mask_area(tokens: int, window: int | None) -> float:
 def _areas(tokens: int, ring: int, window: int | None) -> tuple[float, float, int, int]:
     """Area of a rank's own tokens, area of each further step, key rows that a step brings, and the steps.
 
-    Full attention is dealt in zigzag order, windows in contiguous order.
+    Full attention is assigned in zigzag order, windows in contiguous order.
     """
     rows = tokens // ring
     total = mask_area(tokens, window) / ring
@@ -235,7 +259,7 @@ def _areas(tokens: int, ring: int, window: int | None) -> tuple[float, float, in
 
 
 def _tensor_parallel(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Machine, local: float) -> float:
-    """Two all-reduces of the hidden states a layer and direction; nothing hides them."""
+    """Two all-reduces of the hidden states a layer and direction; no computation overlaps with them."""
     size = local * model.hidden * job.element
     return 4 * model.layers * 2 * machine.ring_collective(size, degrees.tp)
 

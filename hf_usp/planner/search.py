@@ -19,7 +19,14 @@ MOST_FACTOR = 64
 
 @dataclass(frozen=True)
 class Candidate:
-    """One split and the fastest of its ways that fits; where none fits, the smallest one."""
+    """One split of the ranks with its fastest memory options that fit; where none fit, the smallest.
+
+    Attributes:
+        degrees: the split.
+        job: the step with these options.
+        prediction: seconds and bytes.
+        budget: bytes that a run may use.
+    """
 
     degrees: Degrees
     job: TrainingStep
@@ -37,7 +44,7 @@ class Candidate:
 
     @property
     def limit(self) -> str:
-        """What a faster or smaller run would have to change first."""
+        """The largest part of memory (if it does not fit) or time."""
         it = self.prediction
         if not self.fits:
             kinds = it.memory.at_peak
@@ -71,7 +78,7 @@ def ranked(what: PlanRequest) -> list[Candidate]:
 
 
 def worth(candidate: Candidate) -> tuple[bool, float]:
-    """What candidates are sorted by, the best first; of equals the first, which has the smallest ulysses degree."""
+    """Sort key of candidates, best first; among equals the smallest ulysses degree comes first."""
     it = candidate.prediction
     return not candidate.fits, -it.tokens_per_second if candidate.fits else it.memory.total
 

@@ -1,4 +1,4 @@
-"""What a training step is made of: sizes of the model, of the job and of the mesh. No torch."""
+"""Sizes of the model, of the training step and of the mesh. No torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,21 @@ from ..utils.validation import check_positive_int
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-like decoder. experts, active: routed MLPs a layer has, and a token uses.
+    """Sizes of a Llama-like decoder; biases and norms are not counted.
 
-    `sliding_layers` of the layers see `window` keys. biases and norms are left out.
+    Attributes:
+        layers: number of layers.
+        hidden: width of a hidden state.
+        intermediate: width inside an MLP.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: width of a head.
+        vocab: entries of the vocabulary.
+        tied: whether embeddings and LM head share weights.
+        experts: MLPs of a layer; 1: no experts.
+        active: MLPs that a token uses.
+        window: keys that a sliding layer sees; None: no window.
+        sliding_layers: layers that have the window.
     """
 
     layers: int
@@ -57,7 +69,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Degrees:
-    """How the ranks are arranged, low to high: tensor parallel, ulysses, ring, sharded and replicated data parallel."""
+    """How the ranks are arranged, from neighbours to far ranks.
+
+    Attributes:
+        ulysses: ranks that exchange heads.
+        ring: ranks of a ring.
+        tp: tensor-parallel ranks, the innermost axis.
+        dp_shard: data-parallel ranks that share parameters.
+        dp_replicate: data-parallel ranks with copies of them.
+    """
 
     ulysses: int = 1
     ring: int = 1
@@ -76,15 +96,22 @@ class Degrees:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One step of one data-parallel replica: `rows` rows of `tokens` tokens, and how it is trained.
+    """One step of one data-parallel replica.
 
-    element: bytes of weights and activations. optimizer: bytes a parameter of optimizer state, fp32 copy included.
-    shard_params: FSDP over dp_shard x cp ranks; otherwise every rank holds all parameters. checkpointing: layers
-    keep their input alone and are computed twice; offload: that input goes to host memory. loss_chunk_size: tokens
-    whose logits exist at once. mlp_chunk_size: tokens for which an MLP's wide middle exists at once. gradients: bytes
-    an element of dK and dV on their way home. relay: a ring that passes whole blocks on and merges in separate
-    operators, as older ones do, instead of this library's direct exchange. overlap: a ring step's transfer runs while
-    tiles are computed. accumulate: gradients of earlier rows are there from the start.
+    Attributes:
+        tokens: tokens of a row.
+        rows: rows of the step.
+        element: bytes of an element of weights and activations.
+        optimizer: bytes a parameter of optimizer state, the fp32 copy included.
+        shard_params: FSDP over dp_shard x cp ranks; otherwise every rank holds all parameters.
+        checkpointing: layers keep their input only and are computed twice.
+        offload: inputs of checkpointed layers are kept in host memory.
+        loss_chunk_size: tokens whose logits exist at once; None: all.
+        mlp_chunk_size: tokens whose MLP activations exist at once; None: all.
+        gradients: bytes of an element of dK and dV while they are sent.
+        relay: a ring that passes full blocks on and merges in separate operators, as other libraries do.
+        overlap: a step's transfer runs while tiles are computed.
+        accumulate: gradients of earlier rows exist from the start.
     """
 
     tokens: int

@@ -1,4 +1,4 @@
-"""The plans of recurrent layers on a device, made once per batch: index tensors for `scan` and `states`."""
+"""Schedules of recurrent layers on a device, made once per batch: index tensors for `scan` and `state_passing`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from .schedule import StateSchedule, make_halo_schedule, make_scan_schedule, mak
 
 @dataclass(frozen=True, eq=False)
 class HaloWork:
-    """A `HaloSchedule` on a device."""
+    """A `HaloSchedule` on a device.
+
+    Attributes:
+        send: send[q]: own tokens that rank q reads.
+        receive: receive[p]: number of tokens that arrive from rank p.
+        extended: index into [own tokens, received tokens, one row of zeros].
+        results: index in `extended` of each own token.
+    """
 
     send: list[Tensor]
     receive: list[int]
@@ -25,10 +32,19 @@ class HaloWork:
 
 @dataclass(frozen=True, eq=False)
 class StateDeviceSchedule:
-    """A `StateSchedule` on a device; `chained` is read on the host.
+    """A `StateSchedule` on a device.
 
-    inside [n, m]: the tokens of a run. giving: of each tensor of rows, those that give their state on; back_in_order:
-    puts these, one group after the other, into the plan's order.
+    Attributes:
+        rows: own tokens of each run, one tensor [n, m] per group of runs.
+        inside: which entries of `rows` are tokens of the run, not repetition [n, m].
+        back: for own tokens, their index in the flattened rows.
+        gives: gives[p]: number of giving runs of rank p.
+        giving: for each tensor of rows, the rows that give a state.
+        back_in_order: permutation of these, concatenated, into sequence order.
+        takes: takes[p]: numbers of the giving runs whose state rank p needs.
+        taking: index into takes[rank] of each own row; -1: it starts from zero.
+        order: permutation from rank order to sequence order of the giving runs.
+        chained: chained[i]: whether giving run i continues from run i - 1; on the host.
     """
 
     rows: list[Tensor]
@@ -55,7 +71,7 @@ def scan_device_schedule(layout: SequenceLayout, device: torch.device) -> tuple[
 
 
 def halo_device_schedule(layout: SequenceLayout, reach: int, device: torch.device) -> HaloWork:
-    """What a convolution over `reach` earlier tokens fetches."""
+    """The halo of a convolution over `reach` earlier tokens."""
 
     def make() -> HaloWork:
         plan = make_halo_schedule(layout.documents, layout.positions_per_rank(), layout.mesh.rank, reach)
@@ -79,7 +95,7 @@ def state_schedule(layout: SequenceLayout) -> StateSchedule:
 
 
 def state_device_schedule(layout: SequenceLayout, device: torch.device) -> StateDeviceSchedule:
-    """What a scan that passes states needs."""
+    """The schedule of a scan that passes states."""
 
     def make() -> StateDeviceSchedule:
         plan = state_schedule(layout)

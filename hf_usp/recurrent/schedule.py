@@ -1,4 +1,4 @@
-"""Which tokens a layer with a state along the sequence brings together, in integers: no torch.
+"""Which tokens and states a layer with a state along the sequence exchanges. Integers only: no torch.
 
 Positions are flattened over the batch, as in `layout`: row b of rows of S tokens holds b*S .. b*S + S - 1. `held`
 [P, N] are the positions of each rank's tokens; what all ranks hold, one after the other, is a permutation of all.
@@ -16,11 +16,12 @@ from ..sharding.masks import Documents
 
 @dataclass(frozen=True, eq=False)
 class ScanSchedule:
-    """Documents as rows that a scan runs over from left to right, and the way back.
+    """Documents as rows that a scan reads from left to right, and the way back.
 
-    rows: index arrays [n, m] into the tokens of all ranks, one after the other; a row is one document, whose last token
-    is repeated up to m. Rows of similar length stand together, so that at most half of what is computed is repetition.
-    back [P * N]: for every rank's tokens their place in the flattened rows, one array after the other.
+    Attributes:
+        rows: index arrays [n, m] into the tokens of all ranks, concatenated by rank. A row is one document; its last
+            token is repeated up to m. Rows of similar length are grouped, so at most half of the work is repetition.
+        back: for the tokens of all ranks, their index in the flattened rows [P * N].
     """
 
     rows: list[IntArray]
@@ -55,12 +56,14 @@ def make_scan_schedule(documents: Documents, held: IntArray, length: int, padded
 
 @dataclass(frozen=True, eq=False)
 class HaloSchedule:
-    """What a causal convolution over `reach` earlier tokens needs on one rank.
+    """The tokens that a causal convolution over `reach` earlier tokens needs on one rank.
 
-    send[q]: which of this rank's tokens rank q reads. receive[p]: how many arrive from rank p. extended: index into
-    [own tokens, arrivals by rank, one row of zeros]: every run of consecutive tokens, each behind the `reach` tokens
-    that come before it in its document (zeros where the document begins). results [N]: where in `extended` the tokens
-    of this rank stand.
+    Attributes:
+        send: send[q]: own tokens that rank q reads.
+        receive: receive[p]: number of tokens that arrive from rank p.
+        extended: index into [own tokens, received tokens by rank, one row of zeros]. Every run of consecutive tokens
+            follows the `reach` tokens before it in its document (zeros where the document begins).
+        results: index in `extended` of each own token [N].
     """
 
     send: list[IntArray]
@@ -111,15 +114,21 @@ def _before_runs(documents: Documents, positions: IntArray, reach: int) -> tuple
 
 @dataclass(frozen=True, eq=False)
 class StateSchedule:
-    """Runs of consecutive tokens of one document on every rank, and the states that pass between them.
+    """Runs of consecutive tokens of one document on every rank, and the states that are sent between them.
 
-    rows: index arrays [n, m] into this rank's tokens, a run each; sizes: tokens of each run, beyond which its last is
-    repeated. back [N]: for this rank's tokens their place in the flattened rows, one array after the other.
-    gives: for each rank how many of its runs do not end their document; giving: which of this rank's rows do, in the
-    order of their positions. takes [P]: for each rank, in the order of all giving runs' positions, which of them come
-    right before a run of its own; taking: for each of this rank's rows its place among `takes[rank]`, or -1.
-    order: the giving runs of rank 0, of rank 1, ... put into the order of their positions; chained: whether the run
-    before a giving run gives too. busiest: tokens in the giving runs of the rank that has most, and their number.
+    A run gives a state if it does not end its document. Giving runs of all ranks are numbered in sequence order.
+
+    Attributes:
+        rows: index arrays [n, m] into own tokens, one run a row; the last token is repeated up to m.
+        sizes: tokens of each run.
+        back: for own tokens, their index in the flattened rows [N].
+        gives: gives[p]: number of giving runs of rank p.
+        giving: own rows that give a state, in sequence order.
+        takes: takes[p]: numbers of the giving runs whose final state rank p needs [P].
+        taking: taking[i]: index into takes[rank] for own row i; -1: it starts from zero.
+        order: permutation from rank order to sequence order of the giving runs.
+        chained: chained[i]: whether giving run i itself continues from giving run i - 1.
+        busiest: tokens in the giving runs of the rank that has most, and the number of these runs.
     """
 
     rows: list[IntArray]
@@ -197,7 +206,15 @@ def _all_runs(documents: Documents, held: IntArray) -> tuple[IntArray, IntArray,
 
 @dataclass(frozen=True)
 class ScanSizes:
-    """What a layer's scan works on: heads, groups of heads that share a key, key and value width, bytes a number."""
+    """Sizes of the scan of one layer.
+
+    Attributes:
+        heads: number of heads.
+        groups: number of groups of heads that share a key.
+        key: width of a key.
+        value: width of a value.
+        item: bytes of a number.
+    """
 
     heads: int
     groups: int

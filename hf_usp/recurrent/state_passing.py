@@ -1,4 +1,4 @@
-"""The delta rule by passing states: every rank scans its own tokens, only states travel.
+"""The delta rule by state passing: every rank scans its own tokens and sends only states.
 
 The state that a run of tokens leaves behind is an affine map of the state it begins with: S -> M S + B. Each rank runs
 the model's own kernel over its runs, from the zero state with the real values and from the identity with zeros side by
@@ -88,7 +88,7 @@ def _first_states(kernel: StateKernel, layout: SequenceLayout, rows: list[dict[s
 
 
 def _maps(kernel: StateKernel, rows: list[dict[str, Tensor]], plan: StateDeviceSchedule) -> Tensor:
-    """What the giving runs add to a state and the transition they apply, side by side [R, H, K, E + K], in fp32."""
+    """Update and transition of the state by each giving run, concatenated [R, H, K, E + K], in fp32."""
     found, heads = [], rows[0]["value"].shape[2]
     key, value = rows[0]["key"].shape[3], rows[0]["value"].shape[3]
     for taken, wanted in zip(rows, plan.giving, strict=True):

@@ -1,1 +1,1 @@
-"""Who holds, sees and sends which token: integers only, no torch."""
+"""Which rank holds, sees and sends which token. Integers only: no torch."""

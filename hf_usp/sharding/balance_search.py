@@ -112,18 +112,18 @@ def balanced_assignments(load: MaskLoad, ring: int, shortest: int) -> list[Chunk
     >>> min(load.busiest(chunks) for chunks in balanced_assignments(load, ring=2, shortest=1)), load.total
     (12, 24)
     """
-    dealt: list[Chunks] = []
+    found: list[Chunks] = []
     for pieces in PIECES:
         size = load.num_tokens // (ring * pieces)
-        if size < max(1, shortest) and dealt:
+        if size < max(1, shortest) and found:
             break
-        dealt.append(_assign_greedily(load, ring, max(1, size)))
-        tries = min(EXCHANGES, LOOKS * ring // (load.batch * len(dealt[-1].owner) ** 3))
+        found.append(_assign_greedily(load, ring, max(1, size)))
+        tries = min(EXCHANGES, LOOKS * ring // (load.batch * len(found[-1].owner) ** 3))
         if tries:
-            dealt.append(_swap_chunks(dealt[-1], load, tries))
-        if min(load.busiest(chunks) for chunks in dealt[-2:]) <= (1 + UNEVEN) * load.total / ring:
+            found.append(_swap_chunks(found[-1], load, tries))
+        if min(load.busiest(chunks) for chunks in found[-2:]) <= (1 + UNEVEN) * load.total / ring:
             break
-    return dealt
+    return found
 
 
 def _assign_greedily(load: MaskLoad, ring: int, size: int) -> Chunks:

@@ -16,9 +16,9 @@ Backward = Callable[..., Any]
 def forbid_double_backward(backward: Backward) -> Backward:
     """The backward of an autograd function of ours; with `create_graph=True` it raises `UspModelError` instead.
 
-    torch's `once_differentiable` lets the results pass as constants where the gradient that comes in needs none, as
-    that of a loss; second derivatives would lack a part without a word. The first backward of a sharded step is that
-    of its loss, so all ranks stop before any message.
+    torch's `once_differentiable` raises only if the incoming gradient requires grad. For a loss it does not, so
+    `create_graph=True` would silently drop terms. We raise instead. The first backward of a sharded step is that of its
+    loss, so all ranks stop before any message.
     """
 
     @wraps(backward)

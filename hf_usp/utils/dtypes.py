@@ -31,7 +31,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does to the inputs of sdpa: all in its dtype, except fp64.
+    """Cast tensors as autocast casts the inputs of sdpa: all to its dtype, except fp64.
 
     Rotary embeddings in fp32 leave queries and keys in fp32, values come in bf16 from their projection.
     """

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from ..compat import profiler_enabled
 
 # usp.exchange: a message is handed over (an all-to-all on CPU also waits in it); usp.wait: the step waits for one;
-# usp.tiles: kernels; usp.merge: their results are put together.
+# usp.tiles: kernels; usp.merge: their results are merged.
 EXCHANGE, WAIT, TILES, MERGE = "usp.exchange", "usp.wait", "usp.tiles", "usp.merge"
 
 

@@ -158,14 +158,14 @@ def test_the_stock_trainer(two_ranks: Ranks, tmp_path: Path, regional: bool) -> 
         compare(mine, reference)
 
 
-def test_a_copied_ticket_is_refused() -> None:
-    """What carries the layout must arrive itself: a copy says nothing of any batch."""
+def test_a_copied_handle_is_refused() -> None:
+    """The tensor that carries the layout must arrive itself: a copy has no layout."""
     mesh = hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1)
     handle = hf_usp.shard(batch_of("plain"), mesh)["attention_mask"].usp_handle
     q = torch.randn(2, 37, 4, 16)
     arguments = ([-1, 0, 0, 0], 0.25, None, [1, 0])
     torch.ops.hf_usp.usp_flash_attn(q, q, q, None, handle, *arguments)
-    with pytest.raises(hf_usp.UspModelError, match="a copy of the tensor"):
+    with pytest.raises(hf_usp.UspModelError, match="was copied"):
         torch.ops.hf_usp.usp_flash_attn(q, q, q, None, handle.clone(), *arguments)
 
 

@@ -1,7 +1,8 @@
 """Counted, never timed: bytes on the wire, messages, launched area, copies, saved bytes and peak memory of the core.
 
 Elsewhere: exposed hops and synchronisations in `test_overlap`, area per rank of packed documents in
-`integers/test_dealing`, bf16 error and bitwise ulysses in `test_core`, CPU time in `benchmarks/attention.py`.
+`sharding/test_load_balance`, bf16 error and bitwise ulysses in `test_attention`, CPU time in
+`benchmarks/attention.py`.
 """
 
 from __future__ import annotations

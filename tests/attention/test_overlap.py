@@ -170,7 +170,7 @@ class NoSync(TorchDispatchMode):
 
 
 def layers_without_sync(ring: int, ulysses: int) -> None:
-    """Full, windowed, packed and dealt layers, after the first layer has made the plans."""
+    """Full, windowed, packed and balanced layers, after the first layer has made the plans."""
     import hf_usp
 
     mesh = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses)

@@ -83,7 +83,7 @@ def most_likely(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def kept(metrics: dict[str, float]) -> dict[str, float]:
-    """Without clocks, and without operations, of which the Trainer counts those of the whole batch for every rank."""
+    """Without clocks, and without operations, of which the Trainer counts those of the full batch for every rank."""
     return {name: x for name, x in metrics.items() if not any(s in name for s in ("time", "per_second", "flos"))}
 
 

@@ -132,7 +132,7 @@ def over_parts(entries: int, parts: bool, **how: Any) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize(("entries", "smoothing"), [(66, 0.0), (66, 0.1), (5, 0.0)])
 def test_a_vocabulary_that_ranks_share(four_ranks: Ranks, entries: int, smoothing: float) -> None:
-    """66 entries are dealt as 17, 17, 17 and 15; of 5, the last rank has none."""
+    """66 entries are split as 17, 17, 17 and 15; of 5, the last rank has none."""
     whole = over_parts(entries, False, smoothing=smoothing)
     parts = four_ranks.run(over_parts, entries, True, smoothing=smoothing)
     for mine in parts:

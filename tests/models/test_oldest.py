@@ -1,4 +1,4 @@
-"""The oldest supported Transformers: rows of the table and the seams that its versions differ in.
+"""The oldest supported Transformers: rows of the table and the interfaces in which its versions differ.
 
 It lives in a directory of its own (`make setup` installs it), which a process of its own puts before the environment's
 packages. `make table-oldest` runs the whole table with it.

@@ -76,7 +76,7 @@ def compare(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
 @pytest.mark.parametrize("ulysses", [1, 2])
 @pytest.mark.parametrize("heads", [(4, 2), (6, 6)], ids=str)
 def test_tp_around_the_mesh(four_ranks: Ranks, tmp_path: Path, heads: tuple[int, int], ulysses: int) -> None:
-    """(6, 6): three heads after TP, dealt unevenly to two ulysses ranks; norms inside heads; widths that TP cuts
+    """(6, 6): three heads after TP, split unevenly over two ulysses ranks; norms inside heads; widths that TP cuts
     unevenly. With ulysses, MLPs in chunks."""
     changes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 8 * heads[0]}
     uneven = {"head_dim": 8, "intermediate_size": 65, "vocab_size": 65}

@@ -91,7 +91,7 @@ def ways_around() -> dict[str, Any]:
         assert model.forward(**batch).loss.item() == pytest.approx(found["direct"][1])
     found["loaded"] = pickle.loads(pickle.dumps(getattr(model.model.layers[0].self_attn, MARK)))
 
-    # Outside of training all is as it was: a whole batch is computed by whoever gets it.
+    # Outside of training all is as it was: a full batch is computed by whoever gets it.
     model.eval()
     cached = wrapped(ids, **{name: DynamicCache()})
     hidden, last = model.model(ids).last_hidden_state, wrapped(ids, logits_to_keep=1).logits

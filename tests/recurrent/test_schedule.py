@@ -15,8 +15,8 @@ from hf_usp.sharding.masks import Documents
 
 
 @dataclass
-class Dealt:
-    """Packed rows whose last columns are padding of ours, dealt to ranks."""
+class Assigned:
+    """Packed rows whose last columns are padding of ours, assigned to ranks."""
 
     documents: Documents
     held: IntArray
@@ -25,7 +25,7 @@ class Dealt:
 
 
 @st.composite
-def dealt(draw: st.DrawFn) -> Dealt:
+def assigned(draw: st.DrawFn) -> Assigned:
     ring, ulysses, batch = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     padded = 2 * ring * ulysses * draw(st.integers(1, 4))
     length = padded - draw(st.integers(0, min(3, padded - 1)))
@@ -37,11 +37,11 @@ def dealt(draw: st.DrawFn) -> Dealt:
     shards = fixed_assignment(padded, ring, draw(st.sampled_from(ORDERS)))
     rows = np.stack([part for shard in shards for part in np.split(shard, ulysses)])
     held = (rows[:, None] + np.arange(batch)[None, :, None] * padded).reshape(len(rows), -1)
-    return Dealt(Documents.from_bounds(bounds), held, length, padded)
+    return Assigned(Documents.from_bounds(bounds), held, length, padded)
 
 
-@given(dealt())
-def test_a_scan_sees_each_document_once_from_its_start(scene: Dealt) -> None:
+@given(assigned())
+def test_a_scan_sees_each_document_once_from_its_start(scene: Assigned) -> None:
     plan = make_scan_schedule(scene.documents, scene.held, scene.length, scene.padded)
     flat, bounds = scene.held.reshape(-1), scene.documents.bounds
     seen = []
@@ -61,8 +61,8 @@ def test_a_scan_sees_each_document_once_from_its_start(scene: Dealt) -> None:
     assert np.array_equal(results[plan.back], flat - flat % scene.padded + column)
 
 
-@given(dealt(), st.integers(1, 4))
-def test_a_convolution_finds_the_tokens_before_it(scene: Dealt, reach: int) -> None:
+@given(assigned(), st.integers(1, 4))
+def test_a_convolution_finds_the_tokens_before_it(scene: Assigned, reach: int) -> None:
     """Follows every message: token t's result stands behind t - reach .. t - 1, zeros before its document."""
     ranks = len(scene.held)
     plans = [make_halo_schedule(scene.documents, scene.held, rank, reach) for rank in range(ranks)]
@@ -79,8 +79,8 @@ def test_a_convolution_finds_the_tokens_before_it(scene: Dealt, reach: int) -> N
             assert extended[place - reach : place + 1].tolist() == expected
 
 
-@given(dealt())
-def test_every_run_begins_with_what_its_document_left_behind(scene: Dealt) -> None:
+@given(assigned())
+def test_every_run_begins_with_what_its_document_left_behind(scene: Assigned) -> None:
     """Follows every state, here the list of the tokens that it has seen."""
     bounds = scene.documents.bounds
     ranks = range(len(scene.held))

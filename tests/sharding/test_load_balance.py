@@ -1,4 +1,4 @@
-"""Tokens dealt for the masks of a batch: as many for every rank, and as much work."""
+"""Tokens assigned for the masks of a batch: as many for every rank, and as much work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_usp.errors import UspConfigError
-from hf_usp.sharding import load_balance as dealing
+from hf_usp.sharding import load_balance
 from hf_usp.sharding.balance_search import UNEVEN
 from hf_usp.sharding.intervals import IntArray
 from hf_usp.sharding.load_balance import ALL_ORDERS, ORDERS, assign_tokens, fixed_assignment
@@ -37,9 +37,9 @@ def unevenness(shards: list[IntArray], mask: Mask) -> float:
 @given(st.integers(1, 5), st.integers(1, 60), st.sampled_from(("auto", *ALL_ORDERS)), st.integers(0, 9))
 def test_every_token_goes_to_one_rank_and_every_rank_has_as_many(ring: int, each: int, order: str, seed: int) -> None:
     mask = Mask(packed(ring * each, 7, 1.0, seed))
-    dealt = assign_tokens(1, ring * each, ring, order, [mask])
-    assert sorted(np.concatenate(dealt.shards).tolist()) == list(range(ring * each))
-    for shard in dealt.shards:
+    found = assign_tokens(1, ring * each, ring, order, [mask])
+    assert sorted(np.concatenate(found.shards).tolist()) == list(range(ring * each))
+    for shard in found.shards:
         assert len(shard) == each or order == "zigzag"
         assert (np.diff(shard) > 0).all()
 
@@ -58,14 +58,14 @@ def test_auto_evens_out_what_fixed_orders_leave(seed: int) -> None:
     """Fixed patterns leave one of eight ranks with 1.3 to 3 times the mean."""
     mask = Mask(packed(131072, 4000, 1.0, seed))
     fixed = min(unevenness(fixed_assignment(131072, 8, order), mask) for order in ("contiguous", "zigzag"))
-    dealt = assign_tokens(1, 131072, 8, "auto", [mask])
-    assert fixed > 1.2 and dealt.order == "balanced"
-    assert unevenness(dealt.shards, mask) <= 1 + UNEVEN
+    found = assign_tokens(1, 131072, 8, "auto", [mask])
+    assert fixed > 1.2 and found.order == "balanced"
+    assert unevenness(found.shards, mask) <= 1 + UNEVEN
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_chunks_of_a_document_stand_together(seed: int) -> None:
-    """Documents up to twice as long as a shard: dealt by work alone, a rank fetches 1.8 to 3.5 rows for each it holds.
+    """Documents up to twice as long as a shard: by work alone, a rank would fetch 1.8 to 3.5 rows for each it holds.
 
     (The next seed has one document over five of eight shards, whose keys nearly everyone needs.)
     """
@@ -86,8 +86,8 @@ def test_auto_stays_with_a_fixed_order_where_that_is_even() -> None:
 def test_documents_too_short_to_matter_stay_where_they_are() -> None:
     """Many short documents and one a little longer: evening out would fetch keys for longer than it computes."""
     mask = Mask(Documents.from_bounds(np.append(np.arange(0, 8000, 100), [8000, 8192])))
-    dealt = assign_tokens(1, 8192, 8, "auto", [mask])
-    assert dealt.order in ORDERS and unevenness(dealt.shards, mask) > 1 + UNEVEN
+    found = assign_tokens(1, 8192, 8, "auto", [mask])
+    assert found.order in ORDERS and unevenness(found.shards, mask) > 1 + UNEVEN
 
 
 def test_rows_of_a_batch_are_dealt_alike_for_their_work_together() -> None:
@@ -114,10 +114,10 @@ def test_a_window_over_one_document_moves_its_halo_alone(padding: int) -> None:
     bounds = np.array([0, 4096 - padding, 4096]) if padding else np.array([0, 4096])
     documents = Documents(bounds, bounds[:-1], np.array([4096 - padding, 4096 - padding]) if padding else bounds[1:])
     mask = Mask(documents, left=511)
-    dealt = assign_tokens(1, 4096, 2, "auto", [mask])
-    assert dealt.order in ORDERS
+    found = assign_tokens(1, 4096, 2, "auto", [mask])
+    assert found.order in ORDERS
     if not padding:
-        assert dealt.order == "contiguous" and unevenness(dealt.shards, mask) > 1 + UNEVEN
+        assert found.order == "contiguous" and unevenness(found.shards, mask) > 1 + UNEVEN
 
 
 def test_an_unknown_order_is_refused() -> None:
@@ -133,10 +133,10 @@ def test_the_order_of_contributing_md_is_dealt_by_name_and_changes_no_choice(mon
     exec(textwrap.dedent("   " + block[1].lstrip()), found)
     masks = [Mask(packed(4096, 700, 1.0, 3)), Mask(Documents.from_bounds([0, 4096])), Mask(packed(4096, 99, 1.0, 1))]
     before = [assign_tokens(1, 4096, 4, "auto", [mask]) for mask in masks]
-    monkeypatch.setattr(dealing, "ORDERS", (*ORDERS, "striped"))
-    monkeypatch.setattr(dealing, "ALL_ORDERS", (*ALL_ORDERS, "striped"))
+    monkeypatch.setattr(load_balance, "ORDERS", (*ORDERS, "striped"))
+    monkeypatch.setattr(load_balance, "ALL_ORDERS", (*ALL_ORDERS, "striped"))
     monkeypatch.setattr(
-        dealing,
+        load_balance,
         "fixed_assignment",
         lambda n, ring, order: (found[order] if order == "striped" else partial(fixed_assignment, order=order))(
             n, ring

@@ -1,4 +1,4 @@
-"""How the self-check compares: the outputs of all modules and the loss of one batch, sharded and whole."""
+"""How the self-check compares: the outputs of all modules and the loss of one batch, sharded and unsharded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compare(
     options: ShardOptions,
     pass_states: bool = False,
 ) -> str | None:
-    """What differs on this rank between the sharded and the whole run of a batch, in words."""
+    """Differences on this rank between the sharded and the unsharded run of a batch, as text."""
     backbone = find_backbone(model)
     share, layout = shard_for_backbone(backbone, model, batch, mesh, options)
     layout.pass_states = pass_states

@@ -1,4 +1,4 @@
-"""Training mode without chance: functions of torch that draw numbers return the middle of what they would draw.
+"""Deterministic training mode: random functions of torch return the midpoint of their distribution.
 
 So a model's forward in training mode can be compared, sharded and whole. Dropout passes its input on. What is drawn for
 each token (dropout, router noise) differs from one process in a sharded run only as another seed would; what is drawn

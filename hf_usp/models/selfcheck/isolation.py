@@ -1,4 +1,4 @@
-"""Parameters stay what they were: what a module's forward makes of its own is put back as soon as it is done.
+"""Parameters stay unchanged: those that a module's forward replaces are restored right after it.
 
 Some modules convert their weights at a forward without gradients, one way, to what is faster in inference: other bytes
 behind the same parameter, and another state beside it (4-bit weights on CPUs with bf16 instructions, for one). Training

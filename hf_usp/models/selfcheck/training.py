@@ -1,4 +1,4 @@
-"""The self-check's second half: what a model computes in training mode, before its first forward in that mode.
+"""The second half of the self-check: the same comparison in training mode, before the first forward in that mode.
 
 Layers may differ there by design (PhiMoE samples its experts) or by an oversight. Chance is held still (`steady`), all
 else is compared as in the self-check. Numbers that are drawn for each token are left to the ranks that hold the tokens.

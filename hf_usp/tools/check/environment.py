@@ -1,4 +1,4 @@
-"""What one rank is: host, device, versions, sources, kernels."""
+"""The environment of one rank: host, device, versions, sources, kernels."""
 
 from __future__ import annotations
 

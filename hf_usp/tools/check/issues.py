@@ -1,4 +1,4 @@
-"""What a check finds, and the rules that find it. Plain numbers in, sentences out: no process talks to another here."""
+"""Findings of a check, and the rules that find them. Numbers in, sentences out: no communication."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ PROBLEM, WARNING = "problem", "warning"
 
 @dataclass(frozen=True)
 class Finding:
-    """level: "problem" (a run would be wrong or fail; exit code 1) or "warning" (it is slower than it could be)."""
+    """One result of a rule.
+
+    Attributes:
+        level: "problem" (a run would be wrong or fail; exit code 1) or "warning" (it is slower than it could be).
+        text: the finding.
+        remedy: the remedy.
+    """
 
     level: str
     text: str
@@ -22,7 +28,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A measured way: "pair", "all-to-all" or "ring". Seconds of a tiny message, bytes a second one way."""
+    """One measured transfer.
+
+    Attributes:
+        kind: "pair", "all-to-all" or "ring".
+        ranks: the ranks that took part.
+        inside: whether they share a node.
+        latency: seconds of a tiny message.
+        bandwidth: bytes a second in one direction.
+    """
 
     kind: str
     ranks: tuple[int, ...]

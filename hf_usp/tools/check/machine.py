@@ -1,4 +1,4 @@
-"""What was measured, as the machine that `hf-usp plan --machine check.json` computes with."""
+"""The measured rates as a machine for `hf-usp plan --machine check.json`."""
 
 from __future__ import annotations
 

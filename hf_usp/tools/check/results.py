@@ -1,4 +1,4 @@
-"""What a check is asked to do, and everything that it found."""
+"""The options of a check, and its results."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ from .issues import PROBLEM, Finding, Transfer
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """model: whose small copy is run. cp_size, ulysses: the mesh (default: all ranks, chosen by bytes).
+    """Options of a check.
 
-    ranks_per_node: consecutive ranks that count as one node; None: those of a host. timeout: seconds for a stage.
-    message: bytes of a large one. slow: share of the median below which a link is said to be slow.
+    Attributes:
+        model: model whose small copy is run; None: none.
+        cp_size: ranks of the mesh; None: all.
+        ulysses: ulysses degree; None: chosen by bytes.
+        heads: query heads of the attention that is measured.
+        kv_heads: its kv heads.
+        head_dim: its width of a head.
+        dtype: its dtype.
+        ranks_per_node: consecutive ranks that count as one node; None: those of a host.
+        soak_minutes: minutes of repetition.
+        timeout: seconds for a stage.
+        message: bytes of a large message; None: chosen.
+        slow: part of the median below which a link is reported as slow.
+        output: file for the results; None: none.
     """
 
     model: str | None = None
@@ -33,7 +45,23 @@ class CheckOptions:
 
 @dataclass
 class Results:
-    """Everything that was found; the file holds the same."""
+    """The results; the file holds the same.
+
+    Attributes:
+        command: command line.
+        world: number of ranks.
+        cp_size: ranks of the mesh.
+        ulysses: ulysses degree.
+        reason: why this degree.
+        nodes: node of each rank.
+        facts: environment of each rank.
+        transfers: measured transfers.
+        speed: measured rates of each rank.
+        exactness: errors against the definition.
+        refused: why the model was refused; None: it was not.
+        soak: results of the repetition.
+        findings: results of the rules.
+    """
 
     command: str = ""
     world: int = 1

@@ -130,7 +130,7 @@ def _device() -> torch.device:
 
 
 def _look_around(results: Results, options: CheckOptions, heads: tuple[int, int, int]) -> None:
-    """What can be said before any tensor travels."""
+    """Findings before any tensor is sent."""
     hosts = [fact["host"] for fact in results.facts]
     node = options.ranks_per_node
     results.nodes = hosts if node is None else [rank // node for rank in range(results.world)]

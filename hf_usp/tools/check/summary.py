@@ -1,4 +1,4 @@
-"""The verdict in one screen."""
+"""The results on one screen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would do, without running it: who holds what, who computes what, who sends what to whom, and why.
+"""Numbers of a run without running it: tokens, work and bytes of each rank, and the reasons.
 
 Everything comes from the same integers that a training step uses (`make_layout`, `make_ring_schedule`, `split_heads`),
 so what is printed is what happens. Here are the numbers; `text`, `picture` and `page` show them.
@@ -32,7 +32,24 @@ MOST_RING, MOST_RANKS, MOST_HEADS = 128, 1024, 4096  # every pair of ring ranks 
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one attention layer and its batch. `documents` are the lengths of the documents of every row."""
+    """The sizes of one attention layer and its batch.
+
+    Attributes:
+        tokens: tokens of a row.
+        ranks: ranks of the mesh.
+        heads: query heads.
+        kv_heads: kv heads.
+        head_dim: width of a head.
+        ulysses: ulysses degree; None: chosen.
+        order: order of tokens.
+        window: keys that a query sees; None: no window.
+        chunk: tokens of a chunk; None: no chunks.
+        documents: lengths of the documents of every row.
+        batch: rows.
+        causal: whether a query sees no later key.
+        ranks_per_node: ranks of a node; None: all.
+        dtype: dtype of keys and values.
+    """
 
     tokens: int
     ranks: int
@@ -58,7 +75,14 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Traffic:
-    """Bytes from rank (row) to rank (column) of one layer, [P, P] each; rank = ring rank * U + ulysses rank."""
+    """Bytes from rank (row) to rank (column) of one layer, [P, P] each; rank = ring rank * U + ulysses rank.
+
+    Attributes:
+        ring_forward: keys and values.
+        ring_backward: keys and values again, and their gradients.
+        ulysses_forward: all-to-alls of the forward.
+        ulysses_backward: all-to-alls of the backward.
+    """
 
     ring_forward: IntArray
     ring_backward: IntArray
@@ -76,7 +100,18 @@ class Traffic:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """A case worked out. plans, shards: one per ring rank; shares: one per ulysses rank; reason: of the degrees."""
+    """The numbers of a case.
+
+    Attributes:
+        case: the sizes.
+        layout: the layout of its batch.
+        reason: why these degrees.
+        mask: the mask.
+        shards: positions of each ring rank.
+        plans: ring schedule of each ring rank.
+        shares: heads of each ulysses rank.
+        traffic: bytes between ranks.
+    """
 
     case: Case
     layout: SequenceLayout
@@ -176,5 +211,5 @@ def count_traffic(plans: Sequence[RingSchedule], shares: Sequence[HeadShare], ca
 
 def messages(plan: RingSchedule, ulysses: int) -> tuple[int, int]:
     """Messages of one layer, forward and backward: (point to point along the ring, all-to-alls along ulysses)."""
-    home = sum(step.num_received > 0 for step in plan.steps)
-    return 2 * plan.messages + home, 4 if ulysses > 1 else 0
+    returned = sum(step.num_received > 0 for step in plan.steps)
+    return 2 * plan.messages + returned, 4 if ulysses > 1 else 0

@@ -1,6 +1,6 @@
 """The picture of an explanation: the mask by owner, the work of every ring step, the bytes between ranks.
 
-The only room that imports matplotlib, and only when a picture is asked for.
+The only module of this package that imports matplotlib, and only when a picture is asked for.
 """
 
 from __future__ import annotations

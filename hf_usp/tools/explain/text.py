@@ -121,7 +121,7 @@ def _bytes(it: Explanation) -> list[str]:
         whole = int(it.unpruned[rank % ulysses])
         hops, exchanges = messages(it.plans[rank // ulysses], ulysses)
         text = f"ring {readable(ring)}" + (f" = {ring / whole:.2f} of the unpruned {readable(whole)}" if whole else "")
-        text += f", ulysses {readable(uly)}" + (f" = {uly / floor:.2f} of the floor" if floor else "")
+        text += f", ulysses {readable(uly)}" + (f" = {uly / floor:.2f} of the least possible" if floor else "")
         lines.append(f"rank {rank}: {text}; {hops} message(s), {exchanges} all-to-all(s)")
     total, whole = int(it.traffic.ring.sum()), int(it.unpruned.sum()) * len(it.plans)
     if whole:
