@@ -220,7 +220,13 @@ def chunks_from_row_start() -> bool:
 
 
 class MaskPart(NamedTuple):
-    """A mask function, its full name, and the values it has captured by their names in its factory."""
+    """A mask function.
+
+    Attributes:
+        function: the function itself.
+        name: its full name.
+        values: what it has captured, by the names in its factory.
+    """
 
     function: Callable[..., Any]
     name: str

@@ -98,7 +98,11 @@ OLD_NAMES = re.compile(
     r"|\b(?:q_edges|cu_q|by_row|by_hand|is_blank)\b|\b(?:dealing|scan_plan|footprint)\b"
     r"|\btickets?\b|\bseams?\b|\bdealt\b"
 )
-CODE = [path for folder in ("hf_usp", "scripts", "tests", "configs") for path in sorted((ROOT / folder).rglob("*.*"))]
+CODE = [
+    path
+    for folder in ("hf_usp", "scripts", "benchmarks", "tests", "configs")
+    for path in sorted((ROOT / folder).rglob("*.*"))
+]
 TOLD = [*PAGES, *CODE, *(ROOT / "notebooks").glob("*.ipynb"), ROOT / "Makefile", ROOT / "mkdocs.yml"]
 TOLD = [x for x in TOLD if x.suffix not in (".pyc", ".png") and x.name not in ("CHANGELOG.md", "test_docs.py")]
 FILES = {path.relative_to(ROOT).as_posix() for path in TOLD} | {"tests/test_docs.py"}

@@ -37,7 +37,13 @@ if TYPE_CHECKING:
 
 
 class Replacement(NamedTuple):
-    """A replaced attribute of an accelerator: by what, why, and the upstream issue that would make it unnecessary."""
+    """A replaced attribute of an accelerator.
+
+    Attributes:
+        what: the replacement.
+        why: what it is for.
+        upstream: the issue that would make it unnecessary, or "none".
+    """
 
     what: str
     why: str
@@ -56,7 +62,7 @@ ACCELERATOR_CHANGES = {
     ),
     "prepare_data_loader": Replacement(
         "gives all ranks of a sequence the same rows in one order",
-        "iterable datasets, rebalanced batches and random samplers are dealt out by process",
+        "Accelerate treats every process as one with rows of its own",
         "huggingface/accelerate#4209",
     ),
     "prepare_scheduler": Replacement(
@@ -227,7 +233,7 @@ class AcceleratorPatch:
         for found, reason in (
             (traits.length_dependent_rope, "whose rotary embedding looks at the largest position"),
             (traits.recurrent, "whose recurrent layers look at the mask"),
-            (traits.backbone.module is not model, "whose sequences are sharded inside it (another head, or images)"),
+            (traits.backbone.inside, "whose sequences are sharded inside it (another head, or images)"),
         ):
             if found:
                 raise UspModelError(

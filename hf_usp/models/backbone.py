@@ -60,11 +60,14 @@ class Backbone:
         module: that module.
         token_loss: whether the loss is Transformers' ForCausalLMLoss, of which each rank computes a part.
         needs_full_hidden_states: whether a head around the module needs the hidden states of all tokens.
+        inside: whether it is a module inside the model. Compilation may replace the model by a copy of itself, so this
+            is no question of identity later.
     """
 
     module: PreTrainedModel
     token_loss: bool
     needs_full_hidden_states: bool
+    inside: bool
 
 
 def find_backbone(model: PreTrainedModel) -> Backbone:
@@ -75,9 +78,9 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
     is_head = not token_loss and model.base_model is not model
     text, decoder = model.config.get_text_config(), model.get_decoder()
     if text is not model.config and isinstance(decoder, PreTrainedModel) and decoder.config is text:
-        return Backbone(decoder, token_loss, is_head)
-    base = model.base_model
-    return Backbone(base if is_head and isinstance(base, PreTrainedModel) else model, token_loss, is_head)
+        return Backbone(decoder, token_loss, is_head, decoder is not model)
+    base = model.base_model if is_head and isinstance(model.base_model, PreTrainedModel) else model
+    return Backbone(base, token_loss, is_head, base is not model)
 
 
 def has_own_loss(model: PreTrainedModel) -> bool:
@@ -119,8 +122,8 @@ def shard_for_backbone(
 ) -> tuple[dict[str, Any], SequenceLayout]:
     """Keywords for `model` that make its body run on this rank's share of a full batch; see `shard_with_options`."""
     names = {*PER_TOKEN, *DESCRIBED, "attention_mask"} | (set(OF_THE_LOSS) if backbone.token_loss else set())
-    layout = agree_on_layout(batch, mesh, options, check, None if backbone.module is model else names)
-    if backbone.module is model:
+    layout = agree_on_layout(batch, mesh, options, check, names if backbone.inside else None)
+    if not backbone.inside:
         return {**shard_tensors(batch, layout), "use_cache": False}, layout
     share = {name: value for name, value in batch.items() if name not in DESCRIBED and value is not None}
     tokens = get_tokens(share)

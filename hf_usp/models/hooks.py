@@ -69,7 +69,7 @@ class ContextParallelHooks(NotSaved):
         self.failed: BaseException | None = None  # what ended a forward or backward on this rank
         self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
         backbone = traits.backbone
-        self.inside = backbone.module is not model
+        self.inside = backbone.inside
         self.needs_full_hidden_states = backbone.needs_full_hidden_states
         self._handles = (
             model.register_forward_pre_hook(self.pre_forward, with_kwargs=True),

@@ -127,12 +127,12 @@ def test_ways_around_a_prepared_model(two_ranks: Ranks) -> None:
     generated = model.generate(ids[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
     for mine in two_ranks.run(ways_around):
         texts = [
-            "whole batch in a training step",
+            "full batch in a training step",
             "logits_to_keep together with labels, or in a training step",
             f"{mine['name']} together with labels, or in a training step",
             "without labels",
             "without labels",
-            "whole batch in a training step",
+            "full batch in a training step",
         ]
         assert len(texts) == len(mine["refused"])
         assert all(text in message for text, message in zip(texts, mine["refused"], strict=True))
@@ -262,7 +262,7 @@ def recurrences() -> list[str]:
 
 def test_recurrent_layers_refuse_too(two_ranks: Ranks) -> None:
     for messages in two_ranks.run(recurrences):
-        assert all("whole batch in a training step" in message for message in messages)
+        assert all("full batch in a training step" in message for message in messages)
         assert "MambaMixer" in messages[0]
         assert "GatedDeltaNet" in messages[1]
 

@@ -45,7 +45,7 @@ def compare(
             rule="a model runs on this rank's tokens, with shift_labels and num_items_in_batch for its loss",
             remedy="train this model without UspParallelismConfig",
         ) from problem
-    if backbone.module is model:
+    if not backbone.inside:
         recompute_pooler(model, sharded, layout, gathered=False)
     wrong_loss = _loss_difference(model, layout, sharded, whole)  # on every rank: it communicates
     return _difference(model, layout, mine, theirs) or _output_difference(model, layout, sharded, whole) or wrong_loss
