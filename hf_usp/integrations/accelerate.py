@@ -1,4 +1,4 @@
-"""What an `Accelerator` does differently for a sharded model: the methods that are set on that one instance."""
+"""The attributes that hf_usp replaces on one `Accelerator`: listed in `ACCELERATOR_CHANGES`, restored by `remove`."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ ACCELERATOR_CHANGES = {
 
 
 class AcceleratorPatch:
-    """What an `Accelerator` made with our config does differently, set on that one instance: `ACCELERATOR_CHANGES`.
+    """The replaced attributes of one `Accelerator` that was made with a `UspParallelismConfig`.
 
     config: the `UspParallelismConfig`. `remove` restores the accelerator, its data loaders and its schedulers.
     """

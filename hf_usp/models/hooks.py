@@ -1,8 +1,8 @@
-"""What makes a model take full batches: two hooks that cut before its forward and put together after it.
+"""The hooks that make a model take full batches: `pre_forward` shards the batch, `post_forward` reduces and gathers.
 
-The hooks sit on the outermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. Everything about one forward
-travels in its `SequenceLayout`; between calls they keep only what the self-check found and the shapes of the last
-outputs.
+They are registered on the outermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. The `SequenceLayout` of a
+batch carries everything about one forward. Between calls the hooks keep the traits of the model and the shapes of the
+last outputs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .validation import validate_call, validate_model
 
 
 class ContextParallelHooks(NotSaved):
-    """The two hooks of one prepared model."""
+    """The hooks of one model with context parallelism, in the order of `integrations.transformers.MODEL_CHANGES`."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class ContextParallelHooks(NotSaved):
 
     @torch.compiler.disable
     def pre_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before the forward: the full batch becomes this rank's share."""
+        """Before the forward: the full batch becomes this rank's local batch."""
         batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         if "usp" in batch or is_generation(model, batch):
             return args, kwargs
@@ -108,7 +108,7 @@ class ContextParallelHooks(NotSaved):
             raise
 
     def _shard(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's share of a full batch, after the self-check of the first one."""
+        """The local batch of a full batch, after the self-check of the first one."""
         # Not that of the parameters: FSDP2 may keep them on another device than the one it computes on.
         tokens = get_tokens(batch)
         device = tokens.device if isinstance(tokens, Tensor) else next(model.parameters()).device
@@ -189,7 +189,7 @@ class ContextParallelHooks(NotSaved):
 
     @torch.compiler.disable
     def post_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """After the forward: the loss of the whole batch, and whole outputs where they were asked for."""
+        """After the forward: the loss of the full batch, and full outputs where `gather_outputs` asks for them."""
         layout = find_layout(kwargs)
         if layout is None or layout.mesh is not self.mesh:
             return output
