@@ -117,8 +117,8 @@ class ChunkedLoss(NotSaved):
 def _check_plain(head: nn.Module) -> None:
     if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         raise UspModelError(
-            f"loss_chunk_size with a head of class {type(head).__name__} where DeepSpeed's ZeRO-3 has replaced "
-            "torch.nn.functional.linear",
+            f"loss_chunk_size with a vocabulary head of class {type(head).__name__} where DeepSpeed's ZeRO-3 has "
+            "replaced torch.nn.functional.linear",
             rule="the loss in chunks is computed inside the forward of one linear head (torch.nn.Linear)",
             remedy="train the head without an adapter, use ZeRO-2 or FSDP2, or leave out loss_chunk_size",
         )
