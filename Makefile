@@ -1,5 +1,5 @@
 # make quickstart   environment, then a real Llama fine-tuned on 4 CPU processes next to one process
-# make fast         lint, types and the tests of single functions: under a minute, after every change
+# make fast         lint, types and the tests of single functions, after every change
 # make test         lint, then every test that needs no GPU
 # make long         one sequence of 32,768 tokens through a small fresh Qwen3, the same comparison
 # make table        every architecture of Transformers, judged anew: docs/models.md

@@ -1,6 +1,6 @@
 """The same fine-tuning in one process and on 4 CPU processes (ulysses 2 x ring 2), loss next to loss, and a picture.
 
-    make quickstart    SmolLM2-135M, 4 steps of 1,024 tokens     under 3 minutes on 2 cores
+    make quickstart    SmolLM2-135M, 4 steps of 1,024 tokens     a few minutes on 2 cores
     make long          a fresh small Qwen3, 4 steps of 32,768    about 4 minutes on 2 cores, losses 5.6 to 4
 
 Both runs are the commands that are printed; this script only starts them and compares the losses they logged. It ends
