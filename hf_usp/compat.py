@@ -167,7 +167,7 @@ def cuda_flash_operators() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def get_reshard_state(unit: Any) -> tuple[Any, Any]:
-    """What an FSDP2 unit does with its parameters after a forward. Goes once FSDPModule has a getter."""
+    """The setting by which an FSDP2 unit keeps or frees its parameters after a forward. Goes once FSDPModule has a getter."""
     state = unit._get_fsdp_state()
     group = state._fsdp_param_group
     return state._auto_reshard_after_forward, None if group is None else group.post_forward_mesh_info

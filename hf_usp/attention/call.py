@@ -1,8 +1,8 @@
 """One attention call over the mesh as two functions, forward and backward, that know nothing of autograd.
 
-Forward: heads -> tokens (one all-to-all along ulysses), then the ring. What is left, tokens -> heads (one all-to-all),
+Forward: heads -> tokens (one all-to-all along ulysses), then the ring. The way back, tokens -> heads (one all-to-all),
 is a function of its own (`ulysses.gather_heads_scatter_seq`). Backward: the mirror image. With one rank there is no
-communication and no copy. `attention` makes autograd functions of them, `operator` a registered operator.
+communication and no copy. `functional` makes autograd functions of them, `custom_op` a registered operator.
 
 Shape suffixes: B rows, L local tokens of a row, T = B * U * L tokens of a ring shard, H query heads, G kv heads, D key
 width, E value width, X all columns of a message; lower case h, g: the heads that this rank keeps.

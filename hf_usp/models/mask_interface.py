@@ -89,7 +89,7 @@ def _sharded_mask(mask_function: Callable[..., Any], mask: LayoutMask) -> Sharde
 def read_mask_function(mask_function: Callable[..., Any]) -> MaskSpec:
     """The kind of mask that a mask function of `transformers.masking_utils` describes, or a `UspMaskError`.
 
-    These functions are closures; the overlay's number is read from its cell. What is not known by name is refused.
+    These functions are closures; the overlay's number is read from its cell. Others are refused.
     """
     if mask_function is causal_mask_function:
         return MaskSpec()
