@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
 from .errors import UspConfigError
+
+Owner = TypeVar("Owner")
 
 # --------------------------------------------------------------------------------------------------- supported versions
 
@@ -125,13 +127,15 @@ def linear_is_replaced() -> bool:
     return torch.nn.functional.linear is not torch._C._nn.linear
 
 
-def hook_owners(module: torch.nn.Module) -> Iterator[Any]:
-    """The objects whose methods are forward pre-hooks of a module. Goes once torch lists hooks of a module."""
-    return (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+def find_hook_owner(model: torch.nn.Module, kind: type[Owner]) -> Owner | None:
+    """The object of class `kind` whose method is a forward pre-hook in a model. Goes once torch lists hooks."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((owner for owner in owners if isinstance(owner, kind)), None)
 
 
 def has_gradient_hooks(parameter: torch.nn.Parameter) -> bool:
-    """Whether a parameter has hooks of `register_hook`; see `hook_owners`."""
+    """Whether a parameter has hooks of `register_hook`; see `find_hook_owner`."""
     return bool(parameter._backward_hooks)
 
 
@@ -167,7 +171,7 @@ def cuda_flash_operators() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def get_reshard_state(unit: Any) -> tuple[Any, Any]:
-    """The setting by which an FSDP2 unit keeps or frees its parameters after a forward. Goes once FSDPModule has a getter."""
+    """Whether an FSDP2 unit frees its parameters after a forward. Goes once FSDPModule has a getter."""
     state = unit._get_fsdp_state()
     group = state._fsdp_param_group
     return state._auto_reshard_after_forward, None if group is None else group.post_forward_mesh_info

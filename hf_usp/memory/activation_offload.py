@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from ..compat import checkpoint_function, checkpointing_name, hook_owners, set_checkpoint_function
+from ..compat import checkpoint_function, checkpointing_name, find_hook_owner, set_checkpoint_function
 from ..errors import UspModelError
 from ..models.pickling import NotSaved
 
@@ -189,5 +189,4 @@ def restore_checkpoints(model: nn.Module) -> None:
 
 
 def _offloaded(model: nn.Module) -> OffloadedCheckpoints | None:
-    owners = (owner for module in model.modules() for owner in hook_owners(module))
-    return next((owner for owner in owners if isinstance(owner, OffloadedCheckpoints)), None)
+    return find_hook_owner(model, OffloadedCheckpoints)

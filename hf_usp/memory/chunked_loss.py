@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..compat import get_reshard_state, hook_owners, is_zero3_parameter, linear_is_replaced, set_reshard_state
+from ..compat import find_hook_owner, get_reshard_state, is_zero3_parameter, linear_is_replaced, set_reshard_state
 from ..distributed.loss import VocabularyPart
 from ..errors import UspModelError
 from ..models.backbone import find_backbone
@@ -157,8 +157,7 @@ def _fsdp_units(head: nn.Module) -> list[Any]:
 
 def chunked_loss(model: nn.Module) -> ChunkedLoss | None:
     """The hooks of a model whose loss is computed in chunks, if it is one."""
-    owners = (owner for module in model.modules() for owner in hook_owners(module))
-    return next((owner for owner in owners if isinstance(owner, ChunkedLoss)), None)
+    return find_hook_owner(model, ChunkedLoss)
 
 
 class _StandIn:

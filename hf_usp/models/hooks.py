@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..batch.shard import ShardOptions, get_tokens, shard_tensor
-from ..compat import attention_implementation, hook_owners, tree_leaves
+from ..compat import attention_implementation, find_hook_owner, tree_leaves
 from ..distributed.failures import refuse_after_failure, report_failure
 from ..distributed.loss import reduce_loss
 from ..distributed.mesh import UspMesh
@@ -279,8 +279,4 @@ def find_model(module: nn.Module) -> PreTrainedModel:
 
 def get_hooks(module: nn.Module) -> ContextParallelHooks | None:
     """The hooks of a prepared model, if it is one."""
-    for model in module.modules():
-        for owner in hook_owners(model):
-            if isinstance(owner, ContextParallelHooks):
-                return owner
-    return None
+    return find_hook_owner(module, ContextParallelHooks)
