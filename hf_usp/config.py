@@ -20,7 +20,6 @@ from .distributed.mesh import DeviceMesh, kept_mesh
 from .errors import UspConfigError
 from .integrations.accelerate import AcceleratorPatch
 from .integrations.transformers import validate_memory_options, validate_options
-from .kernels import KERNELS
 from .planner.hardware import check_machine
 from .sharding.degrees import check_degrees
 from .utils.validation import check_positive_int, check_switches, size_from_environment
@@ -129,7 +128,7 @@ class UspParallelismConfig(ParallelismConfig):
         check_positive_int(cp_size=cp_size, ulysses_degree=self.ulysses_degree)
         if self.ulysses_degree is not None:
             check_degrees(cp_size, self.ulysses_degree)
-        validate_options(self.sequence_order, self.kernel, KERNELS)
+        validate_options(self.sequence_order, self.kernel)
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
         validate_memory_options(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
         check_switches(

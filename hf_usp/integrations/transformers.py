@@ -6,7 +6,7 @@ the command line call it. `MODEL_CHANGES` lists what it changes on a model, in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
@@ -159,7 +159,7 @@ def apply_context_parallel(
     Raises:
         UspError: the model or an option does not fit, or ranks differ in them; on every rank.
     """
-    validate_options(sequence_order, kernel, KERNELS)
+    validate_options(sequence_order, kernel)
     validate_memory_options(loss_chunk_size, mlp_chunk_size, gather_outputs)
     check_switches(gather_outputs=gather_outputs, self_check=self_check, offload_checkpoints=offload_checkpoints)
     apply_memory_options(model, loss_chunk_size, mlp_chunk_size, offload_checkpoints)
@@ -215,7 +215,7 @@ def describe(model: nn.Module) -> str:
     return "\n".join([*lines, "changed by hf_usp:", *(f"  {change}" for change in changes or ["nothing"])])
 
 
-def validate_options(sequence_order: str, kernel: str | None, kernels: Collection[str]) -> None:
+def validate_options(sequence_order: str, kernel: str | None) -> None:
     """Raise `UspConfigError` for orders and kernels that do not exist."""
     if sequence_order not in ("auto", *ALL_ORDERS):
         raise UspConfigError(
@@ -223,10 +223,10 @@ def validate_options(sequence_order: str, kernel: str | None, kernels: Collectio
             rule=f"it is one of auto, {', '.join(ALL_ORDERS)}",
             remedy="use 'auto'",
         )
-    if kernel is not None and kernel not in list(kernels):
+    if kernel is not None and kernel not in list(KERNELS):
         raise UspConfigError(
             f"kernel={kernel!r}",
-            rule=f"a kernel is one of {', '.join(kernels)}, or None",
+            rule=f"a kernel is one of {', '.join(KERNELS)}, or None",
             remedy="leave it out to let hf_usp choose",
         )
 

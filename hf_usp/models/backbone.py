@@ -41,7 +41,7 @@ from ..compat import tree_leaves
 from ..distributed.mesh import UspMesh
 from ..errors import UspBatchError, UspModelError
 from ..sharding.masks import UNLIMITED
-from .mask_interface import ShardedMask
+from .mask_interface import layout_in
 from .pickling import NotSaved
 
 # Outputs with one entry per token, [B, L, ...] (or tuples of such).
@@ -138,15 +138,8 @@ def shard_for_backbone(
 
 def find_layout(keywords: Mapping[str, Any]) -> SequenceLayout | None:
     """The layout that the keywords of a model or body carry, if any."""
-    if isinstance(keywords.get("usp"), SequenceLayout):
-        return keywords["usp"]
     mask = keywords.get("attention_mask")
-    for part in mask.values() if isinstance(mask, dict) else (mask,):
-        if isinstance(part, LayoutMask):
-            return part.usp_layout
-        if isinstance(part, ShardedMask):
-            return part.layout
-    return None
+    return layout_in((keywords.get("usp"), *(mask.values() if isinstance(mask, dict) else (mask,))))
 
 
 class BackboneHooks(NotSaved):

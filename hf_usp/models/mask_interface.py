@@ -6,7 +6,7 @@ every layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,18 @@ class ShardedMask:
             rule="in a sharded forward masks are intervals in integers, not tensors; a model may only pass them on",
             remedy="this model cannot be sharded exactly; train it without UspParallelismConfig",
         )
+
+
+def layout_in(values: Iterable[Any]) -> SequenceLayout | None:
+    """The layout that the first of these values carries that is a layout or a mask with one; None without any."""
+    for value in values:
+        if isinstance(value, SequenceLayout):
+            return value
+        if isinstance(value, ShardedMask):
+            return value.layout
+        if isinstance(value, LayoutMask):
+            return value.usp_layout
+    return None
 
 
 def _takes_all(index: Any) -> bool:

@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.layout import SequenceLayout
-from ..batch.sharded_tensors import LayoutMask
 from ..errors import UspModelError
 from ..recurrent.device_schedule import state_schedule
 from ..recurrent.scan import causal_conv, scan_over_heads
 from ..recurrent.schedule import ScanSizes, states_pay
 from ..recurrent.state_passing import scan_by_states
 from .attention_interface import recurrent_types
-from .mask_interface import ShardedMask
+from .mask_interface import layout_in
 from .pickling import NotSaved
 from .unsharded import refuse_unsharded
 
@@ -56,7 +55,7 @@ class RecurrentLayers(NotSaved):
 
     @torch.compiler.disable
     def _enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.layout = _find_layout((*args, *kwargs.values()))
+        self.layout = layout_in((*args, *kwargs.values()))
         if self.layout is None:
             refuse_unsharded(layer)
 
@@ -105,7 +104,7 @@ def shard_recurrent_layers(model: nn.Module) -> RecurrentLayers:
         )
 
     def mark_prepared(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        layout = _find_layout(tuple(kwargs.values()))
+        layout = layout_in(tuple(kwargs.values()))
         if layout is not None:
             layout.manual_loop = False  # somebody has prepared what attention cannot see to
 
@@ -129,17 +128,6 @@ def _kernels_of(function: Any) -> set[str]:
         return set()
     inside = inspect.unwrap(function)
     return _names(function) | (_names(inside) if isinstance(inside, FunctionType) else set())
-
-
-def _find_layout(values: tuple[Any, ...]) -> SequenceLayout | None:
-    for value in values:
-        if isinstance(value, SequenceLayout):
-            return value
-        if isinstance(value, ShardedMask):
-            return value.layout
-        if isinstance(value, LayoutMask):
-            return value.usp_layout
-    return None
 
 
 def _conv(
