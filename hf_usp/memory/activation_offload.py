@@ -51,7 +51,7 @@ class ActivationOffloader:
         self.last: OffloadedTensor | None = None
         self.streams: dict[torch.device, Any] = {}
 
-    def park(self, tensor: Tensor) -> Tensor | OffloadedTensor:
+    def offload(self, tensor: Tensor) -> Tensor | OffloadedTensor:
         """Start copying to pinned memory; the device's memory is free once the copy is done."""
         if not self.is_far(tensor):
             return tensor
@@ -64,27 +64,27 @@ class ActivationOffloader:
         self.last = OffloadedTensor(host, tensor.device, self.last)
         return self.last
 
-    def fetch(self, parked: Tensor | OffloadedTensor) -> Tensor:
+    def fetch(self, offloaded: Tensor | OffloadedTensor) -> Tensor:
         """The tensor on its device, and the one before it on its way there."""
-        if isinstance(parked, Tensor):
-            return parked
-        streams, stream = self._streams(parked.device)
-        tensor = self._bring(parked)
-        current = streams.current_stream(parked.device)
+        if isinstance(offloaded, Tensor):
+            return offloaded
+        streams, stream = self._streams(offloaded.device)
+        tensor = self._bring(offloaded)
+        current = streams.current_stream(offloaded.device)
         current.wait_stream(stream)
         tensor.record_stream(current)
-        if parked.before is not None and parked.before.fetched is None:
-            self._bring(parked.before)
-        parked.before, parked.fetched = None, None
+        if offloaded.before is not None and offloaded.before.fetched is None:
+            self._bring(offloaded.before)
+        offloaded.before, offloaded.fetched = None, None
         return tensor
 
-    def _bring(self, parked: OffloadedTensor) -> Tensor:
+    def _bring(self, offloaded: OffloadedTensor) -> Tensor:
         """On the same stream as the copy out, so after it."""
-        if parked.fetched is None:
-            streams, stream = self._streams(parked.device)
+        if offloaded.fetched is None:
+            streams, stream = self._streams(offloaded.device)
             with streams.stream(stream):
-                parked.fetched = self.copy_back(parked)
-        return parked.fetched
+                offloaded.fetched = self.copy_back(offloaded)
+        return offloaded.fetched
 
     def _streams(self, device: torch.device) -> tuple[Any, Any]:
         """The module that has the device's streams (torch.cuda), and ours."""
@@ -107,35 +107,35 @@ class ActivationOffloader:
         """Pinned memory for a copy."""
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
-    def copy_back(self, parked: OffloadedTensor) -> Tensor:
+    def copy_back(self, offloaded: OffloadedTensor) -> Tensor:
         """A copy on the device, on its way."""
-        return parked.host.to(parked.device, non_blocking=True)
+        return offloaded.host.to(offloaded.device, non_blocking=True)
 
 
 class Offloaded:
-    """A checkpointing function whose saved inputs are parked; what the layer saves inside is its own affair."""
+    """A checkpointing function whose saved inputs are offloaded; what the layer saves inside is its own affair."""
 
-    def __init__(self, function: Callable[..., Any], garage: ActivationOffloader) -> None:
-        self.function, self.garage = function, garage
+    def __init__(self, function: Callable[..., Any], offloader: ActivationOffloader) -> None:
+        self.function, self.offloader = function, offloader
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stock function; its own hooks are the inner ones."""
-        with saved_tensors_hooks(self.garage.park, self.garage.fetch):
+        with saved_tensors_hooks(self.offloader.offload, self.offloader.fetch):
             return self.function(*args, **kwargs)
 
 
 class OffloadedCheckpoints(NotSaved):
     """The hook of one model."""
 
-    def __init__(self, model: PreTrainedModel, garage: ActivationOffloader) -> None:
-        self.garage = garage
+    def __init__(self, model: PreTrainedModel, offloader: ActivationOffloader) -> None:
+        self.offloader = offloader
         self.handle = model.register_forward_pre_hook(self.begin)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Before a forward in training: wrap the checkpointing function of every layer that has one."""
         if not (model.training and torch.is_grad_enabled()):
             return
-        self.garage.last = None
+        self.offloader.last = None
         layers: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
         if not layers:
             raise UspModelError(
@@ -155,7 +155,7 @@ class OffloadedCheckpoints(NotSaved):
         for layer in layers:
             function = checkpoint_function(layer)
             if function in new:
-                set_checkpoint_function(layer, Offloaded(function, self.garage))
+                set_checkpoint_function(layer, Offloaded(function, self.offloader))
 
 
 def _saves_to_outer_hooks(function: Callable[..., Any]) -> bool:
@@ -166,9 +166,9 @@ def _saves_to_outer_hooks(function: Callable[..., Any]) -> bool:
     return bool(saved)
 
 
-def offload_checkpoints(model: PreTrainedModel, garage: ActivationOffloader | None = None) -> OffloadedCheckpoints:
+def offload_checkpoints(model: PreTrainedModel, offloader: ActivationOffloader | None = None) -> OffloadedCheckpoints:
     """Keep the inputs of a model's checkpointed layers in CPU memory until the backward. Again changes nothing."""
-    return _offloaded(model) or OffloadedCheckpoints(model, garage or ActivationOffloader())
+    return _offloaded(model) or OffloadedCheckpoints(model, offloader or ActivationOffloader())
 
 
 def offloads_checkpoints(model: nn.Module) -> bool:

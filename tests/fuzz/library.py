@@ -11,6 +11,7 @@ import torch
 
 import hf_usp
 from hf_usp import data
+from hf_usp.config import OPTIONS
 from hf_usp.data import packing
 
 from .driver import Act
@@ -68,24 +69,7 @@ ODD: tuple[Any, ...] = (
     "\ud800",
     "\x1b[31m",
 )
-OPTIONS = (
-    "cp_size",
-    "ulysses_degree",
-    "dp_replicate_size",
-    "dp_shard_size",
-    "tp_size",
-    "sequence_order",
-    "gather_outputs",
-    "loss_chunk_size",
-    "mlp_chunk_size",
-    "offload_checkpoints",
-    "kernel",
-    "self_check",
-    "ranks_per_node",
-    "machine",
-    "sequence_length",
-    "sp_size",
-)
+SIZES = ("cp_size", "dp_replicate_size", "dp_shard_size", "tp_size", "sp_size")
 COUNTS: tuple[Any, ...] = (
     torch.tensor(3),
     torch.tensor(3.5),
@@ -210,7 +194,7 @@ def fuzz_shard(r: random.Random) -> tuple[Act, Any]:
 
 
 def fuzz_config(r: random.Random) -> tuple[Act, Any]:
-    options = {name: r.choice(ODD) for name in r.sample(OPTIONS, r.randint(1, 3))}
+    options = {name: r.choice(ODD) for name in r.sample((*SIZES, *OPTIONS), r.randint(1, 3))}
     return lambda: repr(hf_usp.UspParallelismConfig(**options)), {n: show(x) for n, x in options.items()}
 
 

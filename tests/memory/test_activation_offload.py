@@ -1,4 +1,4 @@
-"""Inputs of checkpointed layers parked outside the device: exactly these, fetched in time, the same gradients."""
+"""Inputs of checkpointed layers offloaded outside the device: exactly these, fetched in time, the same gradients."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Recorded(Tensor):
 
 
 class StandIn(ActivationOffloader):
-    """Takes CPU memory for the memory of a device; a parked tensor's copy is all that is left of it."""
+    """Takes CPU memory for the memory of a device; a offloaded tensor's copy is all that is left of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,21 +63,21 @@ class StandIn(ActivationOffloader):
     def module(self, device: torch.device) -> Any:
         return self.fake
 
-    def park(self, tensor: Tensor) -> Any:
-        return super().park(tensor.as_subclass(Recorded))
+    def offload(self, tensor: Tensor) -> Any:
+        return super().offload(tensor.as_subclass(Recorded))
 
     def buffer(self, tensor: Tensor) -> Tensor:
         self.shapes.append(tuple(tensor.shape))
         return torch.empty(tensor.shape, dtype=tensor.dtype)
 
-    def copy_back(self, parked: OffloadedTensor) -> Tensor:
+    def copy_back(self, offloaded: OffloadedTensor) -> Tensor:
         self.alive += 1
         self.most = max(self.most, self.alive)
-        return parked.host.clone().as_subclass(Recorded)
+        return offloaded.host.clone().as_subclass(Recorded)
 
-    def fetch(self, parked: Any) -> Tensor:
-        tensor = super().fetch(parked)
-        self.alive -= not isinstance(parked, Tensor)
+    def fetch(self, offloaded: Any) -> Tensor:
+        tensor = super().fetch(offloaded)
+        self.alive -= not isinstance(offloaded, Tensor)
         return tensor.as_subclass(Tensor)
 
 
@@ -95,30 +95,30 @@ def checkpointed(kind: str, **options: Any) -> Any:
 def test_the_inputs_of_layers_go_and_come_and_nothing_else(kind: str) -> None:
     model, batch = checkpointed(kind), batch_of("plain")
     loss, gradients, _ = step(model, **batch)
-    garage = StandIn()
-    offload_checkpoints(model, garage)
-    assert offload_checkpoints(model).garage is garage
+    offloader = StandIn()
+    offload_checkpoints(model, offloader)
+    assert offload_checkpoints(model).offloader is offloader
     for _ in range(2):
-        garage.shapes.clear()
+        offloader.shapes.clear()
         mine, mine_gradients, _ = step(model, **batch)
         assert mine == loss
         assert largest_difference(mine_gradients, gradients) == 0
-        assert garage.shapes == [(2, 37, 32)] * 3
+        assert offloader.shapes == [(2, 37, 32)] * 3
         # The next one is on its way while a layer computes; all have come back.
-        assert (garage.most, garage.alive) == (2, 0)
+        assert (offloader.most, offloader.alive) == (2, 0)
 
 
 def test_streams_wait_for_each_other() -> None:
-    garage = StandIn()
-    first, second = (garage.park(torch.full((2,), value)) for value in (1.0, 2.0))
+    offloader = StandIn()
+    first, second = (offloader.offload(torch.full((2,), value)) for value in (1.0, 2.0))
     out = ["ours waits for current", "on ours", "off", "used on ours"]
-    assert garage.fake.log == out + out
-    garage.fake.log.clear()
-    assert garage.fetch(second).tolist() == [2.0, 2.0]
-    assert garage.fake.log == ["on ours", "off", "current waits for ours", "used on current", "on ours", "off"]
-    garage.fake.log.clear()
-    assert garage.fetch(first).tolist() == [1.0, 1.0]
-    assert garage.fake.log == ["current waits for ours", "used on current"]  # it was on its way
+    assert offloader.fake.log == out + out
+    offloader.fake.log.clear()
+    assert offloader.fetch(second).tolist() == [2.0, 2.0]
+    assert offloader.fake.log == ["on ours", "off", "current waits for ours", "used on current", "on ours", "off"]
+    offloader.fake.log.clear()
+    assert offloader.fetch(first).tolist() == [1.0, 1.0]
+    assert offloader.fake.log == ["current waits for ours", "used on current"]  # it was on its way
 
 
 def test_without_checkpointing_there_is_nothing_to_park() -> None:
@@ -136,27 +136,27 @@ def test_without_checkpointing_there_is_nothing_to_park() -> None:
 def test_every_second_layer() -> None:
     model, batch = checkpointed("non_reentrant", every_n_layers=2), batch_of("plain")
     loss, gradients, _ = step(tiny_model(attention="eager", num_hidden_layers=3).train(), **batch)
-    garage = StandIn()
-    offload_checkpoints(model, garage)
+    offloader = StandIn()
+    offload_checkpoints(model, offloader)
     mine, mine_gradients, _ = step(model, **batch)
     assert mine == loss and largest_difference(mine_gradients, gradients) < 1e-7
-    assert (garage.shapes, garage.alive) == ([(2, 37, 32)] * 2, 0)
+    assert (offloader.shapes, offloader.alive) == ([(2, 37, 32)] * 2, 0)
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "non_reentrant", "save_attention_outputs"])
 def test_two_that_offload_are_one_too_many(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers' own hooks are nearer to the layer: the option would do nothing."""
     monkeypatch.setattr(torch.cpu, "is_available", lambda: False)  # its copies are pinned, which needs a GPU
-    model, garage = checkpointed(kind, offload=True), StandIn()
-    offload_checkpoints(model, garage)
+    model, offloader = checkpointed(kind, offload=True), StandIn()
+    offload_checkpoints(model, offloader)
     with pytest.raises(hf_usp.UspModelError, match=f"leave offload=True out of {CHECKPOINTING}_kwargs"):
         model(**batch_of("plain"))
     getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": kind == "reentrant"})  # the remedy
     model(**batch_of("plain")).loss.backward()
-    assert garage.shapes == [(2, 37, 32)] * 3
+    assert offloader.shapes == [(2, 37, 32)] * 3
 
 
 def test_on_cpu_tensors_stay_where_they_are() -> None:
     tensor = torch.ones(3)
-    garage = ActivationOffloader()
-    assert garage.park(tensor) is tensor is garage.fetch(tensor)
+    offloader = ActivationOffloader()
+    assert offloader.offload(tensor) is tensor is offloader.fetch(tensor)
