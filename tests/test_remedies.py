@@ -491,7 +491,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "test_a_killed_run_leaves_the_last_complete_checkpoint",
     ),
     "call torch.distributed.init_process_group()": ("attention/test_attention.py", "def test_"),
-    "set per_device_train_batch_size": ("integrations/test_trainer.py", "per_device_train_batch_size"),
+    "set per_device_train_batch_size": ("distributed/test_failures.py", "auto_find_batch_size"),
     "leave out torch.compile": ("test_remedies.py", "compiled"),
     "leave out loss_chunk_size": ("test_remedies.py", "other_head"),
     "pass position_ids, or pad on the right": ("models/test_models.py", "right"),
@@ -516,11 +516,11 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     "with column=..., or other files": ("data/test_rows.py", "column"),
     "give every rank the same": ("integrations/test_process_groups.py", "def test_"),  # ranks that are the same
-    "hand out whole logits and hidden states": (
+    "hand out full logits and hidden states": (
         "models/test_unsharded.py",
         "test_losses_made_outside_are_exact_with_the_remedy",
     ),
-    "prepare a second Transformers model by itself": ("models/test_unsharded.py", "prepared(twin"),
+    "prepare a second Transformers model by itself": ("models/test_unsharded.py", "prepared_modules(twin"),
     "leave offload=True out of": ("memory/test_activation_offload.py", "offload=True"),
     "read the stream with num_workers=1": ("integrations/test_data_loader.py", '"dataloader_num_workers": 1'),
 }

@@ -31,7 +31,8 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
         "number of parameters": len(parameters),
         "checksum of their names": hashed(repr([name for name, _ in parameters])),
         "checksum of those to be trained": hashed(repr([name for name, p in parameters if p.requires_grad])),
-        "gradient_checkpointing": bool(getattr(model, "is_gradient_checkpointing", False)),
+        # `is_gradient_checkpointing` until Transformers 5.23, `is_activation_checkpointing` from 5.24: both read this.
+        "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
     }
     return found | {f"config.{name}": value for name, value in _flat("", model.config.to_dict())}
 

@@ -268,8 +268,8 @@ def test_explained_bytes_are_those_that_the_benchmark_predicts_and_counts(
     it = explain(case)
     for rank in range(4):
         mesh = UspMesh(ring, ulysses, *divmod(rank, ulysses), tuple(range(4)), None, None, None)
-        layout = make_layout(Documents.from_bounds([0, 2048]), 1, 2048, mesh, "auto", (case.kind,))
-        predicted = benchmark.predict(layout, case.kind, 4)
+        layout = make_layout(Documents.from_bounds([0, 2048]), 1, 2048, mesh, "auto", (case.mask_spec,))
+        predicted = benchmark.predict(layout, case.mask_spec, 4)
         forward = it.traffic.ring_forward + it.traffic.ulysses_forward
         backward = it.traffic.ring_backward + it.traffic.ulysses_backward
         assert [forward[rank].sum(), backward[rank].sum()] == [predicted["wire_forward"], predicted["wire_backward"]]

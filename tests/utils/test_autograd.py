@@ -52,7 +52,7 @@ def twice() -> dict[str, str]:
         "operator": lambda x: checkpoint(attend, x, **hf_usp.save_attention_outputs()),
         "unshard": lambda x: hf_usp.unshard(x, layout),
         "exchange": lambda x: exchange(mesh.group, [[8, 8]], [[8, 8]], x.flatten()[:16])[0],
-        "whole loss": lambda x: reduce_loss(x.sum(), mesh.group, 2, False),  # type: ignore[arg-type]
+        "whole loss": lambda x: reduce_loss(x.sum(), mesh.group, 2),
         "loss in chunks": chunked(lambda model: ChunkedLoss(model, 7)),
         "MLP in chunks": chunked(lambda model: tile_mlps(model, 7)),
     }
