@@ -120,6 +120,8 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in here.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true")
+    if sys.version_info < (3, 14):  # workers of loaders start as a user's do, and do not import everything again
+        multiprocessing.set_start_method("fork", force=True)
     import torch
     import torch.distributed as dist
 

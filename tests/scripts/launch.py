@@ -11,13 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from ..ranks import PRELOAD
 
 ROOT = Path(__file__).parents[2]
-CPU_CONFIG = ["--config_file", "configs/cpu_4_processes.yaml", "--main_process_port", "0"]
 TINY_LLAMA = {
     "model_type": "llama",
     "vocab_size": 257,
@@ -52,9 +52,9 @@ def alone(script: str, *flags: str, timeout: float = 170) -> subprocess.Complete
 
 
 def several(processes: int, script: str, *flags: str, timeout: float = 170) -> subprocess.CompletedProcess[str]:
-    """The same in processes that are told their ranks as by `torchrun`.
+    """The same in processes that are told their ranks as by `torchrun`; they end when one of them fails.
 
-    Other tests start scripts with the launchers, where every process imports torch and Transformers for itself.
+    Few tests start the launchers themselves, where every process imports torch and Transformers: 8 s of CPU time each.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -66,10 +66,9 @@ def several(processes: int, script: str, *flags: str, timeout: float = 170) -> s
 def _forked(
     environments: list[dict[str, Any]], script: str, flags: tuple[str, ...], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """One process for each environment; what they print, and the exit code of the first that fails."""
+    """One process for each environment; their output, and the exit code of the first that fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    end = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(rank) for rank in range(len(environments))]
         processes = [
@@ -78,15 +77,17 @@ def _forked(
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-        late = [process for process in processes if process.is_alive()]
-        for process in late:
+        left, code, end = list(processes), 0, time.monotonic() + timeout
+        while left and wait([process.sentinel for process in left], timeout=max(0.0, end - time.monotonic())):
+            left = [process for process in left if process.is_alive()]
+            failed = next((process.exitcode for process in processes if process.exitcode), 0)
+            if failed and not code:
+                code, end = failed, time.monotonic() + 5  # launchers end the others as well
+        for process in left:
             process.kill()
             process.join()
         printed = "".join(output.read_text() for output in outputs if output.exists())
-        assert not late, f"{script} {flags} took more than {timeout} s:\n{printed}"
-        code = next((process.exitcode for process in processes if process.exitcode), 0)
+        assert code or not left, f"{script} {flags} took more than {timeout} s:\n{printed}"
         return subprocess.CompletedProcess([script, *flags], code, printed)
 
 
@@ -101,14 +102,11 @@ def _run(script: str, flags: tuple[str, ...], output: str, environment: dict[str
 
     torch.set_num_threads(1)
     sys.argv = [script, *flags]
-    sys.path.insert(0, str((ROOT / script).parent))
-    runpy.run_path(script, run_name="__main__")
-
-
-def accelerate(processes: int, script: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` of a script on CPU processes of this machine."""
-    launcher = ["--num_processes", str(processes), script]
-    return start("-m accelerate.commands.launch", *CPU_CONFIG, *launcher, *flags)
+    if script.startswith("-m "):
+        runpy.run_module(script[3:], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str((ROOT / script).parent))
+        runpy.run_path(script, run_name="__main__")
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> str:

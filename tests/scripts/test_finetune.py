@@ -11,7 +11,7 @@ import torch
 
 from hf_usp import UspConfigError
 
-from .launch import TINY_LLAMA, accelerate, alone, several, steps, succeeded, write_inputs
+from .launch import TINY_LLAMA, alone, several, steps, succeeded, write_inputs
 
 SCRIPT = "scripts/finetune.py"
 
@@ -42,8 +42,7 @@ def test_two_processes_log_the_losses_of_one(
     (tmp_path / "model.json").write_text(json.dumps(model))
     succeeded(alone(SCRIPT, *flags, "--output_dir", str(tmp_path / "one")))
     mesh = ["--context-parallel-size", "2", "--context-parallel-algo", algorithm]
-    launched = accelerate if algorithm == "ulysses_cp_algo" else several
-    printed = succeeded(launched(2, SCRIPT, *flags, *mesh, "--output_dir", str(tmp_path / "two")))
+    printed = succeeded(several(2, SCRIPT, *flags, *mesh, "--output_dir", str(tmp_path / "two")))
 
     assert "FutureWarning" not in printed
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
@@ -145,7 +144,7 @@ def test_a_stream_of_documents(tmp_path: Path) -> None:
 def test_bad_text_ends_all_processes(tmp_path: Path) -> None:
     flags = [*write_inputs(tmp_path), "--output_dir", str(tmp_path / "out"), "--context-parallel-size", "2"]
     (tmp_path / "texts" / "latin.txt").write_bytes(b"caf\xe9")
-    result = accelerate(2, SCRIPT, *flags)
+    result = several(2, SCRIPT, *flags)
     assert result.returncode != 0
     assert "latin.txt: byte 0xe9 at offset 3 is not UTF-8" in result.stdout
 

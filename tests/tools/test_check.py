@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,10 @@ from hf_usp.tools.check.issues import (
 )
 from hf_usp.tools.cli import main
 
-from ..scripts.launch import accelerate, start
+from ..scripts.launch import several
 
+FAULTY = "tests/tools/faulty_check.py"
 SMALL = "--dtype fp32 --heads 4 --kv-heads 2 --head-dim 16 --message 65536".split()
-
-
-def check(ranks: int, *arguments: str, program: str = "-m hf_usp check") -> subprocess.CompletedProcess[str]:
-    return start(f"-m torch.distributed.run --standalone --nproc_per_node {ranks} {program}", *SMALL, *arguments)
 
 
 def test_one_process_with_a_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,8 +43,11 @@ def test_one_process_with_a_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_four_ranks_of_two_nodes(tmp_path: Path) -> None:
     """A whole run: ulysses across nodes is said with what fits; the file holds every figure; then plan reads it."""
     path = tmp_path / "check.json"
-    result = check(
+    result = several(
         4,
+        "-m hf_usp",
+        "check",
+        *SMALL,
         "--ranks-per-node",
         "2",
         "--ulysses",
@@ -85,17 +84,13 @@ def test_four_ranks_of_two_nodes(tmp_path: Path) -> None:
     assert [link["ranks"] for link in found["machine"]["links"]] == [2, 4]
 
 
-def faulty(fault: str, rank: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return check(2, *arguments, program=f"tests/tools/faulty_check.py {fault} {rank} check")
-
-
 @pytest.mark.timeout(180)
-def test_a_cluster_with_many_faults_under_accelerate_launch(tmp_path: Path) -> None:
+def test_a_cluster_with_many_faults(tmp_path: Path) -> None:
     """Ranks numbered across nodes in turn, a slow link, and a rank with another version that computes another thing."""
     path = tmp_path / "check.json"
     arguments = (*SMALL, "--ulysses", "2", "--output", str(path))
-    result = accelerate(4, "tests/tools/faulty_check.py", "wrong", "3", "check", *arguments)
-    assert result.returncode != 0 and "exitcode  : 1" in result.stdout, result.stdout
+    result = several(4, FAULTY, "wrong", "3", "check", *arguments)
+    assert result.returncode == 1, result.stdout
     text = result.stdout
     assert "4 rank(s) on 2 node(s)" in text and "NOT OK: " in text
     assert "PROBLEM: transformers is 5.17.0 on rank 3 (node1)" in text
@@ -114,10 +109,9 @@ def test_a_cluster_with_many_faults_under_accelerate_launch(tmp_path: Path) -> N
     ],
 )
 def test_a_rank_that_hangs_or_fails_is_named(fault: str, rank: int, said: str) -> None:
-    result = faulty(fault, rank, "--timeout", "12")
-    assert result.returncode != 0
+    result = several(2, FAULTY, fault, str(rank), "check", *SMALL, "--timeout", "12")
     assert f"PROBLEM: {said}" in result.stdout, result.stdout
-    assert f"exitcode  : {3 if fault == 'hang' else 1}" in result.stdout
+    assert result.returncode == (3 if fault == "hang" else 1)
 
 
 FACT: dict[str, Any] = {
