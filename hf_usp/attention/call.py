@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..batch.context import AttentionShape, ForwardContext
 from ..batch.device_schedule import head_runs
-from ..batch.layout import AttentionShape, MaskSpec, SequenceLayout
+from ..batch.layout import MaskSpec, SequenceLayout
 from ..errors import UspModelError
 from ..kernels import Softmax, choose_kernel
 from ..sharding.heads import split_heads
@@ -63,18 +64,17 @@ class AttentionCall:
     heads: Heads
 
 
-def begin(inputs: Inputs, layout: SequenceLayout, mask_spec: MaskSpec, softmax: Softmax) -> AttentionCall:
-    """The call that a layer begins, noted in the layout.
+def begin(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softmax: Softmax) -> AttentionCall:
+    """The call that a layer begins, counted in the context.
 
     Raises `UspError`s for shapes that do not fit, on every rank alike.
     """
     q_BLHD, k_BLGD, v_BLGE, sinks_H = inputs
-    _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, layout)
+    _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, context.layout)
     _check_softmax(softmax)
     sizes = Sizes(q_BLHD.shape[2], k_BLGD.shape[2], q_BLHD.shape[3], v_BLGE.shape[3])
-    layout.calls, layout.dtype = layout.calls + 1, q_BLHD.dtype
-    layout.used[AttentionShape(mask_spec, *sizes, q_BLHD.element_size())] += 1
-    return make_call(sizes, q_BLHD, layout, mask_spec, softmax)
+    context.attention_calls[AttentionShape(mask_spec, *sizes, q_BLHD.dtype)] += 1
+    return make_call(sizes, q_BLHD, context.layout, mask_spec, softmax)
 
 
 def make_call(

@@ -1,8 +1,8 @@
 """The hooks that make a model take full batches: `pre_forward` shards the batch, `post_forward` reduces and gathers.
 
-They are registered on the outermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. The `SequenceLayout` of a
-batch carries everything about one forward. Between calls the hooks keep the traits of the model and the shapes of the
-last outputs.
+They are registered on the outermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. The `ForwardContext`
+carries everything about one forward. Between calls the hooks keep the traits of the model and the shapes of the last
+outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..batch.shard import ShardOptions, get_tokens, shard_tensor
+from ..batch.context import ShardOptions
+from ..batch.shard import get_tokens, shard_tensor
 from ..compat import attention_implementation, find_hook_owner, tree_leaves
 from ..distributed.failures import refuse_after_failure, report_failure
 from ..distributed.loss import reduce_loss
@@ -27,7 +28,7 @@ from .attention_interface import NAME
 from .backbone import (
     PER_TOKEN_OUTPUTS,
     BackboneHooks,
-    find_layout,
+    find_context,
     gather_outputs,
     recompute_pooler,
     shard_for_backbone,
@@ -120,22 +121,23 @@ class ContextParallelHooks(NotSaved):
             # Every rank comes here with its first batch, whatever that batch is.
             measured = measure(model, self.traits, self.mesh, self.options, device, self.self_check)
             self.traits = replace(self.traits, measured=measured)
-            if measured.counts_visible_tokens:
-                self.options = replace(self.options, positions=visible_positions)
+            self.options = replace(
+                self.options,
+                positions=visible_positions if measured.counts_visible_tokens else self.options.positions,
+                pass_states=None if measured.continues_from_states else False,
+            )
         if self.unchecked_training and model.training:
             training_check(model, self.mesh, self.options, device)
             self.unchecked_training = False
         items = batch.get("num_items_in_batch")
-        share, layout = shard_for_backbone(
+        share, context = shard_for_backbone(
             self.traits.backbone, model, batch, self.mesh, self.options, lambda b: self._check(model, b, measured)
         )
         num_labels = share.pop("num_labels", None)
         if num_labels is not None:
             share["num_items_in_batch"] = num_labels if items is None else items
-        layout.shifted = batch.get("shift_labels") is not None
-        layout.pass_states = None if measured.continues_from_states else False
-        layout.router_logits = self._wants_router_logits(model, batch)
-        if layout.router_logits:
+        context.wants_router_logits = self._wants_router_logits(model, batch)
+        if context.wants_router_logits:
             self.router.learn(model, self.mesh, device)
             share["output_router_logits"] = False
         return share
@@ -183,18 +185,19 @@ class ContextParallelHooks(NotSaved):
     def on_error(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Torch calls this also when the forward raised: there is no output then."""
         problem = sys.exc_info()[1]
-        if output is None and problem is not None and find_layout(kwargs) is not None:
+        if output is None and problem is not None and find_context(kwargs) is not None:
             report_failure(problem)
             self.failed = problem
 
     @torch.compiler.disable
     def post_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward: the loss of the full batch, and full outputs where `gather_outputs` asks for them."""
-        layout = find_layout(kwargs)
-        if layout is None or layout.mesh is not self.mesh:
+        context = find_context(kwargs)
+        if context is None or context.layout.mesh is not self.mesh:
             return output
+        layout = context.layout
         self.shares = frozenset()
-        if layout.calls == 0:
+        if not context.reached_a_layer:
             raise UspModelError(
                 f"no attention layer of {type(model).__name__} called the attention function {NAME!r}",
                 rule="the model's attention goes through Transformers' attention interface",
@@ -203,7 +206,7 @@ class ContextParallelHooks(NotSaved):
             )
         if self.needs_full_hidden_states:
             return output
-        if layout.router_logits:
+        if context.wants_router_logits:
             mask = kwargs["attention_mask"].as_subclass(Tensor)
             output = self.router.add(
                 output, layout, shard_tensor(mask, layout, 0) if self.inside else mask, self.gather_outputs
@@ -212,7 +215,7 @@ class ContextParallelHooks(NotSaved):
             assert self.mesh.group is not None
             output["loss"] = reduce_loss(output["loss"], self.mesh.group, self.mesh.size)
         if kwargs.get(FUSED):
-            return unshard_fields(output, layout, layout.shifted)
+            return unshard_fields(output, context)
         if not self.inside:
             recompute_pooler(model, output, layout, gathered=False)
         if self.gather_outputs:
@@ -258,7 +261,12 @@ def attach_hooks(
         previous.remove()
     traits = inspect_model(model)
     options = ShardOptions(
-        sequence_order, traits.mask_specs, kernel, traits.own_positions, largest_position=traits.length_dependent_rope
+        order=sequence_order,
+        mask_specs=traits.mask_specs,
+        kernel=kernel,
+        positions=traits.own_positions,
+        largest_position=traits.length_dependent_rope,
+        pass_states=False,  # until the model has shown that its kernels continue from states
     )
     return ContextParallelHooks(
         model, traits, mesh, options, gather_outputs=gather_outputs, self_check=self_check, around=module
