@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch.context import AttentionShape
 from ..batch.layout import MaskSpec
 from ..batch.sharded_tensors import ShardedMask, context_from_handle
 from ..compat import under_selective_checkpointing
 from ..kernels import Softmax, accumulation_dtype
 from ..sharding.heads import split_heads
 from ..utils.autograd import forbid_double_backward
-from .call import Inputs, Sizes, backward, begin, forward, make_call
+from .call import Inputs, backward, begin, forward, make_call
 from .ulysses import gather_heads_scatter_seq, gather_heads_scatter_seq_backward
 
 
@@ -34,15 +35,9 @@ def needs_custom_op() -> bool:
 
 def attend_custom_op(inputs: Inputs, mask: ShardedMask, softmax: Softmax) -> Tensor:
     """out_BLHE, as a call of the operator. Differentiable."""
-    mask_spec, mesh = mask.mask_spec, context_from_handle(mask.handle).layout.mesh
-    numbers = [
-        mask_spec.window_left,
-        mask_spec.window_right,
-        mask_spec.chunk_size,
-        int(mask_spec.chunks_from_row_start),
-    ]
-    place = [mesh.ulysses_degree, mesh.ulysses_rank]
-    return torch.ops.hf_usp.usp_flash_attn(*inputs, mask.handle, numbers, softmax.scale, softmax.softcap, place)[0]
+    mesh = context_from_handle(mask.handle).layout.mesh
+    mask_spec, place = [int(number) for number in mask.mask_spec], [mesh.ulysses_degree, mesh.ulysses_rank]
+    return torch.ops.hf_usp.usp_flash_attn(*inputs, mask.handle, mask_spec, softmax.scale, softmax.softcap, place)[0]
 
 
 @torch.library.custom_op("hf_usp::usp_flash_attn", mutates_args=())
@@ -133,7 +128,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq_BLHD, dk_BLGD, dv_BLGE, dsinks_H (empty without sinks) of `attend`, from what its forward has kept."""
     layout = context_from_handle(handle).layout
-    call = make_call(Sizes(*sizes), dout, layout, _to_mask_spec(mask_spec), Softmax(scale, softcap))
+    heads, kv_heads, width, value_width = sizes
+    shape = AttentionShape(_to_mask_spec(mask_spec), heads, kv_heads, width, value_width, dout.dtype)
+    call = make_call(shape, dout.device, layout, Softmax(scale, softcap))
     out_ThE = out if arrived is not None else out.flatten(0, 1)
     dout_ThE = gather_heads_scatter_seq_backward(dout, call.heads)
     *grads, dsinks = backward(dout_ThE, [q, k, v, sinks, arrived, out_ThE, lse], call)

@@ -44,19 +44,19 @@ def make_handle(context: ForwardContext) -> Tensor:
 def context_of(*values: object) -> ForwardContext | None:
     """The context that the first of these values carries that carries one; None without any.
 
-    A layout carries none. Where nothing else does, it is that of a hand-written loop, and gets a new context.
+    Values: the arguments of a model or layer, masks of several kinds in a dict among them. A layout carries no context.
+    Where nothing else does, it is that of a hand-written loop, and gets a new one.
     """
-    for value in values:
+    flat = [inner for value in values for inner in (value.values() if isinstance(value, dict) else (value,))]
+    for value in flat:
         if isinstance(value, ForwardContext):
             return value
         carrier = value.handle if isinstance(value, ContextMask | ShardedMask) else value
         if isinstance(carrier, Tensor) and hasattr(carrier, ATTRIBUTE):
             context: ForwardContext = getattr(carrier, ATTRIBUTE)
             return context
-    for value in values:
-        if isinstance(value, SequenceLayout):
-            return ForwardContext(value, manual_loop=True)
-    return None
+    layout = next((value for value in flat if isinstance(value, SequenceLayout)), None)
+    return None if layout is None else ForwardContext(layout, manual_loop=True)
 
 
 def context_from_handle(handle: Tensor) -> ForwardContext:

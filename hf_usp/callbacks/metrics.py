@@ -21,9 +21,9 @@ from accelerate.utils import gather
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from ..batch.sharded_tensors import context_of
 from ..compat import profiler_enabled
 from ..errors import UspConfigError
-from ..models.backbone import find_context
 from ..models.hooks import find_model
 from ..planner.hardware import MACHINES, recognised
 from .counting import Seen, StepCounts, count, work_per_token
@@ -91,7 +91,7 @@ class UspMetricsCallback(TrainerCallback):
         """After a forward of the model; the context is in the keywords that our hooks before it left."""
         if not model.training or self.since is None:
             return
-        context = find_context(kwargs)
+        context = context_of(*kwargs.values())
         if context is not None:
             self.under_way.append(Seen(context, context.attention_calls.copy()))
             return

@@ -136,12 +136,6 @@ def shard_for_backbone(
     return share, context
 
 
-def find_context(keywords: Mapping[str, Any]) -> ForwardContext | None:
-    """The context that the keywords of a model or body carry, if any."""
-    mask = keywords.get("attention_mask")
-    return context_of(keywords.get("usp"), *(mask.values() if isinstance(mask, dict) else (mask,)))
-
-
 class BackboneHooks(NotSaved):
     """The two hooks of a body inside a prepared model; they hold no state."""
 
@@ -157,7 +151,7 @@ class BackboneHooks(NotSaved):
     def pre_forward(self, body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the body: whole inputs become this rank's share."""
         batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        context = find_context(batch)
+        context = context_of(*batch.values())
         if context is None or context.layout.mesh is not self.mesh or "usp" in batch:
             return args, kwargs
         return (), _shard_inputs(body, batch, context)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..batch.context import ShardOptions
 from ..batch.shard import get_tokens, shard_tensor
+from ..batch.sharded_tensors import context_of
 from ..compat import attention_implementation, find_hook_owner, tree_leaves
 from ..distributed.failures import refuse_after_failure, report_failure
 from ..distributed.loss import reduce_loss
@@ -28,7 +29,6 @@ from .attention_interface import NAME
 from .backbone import (
     PER_TOKEN_OUTPUTS,
     BackboneHooks,
-    find_context,
     gather_outputs,
     recompute_pooler,
     shard_for_backbone,
@@ -185,14 +185,14 @@ class ContextParallelHooks(NotSaved):
     def on_error(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Torch calls this also when the forward raised: there is no output then."""
         problem = sys.exc_info()[1]
-        if output is None and problem is not None and find_context(kwargs) is not None:
+        if output is None and problem is not None and context_of(*kwargs.values()) is not None:
             report_failure(problem)
             self.failed = problem
 
     @torch.compiler.disable
     def post_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward: the loss of the full batch, and full outputs where `gather_outputs` asks for them."""
-        context = find_context(kwargs)
+        context = context_of(*kwargs.values())
         if context is None or context.layout.mesh is not self.mesh:
             return output
         layout = context.layout
