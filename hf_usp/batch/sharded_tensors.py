@@ -47,15 +47,16 @@ def context_of(*values: object) -> ForwardContext | None:
     Values: the arguments of a model or layer, masks of several kinds in a dict among them. A layout carries no context.
     Where nothing else does, it is that of a hand-written loop, and gets a new one.
     """
-    flat = [inner for value in values for inner in (value.values() if isinstance(value, dict) else (value,))]
-    for value in flat:
+    layout = None
+    for value in [x for given in values for x in (given.values() if isinstance(given, dict) else (given,))]:
         if isinstance(value, ForwardContext):
             return value
+        if isinstance(value, SequenceLayout):
+            layout = value
         carrier = value.handle if isinstance(value, ContextMask | ShardedMask) else value
         if isinstance(carrier, Tensor) and hasattr(carrier, ATTRIBUTE):
             context: ForwardContext = getattr(carrier, ATTRIBUTE)
             return context
-    layout = next((value for value in flat if isinstance(value, SequenceLayout)), None)
     return None if layout is None else ForwardContext(layout, manual_loop=True)
 
 
