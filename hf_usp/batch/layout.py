@@ -93,14 +93,17 @@ class SequenceLayout:
         ulysses_rank = self.mesh.ulysses_rank if ulysses_rank is None else ulysses_rank
         return np.split(self.shards[ring_rank], self.mesh.ulysses_degree)[ulysses_rank]
 
-    def ring_schedule(self, mask_spec: MaskSpec = CAUSAL) -> RingSchedule:
-        """The ring schedule of this rank for such a mask; made once."""
+    def ring_shards(self) -> list[IntArray]:
+        """Positions of every ring rank's tokens, flattened over the batch, ascending."""
+        return over_batch(self.shards, self.batch, self.padded)
 
-        def make() -> RingSchedule:
-            shards = over_batch(self.shards, self.batch, self.padded)
-            return make_ring_schedule(shards, self.mask(mask_spec), self.mesh.ring_rank, self.mesh.ring_per_node)
-
-        return self.memoize(("ring_schedule", mask_spec), make)
+    def ring_schedule(self, mask_spec: MaskSpec = CAUSAL, ring_rank: int | None = None) -> RingSchedule:
+        """The ring schedule of a ring rank for such a mask; this rank by default. Made once."""
+        rank = self.mesh.ring_rank if ring_rank is None else ring_rank
+        return self.memoize(
+            ("ring_schedule", mask_spec, rank),
+            lambda: make_ring_schedule(self.ring_shards(), self.mask(mask_spec), rank, self.mesh.ring_per_node),
+        )
 
     def mask(self, mask_spec: MaskSpec = CAUSAL) -> Mask:
         """The mask over the full batch, positions flattened."""

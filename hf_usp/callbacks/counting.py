@@ -19,7 +19,6 @@ from ..compat import full_shape
 from ..models.backbone import find_backbone
 from ..sharding.heads import HeadShare, split_heads
 from ..sharding.intervals import IntArray
-from ..sharding.load_balance import over_batch
 
 
 @dataclass
@@ -79,7 +78,7 @@ def mask_areas(layout: SequenceLayout, shape: AttentionShape) -> IntArray:
 
     def make() -> IntArray:
         mask = layout.mask(shape.mask_spec)
-        return np.array([mask.area(shard) for shard in over_batch(layout.shards, layout.batch, layout.padded)])
+        return np.array([mask.area(shard) for shard in layout.ring_shards()])
 
     return layout.memoize(("areas", shape.mask_spec), make)
 

@@ -69,17 +69,15 @@ class ContextParallelHooks(NotSaved):
         self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
         self.failed: BaseException | None = None  # what ended a forward or backward on this rank
         self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
-        backbone = traits.backbone
-        self.inside = backbone.inside
-        self.needs_full_hidden_states = backbone.needs_full_hidden_states
+        self.backbone = traits.backbone
         self._handles = (
             model.register_forward_pre_hook(self.pre_forward, with_kwargs=True),
             model.register_forward_hook(self.post_forward, with_kwargs=True),
             model.register_forward_hook(self.on_error, with_kwargs=True, always_call=True),
-            *(BackboneHooks(backbone, mesh).handles if self.inside else ()),
+            *(BackboneHooks(self.backbone, mesh).handles if self.backbone.inside else ()),
         )
         self.router = MoeAuxLoss(model)  # its hook runs after ours, where both are on one model
-        self.layers = PreparedLayers([*backbone.module.modules(), *_beside(model, around)])
+        self.layers = PreparedLayers([*self.backbone.module.modules(), *_beside(model, around)])
         self.entry = DirectForwardCalls(model)
 
     def remove(self) -> None:
@@ -131,7 +129,7 @@ class ContextParallelHooks(NotSaved):
             self.unchecked_training = False
         items = batch.get("num_items_in_batch")
         share, context = shard_for_backbone(
-            self.traits.backbone, model, batch, self.mesh, self.options, lambda b: self._check(model, b, measured)
+            self.backbone, model, batch, self.mesh, self.options, lambda b: self._check(model, b, measured)
         )
         num_labels = share.pop("num_labels", None)
         if num_labels is not None:
@@ -148,7 +146,7 @@ class ContextParallelHooks(NotSaved):
         validate_trl_trainer(model, batch)
         # Pooled features and the loss of experts are whole as well.
         whole = (
-            self.needs_full_hidden_states
+            self.backbone.needs_full_hidden_states
             or getattr(model, "pooler", None) is not None
             or self._wants_router_logits(model, batch)
         )
@@ -179,7 +177,7 @@ class ContextParallelHooks(NotSaved):
             )
 
     def _wants_router_logits(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
-        return not self.needs_full_hidden_states and wants_router_logits(model, batch)
+        return not self.backbone.needs_full_hidden_states and wants_router_logits(model, batch)
 
     @torch.compiler.disable
     def on_error(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -204,19 +202,19 @@ class ContextParallelHooks(NotSaved):
                 remedy="this model has attention code of its own and cannot be sharded; train it without "
                 "UspParallelismConfig, or use an architecture that supports attn_implementation='sdpa' as a function",
             )
-        if self.needs_full_hidden_states:
+        if self.backbone.needs_full_hidden_states:
             return output
         if context.wants_router_logits:
             mask = kwargs["attention_mask"].as_subclass(Tensor)
             output = self.router.add(
-                output, layout, shard_tensor(mask, layout, 0) if self.inside else mask, self.gather_outputs
+                output, layout, shard_tensor(mask, layout, 0) if self.backbone.inside else mask, self.gather_outputs
             )
         if output.get("loss") is not None:
             assert self.mesh.group is not None
             output["loss"] = reduce_loss(output["loss"], self.mesh.group, self.mesh.size)
         if kwargs.get(FUSED):
             return unshard_fields(output, context)
-        if not self.inside:
+        if not self.backbone.inside:
             recompute_pooler(model, output, layout, gathered=False)
         if self.gather_outputs:
             gather_outputs(output, layout)
