@@ -72,8 +72,7 @@ def ours(tokens: int, ulysses: int) -> Contender:
 
     def find_layout(length: int) -> hf_usp.SequenceLayout:
         if length not in layouts:
-            layouts[length] = make_layout(Documents.from_bounds([0, length]), 1, length, mesh)
-            layouts[length].kernel = "cpu_flash"
+            layouts[length] = make_layout(Documents.from_bounds([0, length]), 1, length, mesh, kernel="cpu_flash")
         return layouts[length]
 
     find_layout(tokens)

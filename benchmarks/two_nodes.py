@@ -251,22 +251,11 @@ def predicted_crossing(ulysses: int, ring: int, tokens: int) -> int:
             if ring_rank * ulysses + other >= 2:  # q, k, v and the output, and their gradients the other way round
                 both = 2 * theirs.num_query + 2 * theirs.num_kv + 2 * mine.num_query + 2 * mine.num_kv
                 total += tokens // 4 * unit * both
-        for step in mesh_plan(layout, ring_rank).steps[1:]:
+        for step in layout.ring_schedule(ring_rank=ring_rank).steps[1:]:
             row = 2 * mine.num_kv * unit
             total += 2 * step.num_sent * row * (step.send_rank * ulysses + ulysses_rank >= 2)
             total += step.num_received * row * (step.recv_rank * ulysses + ulysses_rank >= 2)
     return total
-
-
-def mesh_plan(layout: Any, rank: int) -> Any:
-    """The ring plan of one rank."""
-    from hf_usp.batch.layout import MaskSpec
-    from hf_usp.sharding.load_balance import over_batch
-    from hf_usp.sharding.schedule import make_ring_schedule
-
-    return make_ring_schedule(
-        over_batch(layout.shards, 1, layout.padded), layout.mask(MaskSpec()), rank, layout.mesh.ring_per_node
-    )
 
 
 def prediction(way: str, tokens: int, megabits: int, found: dict[str, float]) -> float:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..batch.context import AttentionShape, ForwardContext
 from ..batch.device_schedule import head_runs
-from ..batch.layout import AttentionShape, MaskSpec, SequenceLayout
+from ..batch.layout import MaskSpec, SequenceLayout
 from ..errors import UspModelError
 from ..kernels import Softmax, choose_kernel
 from ..sharding.heads import split_heads
@@ -34,22 +35,6 @@ KeptInputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Kept = tuple[Tensor | None, Tensor, Tensor]
 
 
-class Sizes(NamedTuple):
-    """Sizes of a call before heads are exchanged.
-
-    Attributes:
-        heads: query heads H.
-        kv_heads: kv heads G.
-        width: key width D.
-        value_width: value width E.
-    """
-
-    heads: int
-    kv_heads: int
-    width: int
-    value_width: int
-
-
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """Everything about one call that is not a tensor.
@@ -63,34 +48,32 @@ class AttentionCall:
     heads: Heads
 
 
-def begin(inputs: Inputs, layout: SequenceLayout, mask_spec: MaskSpec, softmax: Softmax) -> AttentionCall:
-    """The call that a layer begins, noted in the layout.
+def begin(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softmax: Softmax) -> AttentionCall:
+    """The call that a layer begins, counted in the context.
 
     Raises `UspError`s for shapes that do not fit, on every rank alike.
     """
     q_BLHD, k_BLGD, v_BLGE, sinks_H = inputs
-    _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, layout)
+    _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, context.layout)
     _check_softmax(softmax)
-    sizes = Sizes(q_BLHD.shape[2], k_BLGD.shape[2], q_BLHD.shape[3], v_BLGE.shape[3])
-    layout.calls, layout.dtype = layout.calls + 1, q_BLHD.dtype
-    layout.used[AttentionShape(mask_spec, *sizes, q_BLHD.element_size())] += 1
-    return make_call(sizes, q_BLHD, layout, mask_spec, softmax)
+    (heads, width), (kv_heads, value_width) = q_BLHD.shape[2:], v_BLGE.shape[2:]
+    shape = AttentionShape(mask_spec, heads, kv_heads, width, value_width, q_BLHD.dtype)
+    context.attention_calls[shape] += 1
+    return make_call(shape, q_BLHD.device, context.layout, softmax)
 
 
-def make_call(
-    sizes: Sizes, like: Tensor, layout: SequenceLayout, mask_spec: MaskSpec, softmax: Softmax
-) -> AttentionCall:
-    """Plan, kernel and heads of a call whose tensors have the device and dtype of `like`."""
+def make_call(shape: AttentionShape, device: torch.device, layout: SequenceLayout, softmax: Softmax) -> AttentionCall:
+    """Schedule, kernel and heads of a call on a device."""
     mesh = layout.mesh
-    shares = split_heads(sizes.heads, sizes.kv_heads, mesh.ulysses_degree)
+    shares = split_heads(shape.heads, shape.kv_heads, mesh.ulysses_degree)
     ring = RingCall(
-        work=layout.device_schedule(mask_spec, like.device),
+        work=layout.device_schedule(shape.mask_spec, device),
         mesh=mesh,
-        kernel=choose_kernel(like.device, like.dtype, max(sizes.width, sizes.value_width), softmax, layout.kernel),
+        kernel=choose_kernel(device, shape.dtype, max(shape.width, shape.value_width), softmax, layout.kernel),
         softmax=softmax,
         heads=head_runs(shares[mesh.ulysses_rank].runs),
     )
-    return AttentionCall(ring, Heads(shares, mesh, layout.batch, *sizes))
+    return AttentionCall(ring, Heads(shares, mesh, layout.batch, shape))
 
 
 def forward(inputs: Inputs, call: AttentionCall) -> Kept:
@@ -119,7 +102,7 @@ def backward(dout_ThE: Tensor, saved: list[Tensor | None], call: AttentionCall) 
     dq, dk, dv = gather_seq_scatter_heads_backward(grads, call.heads, dout_ThE.dtype)
     if dsinks_h is None:
         return dq, dk, dv, None
-    dsinks_H = dsinks_h.new_zeros(call.heads.query_heads)
+    dsinks_H = dsinks_h.new_zeros(call.heads.shape.heads)
     dsinks_H[call.heads.mine.q0 : call.heads.mine.q1] = dsinks_h
     return dq, dk, dv, dsinks_H
 

@@ -4,7 +4,7 @@ Selective checkpointing decides over operators, and `torch.compile` puts operato
 inside. Everywhere else attention is an autograd function, whose parts stay visible to profilers and dispatch modes.
 Policies of others know attention by names: TRL's selective checkpointing keeps operators with `flash_attn` in theirs.
 
-The layout of the batch reaches the operator with a handle (`hf_usp.batch.sharded_tensors`).
+The context of the forward reaches the operator with a handle (`hf_usp.batch.sharded_tensors`).
 
 Shape suffixes: as in `core`.
 """
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch.context import AttentionShape
 from ..batch.layout import MaskSpec
-from ..batch.sharded_tensors import layout_from_handle
+from ..batch.sharded_tensors import ShardedMask, context_from_handle
 from ..compat import under_selective_checkpointing
-from ..distributed.mesh import UspMesh
 from ..kernels import Softmax, accumulation_dtype
 from ..sharding.heads import split_heads
 from ..utils.autograd import forbid_double_backward
-from .call import Inputs, Sizes, backward, begin, forward, make_call
+from .call import Inputs, backward, begin, forward, make_call
 from .ulysses import gather_heads_scatter_seq, gather_heads_scatter_seq_backward
 
 
@@ -33,16 +33,11 @@ def needs_custom_op() -> bool:
     return torch.compiler.is_compiling() or under_selective_checkpointing()
 
 
-def attend_custom_op(inputs: Inputs, handle: Tensor, mesh: UspMesh, mask_spec: MaskSpec, softmax: Softmax) -> Tensor:
+def attend_custom_op(inputs: Inputs, mask: ShardedMask, softmax: Softmax) -> Tensor:
     """out_BLHE, as a call of the operator. Differentiable."""
-    numbers = [
-        mask_spec.window_left,
-        mask_spec.window_right,
-        mask_spec.chunk_size,
-        int(mask_spec.chunks_from_row_start),
-    ]
-    place = [mesh.ulysses_degree, mesh.ulysses_rank]
-    return torch.ops.hf_usp.usp_flash_attn(*inputs, handle, numbers, softmax.scale, softmax.softcap, place)[0]
+    mesh = context_from_handle(mask.handle).layout.mesh
+    mask_spec, place = [int(number) for number in mask.mask_spec], [mesh.ulysses_degree, mesh.ulysses_rank]
+    return torch.ops.hf_usp.usp_flash_attn(*inputs, mask.handle, mask_spec, softmax.scale, softmax.softcap, place)[0]
 
 
 @torch.library.custom_op("hf_usp::usp_flash_attn", mutates_args=())
@@ -62,7 +57,7 @@ def _attend(
     mask_spec: the fields of a `MaskSpec`. place: ulysses degree and rank, which tell the shapes.
     """
     inputs = (q, k, v, sinks)
-    call = begin(inputs, layout_from_handle(handle), _to_mask_spec(mask_spec), Softmax(scale, softcap))
+    call = begin(inputs, context_from_handle(handle), _to_mask_spec(mask_spec), Softmax(scale, softcap))
     arrived, out_ThE, lse = forward(inputs, call)
     out = gather_heads_scatter_seq(out_ThE, call.heads)
     # The outputs of an operator share no memory, and have the strides that its fake says.
@@ -132,7 +127,10 @@ def _backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq_BLHD, dk_BLGD, dv_BLGE, dsinks_H (empty without sinks) of `attend`, from what its forward has kept."""
-    call = make_call(Sizes(*sizes), dout, layout_from_handle(handle), _to_mask_spec(mask_spec), Softmax(scale, softcap))
+    layout = context_from_handle(handle).layout
+    heads, kv_heads, width, value_width = sizes
+    shape = AttentionShape(_to_mask_spec(mask_spec), heads, kv_heads, width, value_width, dout.dtype)
+    call = make_call(shape, dout.device, layout, Softmax(scale, softcap))
     out_ThE = out if arrived is not None else out.flatten(0, 1)
     dout_ThE = gather_heads_scatter_seq_backward(dout, call.heads)
     *grads, dsinks = backward(dout_ThE, [q, k, v, sinks, arrived, out_ThE, lse], call)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch.context import ForwardContext
 from ..batch.layout import MaskSpec, SequenceLayout
-from ..batch.sharded_tensors import make_handle
+from ..batch.sharded_tensors import ShardedMask, context_from_handle, make_handle
 from ..errors import UspModelError
 from ..kernels import Softmax
 from ..sharding.masks import UNLIMITED
@@ -78,35 +79,33 @@ def usp_attention(
     mask_spec = MaskSpec(left, 0) if causal else MaskSpec(left, left)
     width = q.shape[-1] if q.ndim and q.shape[-1] else 1  # other shapes are refused further down
     softmax = Softmax(width**-0.5 if scaling is None else scaling, softcap)
-    return attend((q, k, v, sinks), layout, mask_spec, softmax)
+    return attend_without_mask((q, k, v, sinks), ForwardContext(layout), mask_spec, softmax)
 
 
-def attend(
-    inputs: Inputs, layout: SequenceLayout, mask_spec: MaskSpec, softmax: Softmax, handle: Tensor | None = None
-) -> Tensor:
-    """The same for any kind of mask; see `usp_attention`.
+def attend(inputs: Inputs, mask: ShardedMask, softmax: Softmax) -> Tensor:
+    """Attention under the mask that a layer gets; see `usp_attention`. torch.compile takes it into its graph.
 
     Args:
         inputs: q_BLHD, k_BLGD, v_BLGE, sinks_H or None.
-        handle: of the layout (`make_handle`), which torch.compile needs; without it a graph ends here.
+        mask: the mask, with the context of the forward.
+        softmax: scaling and softcap.
 
     Returns:
         out_BLHE.
     """
-    if handle is not None and needs_custom_op():
-        return attend_custom_op(inputs, handle, layout.mesh, mask_spec, softmax)
-    return _attend_outside_of_graphs(inputs, layout, mask_spec, softmax)
+    if needs_custom_op():
+        return attend_custom_op(inputs, mask, softmax)
+    call = begin(inputs, context_from_handle(mask.handle), mask.mask_spec, softmax)
+    out_ThE = _Attention.apply(*inputs, call)
+    if call.ring.mesh.ulysses_group is None:
+        return gather_heads_scatter_seq(out_ThE, call.heads)
+    return _TokensToHeads.apply(out_ThE, call.heads)
 
 
 @torch.compiler.disable
-def _attend_outside_of_graphs(inputs: Inputs, layout: SequenceLayout, mask_spec: MaskSpec, softmax: Softmax) -> Tensor:
-    if needs_custom_op():
-        return attend_custom_op(inputs, make_handle(layout), layout.mesh, mask_spec, softmax)
-    call = begin(inputs, layout, mask_spec, softmax)
-    out_ThE = _Attention.apply(*inputs, call)
-    if layout.mesh.ulysses_group is None:
-        return gather_heads_scatter_seq(out_ThE, call.heads)
-    return _TokensToHeads.apply(out_ThE, call.heads)
+def attend_without_mask(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softmax: Softmax) -> Tensor:
+    """The same where no mask has brought a handle: a compiled graph ends here."""
+    return attend(inputs, ShardedMask(make_handle(context), mask_spec), softmax)
 
 
 class _Attention(torch.autograd.Function):

@@ -25,9 +25,9 @@ E value width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,7 +194,7 @@ def _partial_gradients(
     return packed
 
 
-def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Any:
+def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Iterator[tuple[DeviceStep, Callable[[], Block]]]:
     """Yield each step with a function that returns its keys and values; the next step's transfer has been started."""
     stages = call.work.stages
     ready: Callable[[], Block] = lambda: Block(k_TGD, v_TGE)  # noqa: E731

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..batch.context import AttentionShape
 from ..distributed.comm import all_to_all
 from ..distributed.mesh import UspMesh
 from ..kernels import accumulation_dtype
@@ -31,19 +32,13 @@ class Heads:
         shares: shares[u]: heads of ulysses rank u.
         mesh: the ranks.
         batch: rows.
-        query_heads: query heads before the exchange (H).
-        kv_heads: kv heads before the exchange (G).
-        width: key width D.
-        value_width: value width E.
+        shape: of the call before the exchange.
     """
 
     shares: Sequence[HeadShare]
     mesh: UspMesh
     batch: int
-    query_heads: int
-    kv_heads: int
-    width: int
-    value_width: int
+    shape: AttentionShape
 
     @property
     def mine(self) -> HeadShare:
@@ -51,15 +46,16 @@ class Heads:
 
     def columns(self, share: HeadShare) -> list[int]:
         """Columns of q, k and v in a message to the rank with this share."""
-        return [share.num_query * self.width, share.num_kv * self.width, share.num_kv * self.value_width]
+        width, value_width = self.shape.width, self.shape.value_width
+        return [share.num_query * width, share.num_kv * width, share.num_kv * value_width]
 
     def split(self, packed: Tensor, share: HeadShare) -> tuple[Tensor, Tensor, Tensor]:
         """Views [..., heads, width] on q, k and v of a message [..., X]."""
         q, k, v = packed.split(self.columns(share), dim=-1)
         return (
-            q.unflatten(-1, (share.num_query, self.width)),
-            k.unflatten(-1, (share.num_kv, self.width)),
-            v.unflatten(-1, (share.num_kv, self.value_width)),
+            q.unflatten(-1, (share.num_query, self.shape.width)),
+            k.unflatten(-1, (share.num_kv, self.shape.width)),
+            v.unflatten(-1, (share.num_kv, self.shape.value_width)),
         )
 
 
@@ -118,7 +114,7 @@ class _Whole:
 
     def __init__(self, own: Tensor, heads: Heads, which: int, dtype: torch.dtype) -> None:
         self.which = which
-        number = heads.kv_heads if which else heads.query_heads
+        number = heads.shape.kv_heads if which else heads.shape.heads
         self.shared = sum(share.num_kv if which else share.num_query for share in heads.shares) > number
         shape = (*own.shape[:2], number, own.shape[3])
         if self.shared:

@@ -1,27 +1,24 @@
 """The geometry of one sharded batch: which rank holds which token, and which tokens form a document.
 
-A layout passes with the local batch through the model to every attention layer. It makes the schedule of each mask
-once per batch.
+A layout never changes. It memoises what follows from it, such as the schedule of each mask. What changes during a
+forward is in its `ForwardContext` (`context.py`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributed.comm import all_reduce_sum
 from ..distributed.mesh import UspMesh
 from ..sharding.intervals import IntArray
 from ..sharding.load_balance import assign_tokens, over_batch
 from ..sharding.masks import UNLIMITED, Documents, Mask
 from ..sharding.schedule import RingSchedule, make_ring_schedule
-from ..utils.autograd import forbid_double_backward
 from ..utils.tensors import opaque_to_fsdp
 from .device_schedule import DeviceSchedule, make_device_schedule
 from .documents import append_padding
@@ -29,8 +26,7 @@ from .documents import append_padding
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
-class MaskSpec:
+class MaskSpec(NamedTuple):
     """The mask that a layer asks for.
 
     Attributes:
@@ -46,35 +42,24 @@ class MaskSpec:
     chunk_size: int = 0
     chunks_from_row_start: bool = False
 
+    def over(self, documents: Documents, row_length: int) -> Mask:
+        """The mask over the documents of a batch whose rows have `row_length` tokens, positions flattened.
+
+        A window or chunk of all tokens is none; wider ones may not fit the integers of positions.
+        """
+        most = documents.num_tokens
+        if self.chunk_size:
+            documents = documents.chunked(min(self.chunk_size, most), row_length if self.chunks_from_row_start else 0)
+        return Mask(documents, min(self.window_left, most), min(self.window_right, most))
+
 
 CAUSAL = MaskSpec()
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """One attention call, as it is counted.
-
-    Attributes:
-        mask_spec: its mask.
-        heads: query heads.
-        kv_heads: key and value heads.
-        width: width of a query or key head.
-        value_width: width of a value head.
-        itemsize: bytes of an element.
-    """
-
-    mask_spec: MaskSpec
-    heads: int
-    kv_heads: int
-    width: int
-    value_width: int
-    itemsize: int
-
-
 @opaque_to_fsdp
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """Which rank holds which token of one batch.
+    """Which rank holds which token of one batch. `hf_usp.shard(batch, mesh)["usp"]` is one.
 
     Attributes:
         mesh: the ranks.
@@ -85,16 +70,6 @@ class SequenceLayout:
         documents: documents of all rows, with the padding.
         shards: positions of a row that each ring rank holds.
         kernel: name of the kernel that was asked for; None: the best installed.
-        calls: layers that have used this layout; recomputed layers count again.
-        used: the same by shape.
-        dtype: dtype of the last attention call.
-        shifted: whether the caller passed `shift_labels`.
-        manual_loop: whether `hf_usp.shard` made it for a hand-written loop, whose model has no hooks.
-        pass_states: whether recurrent layers pass states (True) or exchange heads for tokens (False); None: the
-            cheaper one.
-        positions: function from a full batch without position_ids to its positions [B, S], or None.
-        router_logits: whether the caller asked for `output_router_logits`.
-        largest_position: whether positions have to carry the largest position of the batch.
     """
 
     mesh: UspMesh
@@ -103,18 +78,9 @@ class SequenceLayout:
     padded: int
     order: str
     documents: Documents
-    shards: list[IntArray] = field(default_factory=list, repr=False)
+    shards: tuple[IntArray, ...] = field(repr=False)
     kernel: str | None = None
-    calls: int = 0
-    used: Counter[AttentionShape] = field(default_factory=Counter, repr=False)
-    dtype: torch.dtype = torch.float32
-    shifted: bool = False
-    manual_loop: bool = False
-    pass_states: bool | None = None
-    positions: Callable[[Mapping[str, Any]], Tensor | None] | None = None
-    router_logits: bool = False
-    largest_position: bool = True
-    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _memo: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def local_length(self) -> int:
@@ -127,27 +93,21 @@ class SequenceLayout:
         ulysses_rank = self.mesh.ulysses_rank if ulysses_rank is None else ulysses_rank
         return np.split(self.shards[ring_rank], self.mesh.ulysses_degree)[ulysses_rank]
 
-    def ring_schedule(self, mask_spec: MaskSpec = CAUSAL) -> RingSchedule:
-        """The ring schedule of this rank for such a mask; made once."""
+    def ring_shards(self) -> list[IntArray]:
+        """Positions of every ring rank's tokens, flattened over the batch, ascending."""
+        return over_batch(self.shards, self.batch, self.padded)
 
-        def make() -> RingSchedule:
-            shards = over_batch(self.shards, self.batch, self.padded)
-            return make_ring_schedule(shards, self.mask(mask_spec), self.mesh.ring_rank, self.mesh.ring_per_node)
-
-        return self.memoize(("ring_schedule", mask_spec), make)
+    def ring_schedule(self, mask_spec: MaskSpec = CAUSAL, ring_rank: int | None = None) -> RingSchedule:
+        """The ring schedule of a ring rank for such a mask; this rank by default. Made once."""
+        rank = self.mesh.ring_rank if ring_rank is None else ring_rank
+        return self.memoize(
+            ("ring_schedule", mask_spec, rank),
+            lambda: make_ring_schedule(self.ring_shards(), self.mask(mask_spec), rank, self.mesh.ring_per_node),
+        )
 
     def mask(self, mask_spec: MaskSpec = CAUSAL) -> Mask:
-        """The mask over the full batch, positions flattened.
-
-        A window or chunk of all tokens is none; wider ones may not fit the integers of positions.
-        """
-        documents = self.documents
-        most = documents.num_tokens
-        if mask_spec.chunk_size:
-            documents = documents.chunked(
-                min(mask_spec.chunk_size, most), self.padded if mask_spec.chunks_from_row_start else 0
-            )
-        return Mask(documents, min(mask_spec.window_left, most), min(mask_spec.window_right, most))
+        """The mask over the full batch, positions flattened."""
+        return mask_spec.over(self.documents, self.padded)
 
     def device_schedule(self, mask_spec: MaskSpec, device: torch.device) -> DeviceSchedule:
         """The ring schedule on a device; made once."""
@@ -163,10 +123,10 @@ class SequenceLayout:
         return (rows[:, None] + offsets).reshape(mesh.size, -1)
 
     def memoize(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """The result of `make`, computed once for this batch."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        """The result of `make`, which follows from the layout alone; computed once."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return cast(Made, self._memo[key])
 
     def local_indices(self, device: torch.device) -> tuple[Tensor, int]:
         """Tokens of a full row that this rank takes [L], and how many of the last are padding of ours; made once.
@@ -189,6 +149,7 @@ def make_layout(
     mesh: UspMesh,
     order: str = "auto",
     mask_specs: tuple[MaskSpec, ...] = (CAUSAL,),
+    kernel: str | None = None,
 ) -> SequenceLayout:
     """Layout of `batch` rows of `length` tokens; `documents` cover batch * length positions.
 
@@ -199,38 +160,9 @@ def make_layout(
     # To Transformers a share of one token is a step of generation, in which recurrent layers get no mask.
     least = 2 * mesh.size if mesh.size > 1 else 1
     padded = -(-max(length, least) // unit) * unit
-    layout = SequenceLayout(mesh, batch, length, padded, order, append_padding(documents, batch, length, padded))
-    masks = {mask_spec: layout.mask(mask_spec) for mask_spec in mask_specs}
-    layout.order, layout.shards = assign_tokens(
+    documents = append_padding(documents, batch, length, padded)
+    masks = {mask_spec: mask_spec.over(documents, padded) for mask_spec in mask_specs}
+    order, shards = assign_tokens(
         batch, padded, mesh.ring_degree, order, [masks[mask_spec] for mask_spec in mask_specs]
     )
-    return layout
-
-
-def take(full: Tensor, index: Tensor, layout: SequenceLayout, dim: int = 0) -> Tensor:
-    """Entries `index` of a tensor that all ranks hold in full, with the gradient of one process on each of them."""
-    if not (full.requires_grad and torch.is_grad_enabled()):
-        return full.index_select(dim, index)
-    return _Take.apply(full, index, layout, dim)
-
-
-class _Take(torch.autograd.Function):
-    """Each rank takes its entries. The adjoint is the mean over ranks of what their gradients say of the full tensor.
-
-    The backward of a sharded loss multiplies by the number of ranks (`loss.py`), so the mean is the gradient of one
-    process: right for a tensor whose gradient nobody averages, and for the parameters behind it, where the
-    data-parallel average is one of equal gradients.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, full: Tensor, index: Tensor, layout: SequenceLayout, dim: int) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.mesh, ctx.dim, ctx.shape = layout.mesh, dim, full.shape
-        return full.index_select(dim, index)
-
-    @staticmethod
-    @forbid_double_backward
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (index,) = ctx.saved_tensors
-        own = grads[0].new_zeros(ctx.shape).index_add_(ctx.dim, index, grads[0])
-        return all_reduce_sum(own, ctx.mesh.group).div_(ctx.mesh.size), None, None, None
+    return SequenceLayout(mesh, batch, length, padded, order, documents, tuple(shards), kernel)

@@ -2,28 +2,29 @@
 
 Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
 
-`SequenceLayout` says in integers who holds which token and which tokens form a document. It travels with the share,
-through the model, to every attention layer, and makes each mask's plan once per batch.
+A batch gets a `ForwardContext`, which holds its `SequenceLayout`. The local attention mask carries it through the model
+to every layer (`sharded_tensors.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributed.comm import group_device, verify_same_across_ranks
+from ..distributed.comm import all_reduce_sum, group_device, verify_same_across_ranks
 from ..distributed.mesh import UspMesh
 from ..errors import UspBatchError
 from ..kernels import check_installed
+from ..utils.autograd import forbid_double_backward
 from ..utils.tensors import TokenCount
+from .context import ForwardContext, ShardOptions
 from .documents import find_documents
 from .fingerprint import fingerprint
-from .layout import CAUSAL, MaskSpec, SequenceLayout, make_layout, take
-from .sharded_tensors import GlobalPositions, LayoutMask
+from .layout import SequenceLayout, make_layout
+from .sharded_tensors import ContextMask, GlobalPositions, make_handle
 from .validation import DESCRIBED, PER_TOKEN, check_entries, check_token_count
 
 
@@ -32,7 +33,7 @@ def shard_tensor(full: Tensor, layout: SequenceLayout, fill: float | None = None
     if layout.mesh.size == 1:
         return full
     index, beyond = layout.local_indices(full.device)
-    share = take(full, index, layout, dim)
+    share = take(full, index, layout.mesh, dim)
     if beyond and fill is not None:
         # Positions ascend, so ours are the last.
         share.narrow(dim, share.shape[dim] - beyond, beyond).fill_(fill)
@@ -40,26 +41,6 @@ def shard_tensor(full: Tensor, layout: SequenceLayout, fill: float | None = None
 
 
 IGNORED = -100  # the label that Transformers leaves out of the loss
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """How to shard a batch.
-
-    Attributes:
-        order: order of tokens: "auto", "contiguous", "zigzag" or "balanced".
-        mask_specs: masks of the layers; "auto" and "balanced" look at them.
-        kernel: name of the kernel; None: the best installed.
-        positions: function from a full batch without position_ids to [B, S]; None: 0, 1, 2 ... They do not separate
-            documents.
-        largest_position: whether the model looks at the largest position of a batch.
-    """
-
-    order: str = "auto"
-    mask_specs: tuple[MaskSpec, ...] = (CAUSAL,)
-    kernel: str | None = None
-    positions: Callable[[Mapping[str, Any]], Tensor | None] | None = None
-    largest_position: bool = True
 
 
 def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kernel: str | None = None) -> dict[str, Any]:
@@ -86,8 +67,9 @@ def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kerne
     Raises:
         UspBatchError on every rank of the mesh, also where only one of them has bad input or another batch.
     """
-    share, layout = shard_with_options(batch, mesh, ShardOptions(order, (CAUSAL,), kernel))
-    layout.manual_loop = True
+    context = begin_forward(batch, mesh, ShardOptions(order=order, kernel=kernel))
+    context.manual_loop = True
+    share = shard_tensors(batch, context) | {"usp": context.layout}
     if "shift_labels" in share:
         share.setdefault("num_items_in_batch", share.pop("num_labels") / mesh.size)
     count = share.get("num_items_in_batch")
@@ -96,30 +78,21 @@ def shard(batch: Mapping[str, Any], mesh: UspMesh, *, order: str = "auto", kerne
     return share
 
 
-def shard_with_options(
-    batch: Mapping[str, Any],
-    mesh: UspMesh,
-    options: ShardOptions,
-    check: Callable[[Mapping[str, Any]], None] | None = None,
-) -> tuple[dict[str, Any], SequenceLayout]:
-    """`shard` with options; `num_labels` (a tensor) instead of `num_items_in_batch` where there are labels.
-
-    `check(batch)` may refuse the batch by raising; whatever is raised on one rank ends the call on all of them.
-    """
-    layout = agree_on_layout(batch, mesh, options, check)
-    return shard_tensors(batch, layout), layout
-
-
-def agree_on_layout(
+def begin_forward(
     batch: Mapping[str, Any],
     mesh: UspMesh,
     options: ShardOptions,
     check: Callable[[Mapping[str, Any]], None] | None = None,
     names: Container[str] | None = None,
-) -> SequenceLayout:
-    """The layout of a full batch, once all ranks of the mesh hold the same one and none refuses it.
+) -> ForwardContext:
+    """The context of a forward, once all ranks of the mesh hold the same full batch and none refuses it.
 
-    `names`: the tensors that are sharded or describe documents (all, by default); others may have any shape.
+    Args:
+        batch: the full batch.
+        mesh: the ranks.
+        options: how to shard it.
+        check: may refuse the batch by raising; what is raised on one rank ends the call on all of them.
+        names: the tensors that are sharded or describe documents (all, by default); others may have any shape.
     """
     layout, error = None, None
     try:
@@ -139,7 +112,7 @@ def agree_on_layout(
     elif error is not None:
         raise error
     assert layout is not None
-    return layout
+    return ForwardContext(layout, options, has_shift_labels=batch.get("shift_labels") is not None)
 
 
 def get_tokens(batch: Mapping[str, Any]) -> Any:
@@ -169,22 +142,23 @@ def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> S
     if positions is not None and positions.ndim == 3 and len(positions) == 4:
         positions = positions[0]  # Qwen-VL: positions in the text come before those in time, height and width
     documents = find_documents(rows, length, batch.get("attention_mask"), positions, seq_lens)
-    layout = make_layout(documents, rows, length, mesh, options.order, options.mask_specs)
-    layout.kernel, layout.positions = options.kernel, options.positions
-    layout.largest_position = options.largest_position
-    return layout
+    return make_layout(documents, rows, length, mesh, options.order, options.mask_specs, options.kernel)
 
 
-def shard_tensors(batch: Mapping[str, Any], layout: SequenceLayout) -> dict[str, Any]:
-    """This rank's share of a full batch that was found good."""
+def shard_tensors(batch: Mapping[str, Any], context: ForwardContext) -> dict[str, Any]:
+    """This rank's share of a full batch that was found good.
+
+    `num_labels` (a tensor) instead of `num_items_in_batch` where there are labels; `usp` is the context.
+    """
+    layout, options = context.layout, context.options
     full = {name: value for name, value in batch.items() if name not in DESCRIBED and value is not None}
     tokens = get_tokens(full)
     rows, length, device = layout.batch, layout.length, tokens.device
     labels = shifted_labels(full)
     full.pop("shift_labels", None)
     positions = full.pop("position_ids", None)
-    if positions is None and layout.positions is not None:
-        positions = layout.positions(full)
+    if positions is None and options.positions is not None:
+        positions = options.positions(full)
     if positions is None:
         positions = torch.arange(length, device=device)[None]
     largest = positions.max()
@@ -197,13 +171,12 @@ def shard_tensors(batch: Mapping[str, Any], layout: SequenceLayout) -> dict[str,
         else value
         for name, value in full.items()
     }
-    share["attention_mask"] = LayoutMask.of(shard_tensor(mask, layout, 0), layout)
+    share["attention_mask"] = ContextMask.of(shard_tensor(mask, layout, 0), make_handle(context))
     # Of one mesh all batches have the same strides, which compiled graphs look at.
     share["position_ids"] = share["position_ids"].contiguous()
-    if layout.largest_position:
+    if options.largest_position:
         share["position_ids"] = GlobalPositions.of(share["position_ids"], largest)
-    share["usp"] = layout
-    return share | shard_labels(labels, layout)
+    return share | shard_labels(labels, layout) | {"usp": context}
 
 
 def shifted_labels(batch: Mapping[str, Any]) -> Tensor | None:
@@ -220,3 +193,32 @@ def shard_labels(shifted_BS: Tensor | None, layout: SequenceLayout) -> dict[str,
         return {}
     share_BL = shard_tensor(shifted_BS, layout, IGNORED).contiguous()
     return {"labels": share_BL, "shift_labels": share_BL, "num_labels": (shifted_BS != IGNORED).sum()}
+
+
+def take(full: Tensor, index: Tensor, mesh: UspMesh, dim: int = 0) -> Tensor:
+    """Entries `index` of a tensor that all ranks hold in full, with the gradient of one process on each of them."""
+    if not (full.requires_grad and torch.is_grad_enabled()):
+        return full.index_select(dim, index)
+    return _Take.apply(full, index, mesh, dim)
+
+
+class _Take(torch.autograd.Function):
+    """Each rank takes its entries. The adjoint is the mean over ranks of what their gradients say of the full tensor.
+
+    The backward of a sharded loss multiplies by the number of ranks (`loss.py`), so the mean is the gradient of one
+    process: right for a tensor whose gradient nobody averages, and for the parameters behind it, where the
+    data-parallel average is one of equal gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, full: Tensor, index: Tensor, mesh: UspMesh, dim: int) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.mesh, ctx.dim, ctx.shape = mesh, dim, full.shape
+        return full.index_select(dim, index)
+
+    @staticmethod
+    @forbid_double_backward
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        own = grads[0].new_zeros(ctx.shape).index_add_(ctx.dim, index, grads[0])
+        return all_reduce_sum(own, ctx.mesh.group).div_(ctx.mesh.size), None, None, None

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..batch.layout import AttentionShape, SequenceLayout
+from ..batch.context import AttentionShape, ForwardContext
+from ..batch.layout import SequenceLayout
 from ..compat import full_shape
 from ..models.backbone import find_backbone
 from ..sharding.heads import HeadShare, split_heads
 from ..sharding.intervals import IntArray
-from ..sharding.load_balance import over_batch
 
 
 @dataclass
@@ -47,17 +47,18 @@ class Seen:
     """One micro-batch.
 
     Attributes:
-        layout: its layout.
+        context: of its forward; its counts go on in the backward.
         forward: attention calls of its forward.
     """
 
-    layout: SequenceLayout
+    context: ForwardContext
     forward: Counter[AttentionShape] = field(default_factory=Counter)
 
 
 def count(seen: Seen, counts: StepCounts) -> None:
     """Add a micro-batch whose backward is over."""
-    layout, documents = seen.layout, seen.layout.documents
+    layout = seen.context.layout
+    documents = layout.documents
     counts.tokens += int((documents.last - documents.first).sum())
     counts.places += layout.batch * layout.padded
     counts.micro_batches += 1
@@ -69,7 +70,7 @@ def count(seen: Seen, counts: StepCounts) -> None:
         busiest = max(share.num_query for share in shares)
         counts.path += float(calls * areas.max() * busiest * width * mesh.size)
         forward, backward = bytes_sent(layout, shape, shares)
-        counts.sent += layout.used[shape] * forward + calls * backward
+        counts.sent += seen.context.attention_calls[shape] * forward + calls * backward
 
 
 def mask_areas(layout: SequenceLayout, shape: AttentionShape) -> IntArray:
@@ -77,7 +78,7 @@ def mask_areas(layout: SequenceLayout, shape: AttentionShape) -> IntArray:
 
     def make() -> IntArray:
         mask = layout.mask(shape.mask_spec)
-        return np.array([mask.area(shard) for shard in over_batch(layout.shards, layout.batch, layout.padded)])
+        return np.array([mask.area(shard) for shard in layout.ring_shards()])
 
     return layout.memoize(("areas", shape.mask_spec), make)
 
@@ -98,7 +99,7 @@ def bytes_sent(layout: SequenceLayout, shape: AttentionShape, shares: tuple[Head
         forward += tokens * mine.num_query * shape.value_width
         backward += tokens * (mine.num_query * shape.width + mine.num_kv * key_value)
         backward += tokens * theirs.num_query * shape.value_width
-    return forward * shape.itemsize, backward * shape.itemsize
+    return forward * shape.dtype.itemsize, backward * shape.dtype.itemsize
 
 
 def work_per_token(model: PreTrainedModel) -> float:

@@ -21,9 +21,9 @@ from accelerate.utils import gather
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from ..batch.sharded_tensors import context_of
 from ..compat import profiler_enabled
 from ..errors import UspConfigError
-from ..models.backbone import find_layout
 from ..models.hooks import find_model
 from ..planner.hardware import MACHINES, recognised
 from .counting import Seen, StepCounts, count, work_per_token
@@ -88,12 +88,12 @@ class UspMetricsCallback(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, self)
 
     def _see(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """After a forward of the model; the layout is in the keywords that our hooks before it left."""
+        """After a forward of the model; the context is in the keywords that our hooks before it left."""
         if not model.training or self.since is None:
             return
-        layout = find_layout(kwargs)
-        if layout is not None:
-            self.under_way.append(Seen(layout, layout.used.copy()))
+        context = context_of(*kwargs.values())
+        if context is not None:
+            self.under_way.append(Seen(context, context.attention_calls.copy()))
             return
         tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         if tokens is None:
@@ -117,7 +117,7 @@ class UspMetricsCallback(TrainerCallback):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A micro-batch is through its backward: its layout can be counted and let go."""
+        """A micro-batch is through its backward: its context can be counted and let go."""
         for seen in self.under_way:
             count(seen, self.counts)
         self.under_way.clear()

@@ -106,7 +106,7 @@ MODEL_CHANGES = (
         "the backbone, where it is a module inside the model",
         "forward pre-hook, forward hook",
         "shards the inputs there, gathers hidden states for the head around it",
-        lambda _, hooks: hooks is not None and hooks.inside,
+        lambda _, hooks: hooks is not None and hooks.backbone.inside,
     ),
     Change(
         "the base model",

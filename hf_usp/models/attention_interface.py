@@ -1,7 +1,7 @@
 """The Transformers glue: attn_implementation="usp", its attention function and its mask function.
 
-The layout of a sharded batch reaches a layer through what the model hands it: the 2D attention mask carries it to the
-mask function, whose result, a `ShardedMask`, the model passes to every layer; the keyword `usp` travels beside it.
+The context of a sharded forward reaches a layer through what the model hands it: the 2D attention mask carries it to
+the mask function, whose result, a `ShardedMask`, the model passes to every layer; the keyword `usp` travels beside it.
 Without either, "usp" is ordinary exact attention: Transformers' own sdpa.
 
 Shape suffixes: B rows, L tokens, S keys, H query heads, G kv heads, D key width, E value width.
@@ -16,13 +16,15 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..attention.functional import attend
+from ..attention.functional import attend, attend_without_mask
+from ..batch.context import ForwardContext
 from ..batch.layout import MaskSpec, SequenceLayout
+from ..batch.sharded_tensors import ShardedMask, context_of
 from ..errors import UspMaskError, UspModelError
 from ..kernels import Softmax
 from ..sharding.masks import UNLIMITED
 from ..utils.dtypes import as_autocast
-from .mask_interface import ShardedMask, usp_mask
+from .mask_interface import usp_mask
 from .positions import is_temperature_tuned, with_global_temperature
 from .unsharded import refuse_unsharded
 
@@ -72,13 +74,12 @@ def usp_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    usp: SequenceLayout | None = None,
+    usp: ForwardContext | SequenceLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of "usp", as `AttentionInterface` calls it: tensors [B, H, L, D], result [B, L, H, E]."""
-    if isinstance(attention_mask, ShardedMask):
-        layout, mask_spec, handle = attention_mask.layout, attention_mask.mask_spec, attention_mask.handle
-    elif usp is None:
+    context = context_of(attention_mask, usp)
+    if context is None:
         return _unsharded(
             module,
             query,
@@ -92,18 +93,18 @@ def usp_attention_forward(
             s_aux=s_aux,
             **kwargs,
         )
-    else:
-        layout, handle = usp, None
-        mask_spec = _spec_without_mask(module, attention_mask, sliding_window, kwargs.get("is_causal"))
     _refuse(module, dropout, kwargs)
-    if layout.manual_loop:
+    if context.manual_loop:
         _refuse_recurrent(module)
         _refuse_router_logits(module, kwargs.get("output_router_logits"))
     if is_temperature_tuned(module):
-        query = with_global_temperature(query, module, layout)
+        query = with_global_temperature(query, module, context.layout)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
     q, k, v = as_autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return attend((q, k, v, s_aux), layout, mask_spec, softmax, handle), None
+    if isinstance(attention_mask, ShardedMask):
+        return attend((q, k, v, s_aux), attention_mask, softmax), None
+    mask_spec = _spec_without_mask(module, attention_mask, sliding_window, kwargs.get("is_causal"))
+    return attend_without_mask((q, k, v, s_aux), context, mask_spec, softmax), None
 
 
 def _spec_without_mask(

@@ -6,7 +6,7 @@
 - With images the backbone is the language model inside. Every rank computes the vision tower, the token embeddings with
   image features, and the positions in time, height and width for full sequences, and shards them afterwards.
 
-The outermost model decides the layout. The attention mask carries it to the backbone.
+The outermost model decides the layout. The attention mask carries its context to the backbone.
 
 Shape suffixes: B rows, S tokens of a full row, L tokens of a row on this rank.
 """
@@ -23,25 +23,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..batch.layout import CAUSAL, MaskSpec, SequenceLayout, take
+from ..batch.context import ForwardContext, ShardOptions
+from ..batch.layout import CAUSAL, MaskSpec, SequenceLayout
 from ..batch.shard import (
     DESCRIBED,
     PER_TOKEN,
-    ShardOptions,
-    agree_on_layout,
+    begin_forward,
     get_tokens,
     shard_labels,
     shard_tensor,
     shard_tensors,
     shifted_labels,
+    take,
 )
-from ..batch.sharded_tensors import LayoutMask
+from ..batch.sharded_tensors import ContextMask, context_of, make_handle
 from ..batch.unshard import unshard
 from ..compat import tree_leaves
 from ..distributed.mesh import UspMesh
 from ..errors import UspBatchError, UspModelError
 from ..sharding.masks import UNLIMITED
-from .mask_interface import layout_in
 from .pickling import NotSaved
 
 # Outputs with one entry per token, [B, L, ...] (or tuples of such).
@@ -98,7 +98,7 @@ def accepts_any_keyword(forward: Callable[..., Any]) -> bool:
 
 
 def validate_outer_model(model: PreTrainedModel, body: PreTrainedModel) -> None:
-    """Refuse a model around a body that could not send it the layout."""
+    """Refuse a model around a body that could not send it the context."""
     if accepts_any_keyword(type(model).forward):
         return
     parameters = inspect.signature(type(model).forward).parameters
@@ -119,27 +119,21 @@ def shard_for_backbone(
     mesh: UspMesh,
     options: ShardOptions,
     check: Callable[[Mapping[str, Any]], None] | None = None,
-) -> tuple[dict[str, Any], SequenceLayout]:
-    """Keywords for `model` that make its body run on this rank's share of a full batch; see `shard_with_options`."""
+) -> tuple[dict[str, Any], ForwardContext]:
+    """Keywords for `model` that make its body run on this rank's share of a full batch; see `begin_forward`."""
     names = {*PER_TOKEN, *DESCRIBED, "attention_mask"} | (set(OF_THE_LOSS) if backbone.token_loss else set())
-    layout = agree_on_layout(batch, mesh, options, check, names if backbone.inside else None)
+    context = begin_forward(batch, mesh, options, check, names if backbone.inside else None)
     if not backbone.inside:
-        return {**shard_tensors(batch, layout), "use_cache": False}, layout
+        return {**shard_tensors(batch, context), "use_cache": False}, context
     share = {name: value for name, value in batch.items() if name not in DESCRIBED and value is not None}
     tokens = get_tokens(share)
     mask_BS = share.get("attention_mask")
     if mask_BS is None:
         mask_BS = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-    share["attention_mask"] = LayoutMask.of(mask_BS, layout)
+    share["attention_mask"] = ContextMask.of(mask_BS, make_handle(context))
     if backbone.token_loss:
-        share |= shard_labels(shifted_labels(batch), layout)
-    return share, layout
-
-
-def find_layout(keywords: Mapping[str, Any]) -> SequenceLayout | None:
-    """The layout that the keywords of a model or body carry, if any."""
-    mask = keywords.get("attention_mask")
-    return layout_in((keywords.get("usp"), *(mask.values() if isinstance(mask, dict) else (mask,))))
+        share |= shard_labels(shifted_labels(batch), context.layout)
+    return share, context
 
 
 class BackboneHooks(NotSaved):
@@ -157,23 +151,24 @@ class BackboneHooks(NotSaved):
     def pre_forward(self, body: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the body: whole inputs become this rank's share."""
         batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        layout = find_layout(batch)
-        if layout is None or layout.mesh is not self.mesh or "usp" in batch:
+        context = context_of(*batch.values())
+        if context is None or context.layout.mesh is not self.mesh or "usp" in batch:
             return args, kwargs
-        return (), _shard_inputs(body, batch, layout)
+        return (), _shard_inputs(body, batch, context)
 
     @torch.compiler.disable
     def post_forward(self, body: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the backbone: gather its hidden states where a head needs them in full."""
-        layout = kwargs.get("usp")
-        if isinstance(layout, SequenceLayout) and layout.mesh is self.mesh:
+        context = context_of(kwargs.get("usp"))
+        if context is not None and context.layout.mesh is self.mesh:
             if self.needs_full_hidden_states:
-                gather_outputs(output, layout)
-            recompute_pooler(body, output, layout, gathered=self.needs_full_hidden_states)
+                gather_outputs(output, context.layout)
+            recompute_pooler(body, output, context.layout, gathered=self.needs_full_hidden_states)
         return output
 
 
-def _shard_inputs(body: PreTrainedModel, batch: dict[str, Any], layout: SequenceLayout) -> dict[str, Any]:
+def _shard_inputs(body: PreTrainedModel, batch: dict[str, Any], context: ForwardContext) -> dict[str, Any]:
+    layout = context.layout
     mask, passed = batch.pop("attention_mask"), {n: batch.pop(n) for n in OF_THE_LOSS if n in batch}
     visual_BS, features = batch.pop("visual_pos_masks", None), batch.pop("deepstack_visual_embeds", None)
     prepared = {name: batch.pop(name) for name in PREPARED if batch.get(name) is not None}
@@ -185,10 +180,10 @@ def _shard_inputs(body: PreTrainedModel, batch: dict[str, Any], layout: Sequence
                 rule="hf_usp shards " + ", ".join(PER_TOKEN) + "; it does not guess how to shard anything else",
                 remedy="remove it from the batch, or train this model without UspParallelismConfig",
             )
-    if isinstance(mask, LayoutMask):
-        share = shard_tensors({**batch, "attention_mask": mask.as_subclass(Tensor)}, layout)
-    else:  # the model around has made its masks, which only pass on the layout
-        share = {**shard_tensors(batch, layout), "attention_mask": mask}
+    if isinstance(mask, ContextMask):
+        share = shard_tensors({**batch, "attention_mask": mask.as_subclass(Tensor)}, context)
+    else:  # the model around has made its masks, which only pass on the context
+        share = {**shard_tensors(batch, context), "attention_mask": mask}
     if visual_BS is not None and features is not None:
         share["visual_pos_masks"], share["deepstack_visual_embeds"] = _shard_features(visual_BS, features, layout)
     share |= {name: shard_tensor(value, layout) for name, value in prepared.items()}
@@ -202,7 +197,7 @@ def _shard_features(
     rows_BS = visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
     visual_BL = shard_tensor(visual_BS, layout, 0)
     rows = shard_tensor(rows_BS, layout)[visual_BL]
-    return visual_BL, [take(feature, rows, layout) for feature in features]
+    return visual_BL, [take(feature, rows, layout.mesh) for feature in features]
 
 
 def gather_outputs(output: Any, layout: SequenceLayout) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .backbone import find_layout
+from ..batch.sharded_tensors import context_of
 from .unsharded import is_generation
 
 
@@ -33,7 +33,7 @@ class DirectForwardCalls:
         def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             # What has passed the hooks carries its layout, or is none of their business.
             batch = {**dict(zip(names, args, strict=False)), **kwargs}
-            sharded = self.open and torch.is_grad_enabled() and find_layout(batch) is None
+            sharded = self.open and torch.is_grad_enabled() and context_of(*batch.values()) is None
             if sharded and not is_generation(model, batch):
                 with self.closed():
                     return model(*args, **kwargs)

@@ -1,8 +1,8 @@
 """The hooks that make a model take full batches: `pre_forward` shards the batch, `post_forward` reduces and gathers.
 
-They are registered on the outermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. The `SequenceLayout` of a
-batch carries everything about one forward. Between calls the hooks keep the traits of the model and the shapes of the
-last outputs.
+They are registered on the outermost Transformers model, below DDP, FSDP, DeepSpeed or PEFT. The `ForwardContext`
+carries everything about one forward. Between calls the hooks keep the traits of the model and the shapes of the last
+outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..batch.shard import ShardOptions, get_tokens, shard_tensor
+from ..batch.context import ShardOptions
+from ..batch.shard import get_tokens, shard_tensor
+from ..batch.sharded_tensors import context_of
 from ..compat import attention_implementation, find_hook_owner, tree_leaves
 from ..distributed.failures import refuse_after_failure, report_failure
 from ..distributed.loss import reduce_loss
@@ -27,7 +29,6 @@ from .attention_interface import NAME
 from .backbone import (
     PER_TOKEN_OUTPUTS,
     BackboneHooks,
-    find_layout,
     gather_outputs,
     recompute_pooler,
     shard_for_backbone,
@@ -68,17 +69,15 @@ class ContextParallelHooks(NotSaved):
         self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
         self.failed: BaseException | None = None  # what ended a forward or backward on this rank
         self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
-        backbone = traits.backbone
-        self.inside = backbone.inside
-        self.needs_full_hidden_states = backbone.needs_full_hidden_states
+        self.backbone = traits.backbone
         self._handles = (
             model.register_forward_pre_hook(self.pre_forward, with_kwargs=True),
             model.register_forward_hook(self.post_forward, with_kwargs=True),
             model.register_forward_hook(self.on_error, with_kwargs=True, always_call=True),
-            *(BackboneHooks(backbone, mesh).handles if self.inside else ()),
+            *(BackboneHooks(self.backbone, mesh).handles if self.backbone.inside else ()),
         )
         self.router = MoeAuxLoss(model)  # its hook runs after ours, where both are on one model
-        self.layers = PreparedLayers([*backbone.module.modules(), *_beside(model, around)])
+        self.layers = PreparedLayers([*self.backbone.module.modules(), *_beside(model, around)])
         self.entry = DirectForwardCalls(model)
 
     def remove(self) -> None:
@@ -120,22 +119,23 @@ class ContextParallelHooks(NotSaved):
             # Every rank comes here with its first batch, whatever that batch is.
             measured = measure(model, self.traits, self.mesh, self.options, device, self.self_check)
             self.traits = replace(self.traits, measured=measured)
-            if measured.counts_visible_tokens:
-                self.options = replace(self.options, positions=visible_positions)
+            self.options = replace(
+                self.options,
+                positions=visible_positions if measured.counts_visible_tokens else self.options.positions,
+                pass_states=None if measured.continues_from_states else False,
+            )
         if self.unchecked_training and model.training:
             training_check(model, self.mesh, self.options, device)
             self.unchecked_training = False
         items = batch.get("num_items_in_batch")
-        share, layout = shard_for_backbone(
-            self.traits.backbone, model, batch, self.mesh, self.options, lambda b: self._check(model, b, measured)
+        share, context = shard_for_backbone(
+            self.backbone, model, batch, self.mesh, self.options, lambda b: self._check(model, b, measured)
         )
         num_labels = share.pop("num_labels", None)
         if num_labels is not None:
             share["num_items_in_batch"] = num_labels if items is None else items
-        layout.shifted = batch.get("shift_labels") is not None
-        layout.pass_states = None if measured.continues_from_states else False
-        layout.router_logits = self._wants_router_logits(model, batch)
-        if layout.router_logits:
+        context.wants_router_logits = self._wants_router_logits(model, batch)
+        if context.wants_router_logits:
             self.router.learn(model, self.mesh, device)
             share["output_router_logits"] = False
         return share
@@ -146,7 +146,7 @@ class ContextParallelHooks(NotSaved):
         validate_trl_trainer(model, batch)
         # Pooled features and the loss of experts are whole as well.
         whole = (
-            self.needs_full_hidden_states
+            self.backbone.needs_full_hidden_states
             or getattr(model, "pooler", None) is not None
             or self._wants_router_logits(model, batch)
         )
@@ -177,43 +177,44 @@ class ContextParallelHooks(NotSaved):
             )
 
     def _wants_router_logits(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
-        return not self.needs_full_hidden_states and wants_router_logits(model, batch)
+        return not self.backbone.needs_full_hidden_states and wants_router_logits(model, batch)
 
     @torch.compiler.disable
     def on_error(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Torch calls this also when the forward raised: there is no output then."""
         problem = sys.exc_info()[1]
-        if output is None and problem is not None and find_layout(kwargs) is not None:
+        if output is None and problem is not None and context_of(*kwargs.values()) is not None:
             report_failure(problem)
             self.failed = problem
 
     @torch.compiler.disable
     def post_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward: the loss of the full batch, and full outputs where `gather_outputs` asks for them."""
-        layout = find_layout(kwargs)
-        if layout is None or layout.mesh is not self.mesh:
+        context = context_of(*kwargs.values())
+        if context is None or context.layout.mesh is not self.mesh:
             return output
+        layout = context.layout
         self.shares = frozenset()
-        if layout.calls == 0:
+        if not context.reached_a_layer:
             raise UspModelError(
                 f"no attention layer of {type(model).__name__} called the attention function {NAME!r}",
                 rule="the model's attention goes through Transformers' attention interface",
                 remedy="this model has attention code of its own and cannot be sharded; train it without "
                 "UspParallelismConfig, or use an architecture that supports attn_implementation='sdpa' as a function",
             )
-        if self.needs_full_hidden_states:
+        if self.backbone.needs_full_hidden_states:
             return output
-        if layout.router_logits:
+        if context.wants_router_logits:
             mask = kwargs["attention_mask"].as_subclass(Tensor)
             output = self.router.add(
-                output, layout, shard_tensor(mask, layout, 0) if self.inside else mask, self.gather_outputs
+                output, layout, shard_tensor(mask, layout, 0) if self.backbone.inside else mask, self.gather_outputs
             )
         if output.get("loss") is not None:
             assert self.mesh.group is not None
             output["loss"] = reduce_loss(output["loss"], self.mesh.group, self.mesh.size)
         if kwargs.get(FUSED):
-            return unshard_fields(output, layout, layout.shifted)
-        if not self.inside:
+            return unshard_fields(output, context)
+        if not self.backbone.inside:
             recompute_pooler(model, output, layout, gathered=False)
         if self.gather_outputs:
             gather_outputs(output, layout)
@@ -258,7 +259,12 @@ def attach_hooks(
         previous.remove()
     traits = inspect_model(model)
     options = ShardOptions(
-        sequence_order, traits.mask_specs, kernel, traits.own_positions, largest_position=traits.length_dependent_rope
+        order=sequence_order,
+        mask_specs=traits.mask_specs,
+        kernel=kernel,
+        positions=traits.own_positions,
+        largest_position=traits.length_dependent_rope,
+        pass_states=False,  # until the model has shown that its kernels continue from states
     )
     return ContextParallelHooks(
         model, traits, mesh, options, gather_outputs=gather_outputs, self_check=self_check, around=module

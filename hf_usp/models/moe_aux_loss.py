@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.layout import SequenceLayout
+from ..batch.sharded_tensors import context_of
 from ..batch.unshard import unshard
 from ..distributed.comm import all_reduce_sum, verify_same_across_ranks
 from ..distributed.loss import reduce_loss
 from ..distributed.mesh import UspMesh
 from ..errors import UspModelError
-from .backbone import find_layout
 from .selfcheck.check import isolated_forward
 from .selfcheck.compare import TOLERANCE
 
@@ -143,8 +143,8 @@ class MoeAuxLoss:
 
 
 def _ask_the_body(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    layout = find_layout(kwargs)
-    if layout is not None and layout.router_logits:
+    context = context_of(*kwargs.values())
+    if context is not None and context.wants_router_logits:
         return args, {**kwargs, "output_router_logits": True}
     return None
 

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch.layout import SequenceLayout
+from ..batch.context import ForwardContext
+from ..batch.sharded_tensors import context_of
 from ..errors import UspModelError
 from ..recurrent.device_schedule import state_schedule
 from ..recurrent.scan import causal_conv, scan_over_heads
 from ..recurrent.schedule import ScanSizes, states_pay
 from ..recurrent.state_passing import scan_by_states
 from .attention_interface import recurrent_types
-from .mask_interface import layout_in
 from .pickling import NotSaved
 from .unsharded import refuse_unsharded
 
@@ -35,15 +35,15 @@ Function = Callable[..., Any]
 
 
 class RecurrentLayers(NotSaved):
-    """The recurrent layers of one prepared model, and the layout of the batch that they are working on."""
+    """The recurrent layers of one prepared model, and the context of the forward that they are part of."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layout: SequenceLayout | None = None
+        self.context: ForwardContext | None = None
         own = (m for m in model.modules() if getattr(m.forward, "__func__", None) is type(m).forward)
         self.layers = [m for m in own if _kernels_of(type(m).forward)]
         for layer in self.layers:
             layer.forward = MethodType(self._rebind(type(layer).forward), layer)
-        # The mask that a layer gets carries the layout, also when the layer is recomputed in the backward.
+        # The mask that a layer gets carries the context, also when the layer is recomputed in the backward.
         self.handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
 
     def release(self) -> None:
@@ -55,8 +55,8 @@ class RecurrentLayers(NotSaved):
 
     @torch.compiler.disable
     def _enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.layout = layout_in((*args, *kwargs.values()))
-        if self.layout is None:
+        self.context = context_of(*args, *kwargs.values())
+        if self.context is None:
             refuse_unsharded(layer)
 
     def _rebind(self, function: Function) -> Function:
@@ -77,13 +77,13 @@ class RecurrentLayers(NotSaved):
 
     @torch.compiler.disable
     def _call(self, sharded: Function | None, original: Function, *args: Any, **kwargs: Any) -> Any:
-        if self.layout is None:
+        if self.context is None:
             return original(*args, **kwargs)
-        self.layout.calls += 1
+        self.context.recurrent_calls += 1
         if sharded is None:
             return None  # a fused kernel; the layer then takes its separate steps, as it does without that kernel
-        kwargs = {name: value for name, value in kwargs.items() if value is not self.layout}
-        return sharded(original, self.layout, *args, **kwargs)
+        kwargs.pop("usp", None)
+        return sharded(original, self.context, *args, **kwargs)
 
 
 def shard_recurrent_layers(model: nn.Module) -> RecurrentLayers:
@@ -104,9 +104,9 @@ def shard_recurrent_layers(model: nn.Module) -> RecurrentLayers:
         )
 
     def mark_prepared(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        layout = layout_in(tuple(kwargs.values()))
-        if layout is not None:
-            layout.manual_loop = False  # somebody has prepared what attention cannot see to
+        context = context_of(*kwargs.values())
+        if context is not None:
+            context.manual_loop = False  # somebody has prepared what attention cannot see to
 
     layers.handles.append(model.register_forward_pre_hook(mark_prepared, with_kwargs=True))
     return layers
@@ -132,7 +132,7 @@ def _kernels_of(function: Any) -> set[str]:
 
 def _conv(
     original: Function,
-    layout: SequenceLayout,
+    context: ForwardContext,
     x_BCL: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -141,12 +141,14 @@ def _conv(
 ) -> Tensor:
     """causal_conv1d_fn (causal-conv1d): a depthwise convolution, weight [C, K]."""
     _refuse_packing(kwargs, ("seq_idx", "initial_states", "return_final_states"))
-    return causal_conv(lambda x: original(x, weight, bias, activation=activation), x_BCL, weight.shape[-1] - 1, layout)
+    return causal_conv(
+        lambda x: original(x, weight, bias, activation=activation), x_BCL, weight.shape[-1] - 1, context.layout
+    )
 
 
 def _delta_rule(
     original: Function,
-    layout: SequenceLayout,
+    context: ForwardContext,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -160,8 +162,9 @@ def _delta_rule(
 
     heads, groups = {"value": value, "g": g, "beta": beta}, {"query": query, "key": key}
     sizes = ScanSizes(value.shape[2], key.shape[2], key.shape[3], value.shape[3], value.element_size())
+    layout = context.layout
     tokens = layout.batch * layout.local_length
-    pays = layout.pass_states
+    pays = context.options.pass_states
     if pays is None:
         pays = states_pay(sizes, tokens, layout.mesh.size, state_schedule(layout).busiest)
     if pays:
@@ -179,7 +182,7 @@ def _delta_rule(
 
 def _ssd(
     original: Function,
-    layout: SequenceLayout,
+    context: ForwardContext,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -211,12 +214,12 @@ def _ssd(
         )
 
     heads = {"x": x, "dt": dt} | ({} if z is None else {"z": z})
-    return scan_over_heads(kernel, layout, heads, {"B": B, "C": C}, {"A": A} | optional, x.shape[-1])
+    return scan_over_heads(kernel, context.layout, heads, {"B": B, "C": C}, {"A": A} | optional, x.shape[-1])
 
 
 def _selective_scan(
     original: Function,
-    layout: SequenceLayout,
+    context: ForwardContext,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -241,7 +244,7 @@ def _selective_scan(
 
     heads = {name: t.transpose(1, 2) for name, t in (("x", x), ("dt", dt), ("z", z)) if t is not None}
     groups = {name: t.transpose(1, 2).unsqueeze(2) for name, t in (("B", B), ("C", C))}
-    return scan_over_heads(kernel, layout, heads, groups, {"A": A} | optional, 1).squeeze(-1).transpose(1, 2)
+    return scan_over_heads(kernel, context.layout, heads, groups, {"A": A} | optional, 1).squeeze(-1).transpose(1, 2)
 
 
 def _refuse_packing(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..batch.layout import SequenceLayout
+from ..batch.context import ForwardContext
 from ..batch.unshard import unshard
 from ..errors import UspModelError
 from .moe_aux_loss import wants_router_logits
@@ -45,12 +45,13 @@ def validate_trl_trainer(model: PreTrainedModel, batch: Mapping[str, Any]) -> No
     )
 
 
-def unshard_fields(output: Any, layout: SequenceLayout, shifted: bool) -> Any:
+def unshard_fields(output: Any, context: ForwardContext) -> Any:
     """The fields of a fused output made whole [B, S - 1] (or [B, S] where the caller passed `shift_labels`)."""
+    layout = context.layout
     names = [name for name in FIELDS if output.get(name) is not None]
     fields_BLF = torch.stack([_as_float(output[name]).detach() for name in names], dim=-1)
     whole_BSF = unshard(fields_BLF, layout)
-    last = layout.length if shifted else layout.length - 1
+    last = layout.length if context.has_shift_labels else layout.length - 1
     for i, name in enumerate(names):
         if name == "log_probs" and torch.is_grad_enabled():
             output[name] = unshard(output[name], layout)[:, :last]

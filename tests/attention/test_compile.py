@@ -161,7 +161,7 @@ def test_the_stock_trainer(two_ranks: Ranks, tmp_path: Path, regional: bool) -> 
 def test_a_copied_handle_is_refused() -> None:
     """The tensor that carries the layout must arrive itself: a copy has no layout."""
     mesh = hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1)
-    handle = hf_usp.shard(batch_of("plain"), mesh)["attention_mask"].usp_handle
+    handle = hf_usp.shard(batch_of("plain"), mesh)["attention_mask"].handle
     q = torch.randn(2, 37, 4, 16)
     arguments = ([-1, 0, 0, 0], 0.25, None, [1, 0])
     torch.ops.hf_usp.usp_flash_attn(q, q, q, None, handle, *arguments)

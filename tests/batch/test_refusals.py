@@ -247,7 +247,7 @@ def test_masks_that_are_no_interval_are_refused_by_name() -> None:
 
 def test_a_layer_that_computes_with_its_mask_is_told() -> None:
     from hf_usp.batch.layout import CAUSAL
-    from hf_usp.models.mask_interface import ShardedMask
+    from hf_usp.batch.sharded_tensors import ShardedMask
 
     mask = ShardedMask(dataclasses.replace, CAUSAL)  # type: ignore[arg-type]
     with pytest.raises(hf_usp.UspMaskError, match="`shape`"):

@@ -10,7 +10,7 @@ import torch
 
 import hf_usp
 from hf_usp.batch.layout import MaskSpec
-from hf_usp.models.mask_interface import ShardedMask
+from hf_usp.batch.sharded_tensors import ShardedMask
 
 from ..harness import prepared
 from ..ranks import Ranks
@@ -106,7 +106,7 @@ def test_the_self_check_sees_counted_positions(four_ranks: Ranks, name: str, fam
 
 
 def test_a_mask_of_which_nothing_is_cut_off_is_the_mask() -> None:
-    mask = ShardedMask(None, MaskSpec())  # type: ignore[arg-type]  # the layout is only carried
+    mask = ShardedMask(None, MaskSpec())  # type: ignore[arg-type]  # the handle is only carried
     assert mask[:, :, 0:, :] is mask and mask[...] is mask and mask[:, :] is mask
     for index in (0, slice(1, None), (slice(None), 0), (slice(None), torch.tensor([0])), None, slice(None, None, 2)):
         with pytest.raises(hf_usp.UspError, match="attention mask"):

@@ -18,6 +18,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
 import hf_usp
+from hf_usp.batch.context import ForwardContext
 from hf_usp.models.attention_interface import HARMLESS, usp_attention_forward
 from hf_usp.models.mask_interface import read_mask_function
 from hf_usp.sharding.masks import Documents, Mask
@@ -142,7 +143,7 @@ def test_a_new_keyword_would_be_noticed() -> None:
 
 @pytest.mark.parametrize("keyword", [*sorted(REFUSED), "brand_new"])
 def test_keywords_that_are_not_translated_are_refused(keyword: str) -> None:
-    layout: Any = type("SequenceLayout", (), {"manual_loop": False})()
+    context = ForwardContext(None)  # type: ignore[arg-type]  # refused before the layout is looked at
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(hf_usp.UspModelError, match=f"passes `{keyword}` to its attention"):
-        usp_attention_forward(torch.nn.Identity(), x, x, x, None, usp=layout, **{keyword: torch.ones(2)})
+        usp_attention_forward(torch.nn.Identity(), x, x, x, None, usp=context, **{keyword: torch.ones(2)})

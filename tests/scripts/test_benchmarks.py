@@ -35,7 +35,7 @@ def test_what_crosses_between_two_nodes_is_what_explain_says(two_nodes: ModuleTy
     traffic = it.traffic
     mesh = UspMesh(4 // ulysses, ulysses, 0, 0, tuple(range(4)), None, None, None, ring_per_node=max(1, 2 // ulysses))
     layout = make_layout(Documents.from_bounds([0, 2048]), 1, 2048, mesh)
-    orders = [[step.recv_rank for step in plan.steps] for plan in (two_nodes.mesh_plan(layout, 0), it.plans[0])]
+    orders = [[step.recv_rank for step in plan.steps] for plan in (layout.ring_schedule(), it.plans[0])]
     assert orders[0] == orders[1] == {1: [0, 2, 3, 1], 2: [0, 1], 4: [0]}[ulysses]
     between = (traffic.ring + traffic.ulysses)[:2, 2:]
     assert two_nodes.predicted_crossing(ulysses, 4 // ulysses, 2048) == between.sum() > 0

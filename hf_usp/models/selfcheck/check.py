@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...batch.shard import IGNORED, ShardOptions
+from ...batch.context import ShardOptions
+from ...batch.shard import IGNORED
 from ...distributed.comm import all_gather, verify_same_across_ranks
 from ...distributed.mesh import UspMesh
 from ...errors import UspError, UspModelError
@@ -98,9 +99,9 @@ def _measure(
     first = length // 2 + 1
     restarting = torch.cat([torch.arange(first, device=device), torch.arange(length - first, device=device)])[None]
 
-    def same(batch: dict[str, Any], options: ShardOptions = options, pass_states: bool = False) -> bool:
+    def same(batch: dict[str, Any], options: ShardOptions = options) -> bool:
         """Whether a batch gives the same sharded and in full, on all ranks of the mesh."""
-        differs = compare(model, batch, mesh, options, pass_states) is not None
+        differs = compare(model, batch, mesh, options) is not None
         assert mesh.group is not None
         return not bool(all_gather(torch.tensor([differs], dtype=torch.int64, device=device), mesh.group).any())
 
@@ -113,7 +114,7 @@ def _measure(
         keeps_documents_apart=same({**batch, "position_ids": restarting}),
         counts_visible_tokens=counts_visible,
         knows_left_padding=counts_in_order or counts_visible,
-        continues_from_states=traits.recurrent and same(batch, pass_states=True),
+        continues_from_states=traits.recurrent and same(batch, replace(options, pass_states=True)),
     )
 
 

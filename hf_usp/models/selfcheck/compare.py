@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...batch.context import ForwardContext, ShardOptions
 from ...batch.layout import SequenceLayout
-from ...batch.shard import ShardOptions, shard_tensor
+from ...batch.shard import shard_tensor
 from ...distributed.comm import all_reduce_sum
 from ...distributed.mesh import UspMesh
 from ...errors import UspError, UspModelError
@@ -25,12 +26,11 @@ def compare(
     batch: dict[str, Any],
     mesh: UspMesh,
     options: ShardOptions,
-    pass_states: bool = False,
 ) -> str | None:
     """Differences on this rank between the sharded and the unsharded run of a batch, as text."""
     backbone = find_backbone(model)
-    share, layout = shard_for_backbone(backbone, model, batch, mesh, options)
-    layout.pass_states = pass_states
+    share, context = shard_for_backbone(backbone, model, batch, mesh, options)
+    layout = context.layout
     items = share.pop("num_labels", None)
     given = {} if items is None else {"num_items_in_batch": items}
     theirs, whole = module_outputs(model, batch)  # first: where it fails too, sharding is not the cause
@@ -47,14 +47,25 @@ def compare(
         ) from problem
     if not backbone.inside:
         recompute_pooler(model, sharded, layout, gathered=False)
-    wrong_loss = _loss_difference(model, layout, sharded, whole)  # on every rank: it communicates
-    return _difference(model, layout, mine, theirs) or _output_difference(model, layout, sharded, whole) or wrong_loss
+    tolerance = tolerance_of(model, context)
+    wrong_loss = _loss_difference(mesh, tolerance, sharded, whole)  # on every rank: it communicates
+    if not context.reached_a_layer:
+        return "no layer of it called the attention function"
+    return (
+        _difference(model, layout, tolerance, mine, theirs)
+        or _output_difference(layout, tolerance, sharded, whole)
+        or wrong_loss
+    )
 
 
-def tolerance_of(model: PreTrainedModel, layout: SequenceLayout) -> float:
-    """Layers of quantized weights may round activations, to int8 or bf16, whatever the dtype around them."""
+def tolerance_of(model: PreTrainedModel, context: ForwardContext) -> float:
+    """The tolerance of the coarsest dtype in which a layer attended.
+
+    Layers of quantized weights may round activations, to int8 or bf16, whatever the dtype around them.
+    """
     rounds = getattr(model.config, "quantization_config", None) is not None
-    return max(TOLERANCE[layout.dtype], TOLERANCE[torch.bfloat16] if rounds else 0.0)
+    attended = {shape.dtype for shape in context.attention_calls} or {torch.float32}
+    return max(TOLERANCE[dtype] for dtype in attended | ({torch.bfloat16} if rounds else set()))
 
 
 def module_outputs(model: PreTrainedModel, keywords: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
@@ -79,16 +90,17 @@ def module_outputs(model: PreTrainedModel, keywords: dict[str, Any]) -> tuple[di
 
 
 def _difference(
-    model: PreTrainedModel, layout: SequenceLayout, mine: dict[str, Tensor], theirs: dict[str, Tensor]
+    model: PreTrainedModel,
+    layout: SequenceLayout,
+    tolerance: float,
+    mine: dict[str, Tensor],
+    theirs: dict[str, Tensor],
 ) -> str | None:
     """The first module whose output differs on this rank's tokens, in words; None where none does.
 
     Each module is measured against the size of its own output: what a layer adds to the residual stream of a freshly
     initialised model is so small that logits would not show that it is wrong.
     """
-    if layout.calls == 0:
-        return "no layer of it called the attention function"
-    tolerance = tolerance_of(model, layout)
     for name, whole in theirs.items():
         share = mine.get(name)
         if share is None or whole.ndim < 3 or whole.shape[:2] != (1, layout.length):
@@ -110,7 +122,7 @@ def _difference(
     return None
 
 
-def _output_difference(model: PreTrainedModel, layout: SequenceLayout, sharded: Any, whole: Any) -> str | None:
+def _output_difference(layout: SequenceLayout, tolerance: float, sharded: Any, whole: Any) -> str | None:
     """The first output without a dim of tokens (pooled, say) that differs, in words."""
     for name, theirs in whole.items():
         mine = sharded.get(name)
@@ -123,7 +135,7 @@ def _output_difference(model: PreTrainedModel, layout: SequenceLayout, sharded: 
         if mine.shape != theirs.shape:
             return f"its output {name} has the shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
         error = (mine - theirs).double().norm() / theirs.double().norm().clamp_min(1e-12)
-        if not bool(error <= tolerance_of(model, layout)):
+        if not bool(error <= tolerance):
             return f"its output {name} differs by {error.item():.1e} of its size on a short random batch"
     return None
 
@@ -135,12 +147,12 @@ def _errors(mine: Tensor, theirs: Tensor) -> Tensor:
     return (mine - theirs).norm(dim=-1) / size
 
 
-def _loss_difference(model: PreTrainedModel, layout: SequenceLayout, sharded: Any, whole: Any) -> str | None:
+def _loss_difference(mesh: UspMesh, tolerance: float, sharded: Any, whole: Any) -> str | None:
     if whole.get("loss") is None:
         return None
-    assert layout.mesh.group is not None
-    mine, theirs = all_reduce_sum(sharded.loss, layout.mesh.group), whole.loss
-    tolerance = max(tolerance_of(model, layout), 1e-5)  # ForCausalLMLoss computes in fp32 at most
+    assert mesh.group is not None
+    mine, theirs = all_reduce_sum(sharded.loss, mesh.group), whole.loss
+    tolerance = max(tolerance, 1e-5)  # ForCausalLMLoss computes in fp32 at most
     if bool((mine - theirs).abs() <= tolerance * theirs.abs().clamp_min(1)):
         return None
     return f"its loss is {mine.item():.6f} instead of {theirs.item():.6f} on a short random batch"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ...batch.shard import ShardOptions
+from ...batch.context import ShardOptions
 from ...distributed.comm import verify_same_across_ranks
 from ...distributed.mesh import UspMesh
 from ...errors import UspError, UspModelError

@@ -1,6 +1,6 @@
 """Numbers of a run without running it: tokens, work and bytes of each rank, and the reasons.
 
-Everything comes from the same integers that a training step uses (`make_layout`, `make_ring_schedule`, `split_heads`),
+Everything comes from the same integers that a training step uses (`make_layout`, its `ring_schedule`, `split_heads`),
 so what is printed is what happens. Here are the numbers; `text`, `picture` and `page` show them.
 
 Bytes are those of one layer and one sender: keys and values forward; keys and values again, and their gradients, back.
@@ -19,9 +19,8 @@ from ...errors import UspConfigError
 from ...sharding.degrees import check_degrees, choose_ulysses_degree
 from ...sharding.heads import HeadShare, split_heads
 from ...sharding.intervals import IntArray
-from ...sharding.load_balance import over_batch
 from ...sharding.masks import UNLIMITED, Documents, Mask
-from ...sharding.schedule import RingSchedule, make_ring_schedule, ring_per_node
+from ...sharding.schedule import RingSchedule, ring_per_node
 from ...utils.dtypes import DTYPES, check_dtype
 from ...utils.validation import check_positive_int
 
@@ -107,7 +106,6 @@ class Explanation:
         layout: the layout of its batch.
         reason: why these degrees.
         mask: the mask.
-        shards: positions of each ring rank.
         plans: ring schedule of each ring rank.
         shares: heads of each ulysses rank.
         traffic: bytes between ranks.
@@ -117,7 +115,6 @@ class Explanation:
     layout: SequenceLayout
     reason: str
     mask: Mask
-    shards: list[IntArray]
     plans: list[RingSchedule]
     shares: tuple[HeadShare, ...]
     traffic: Traffic
@@ -159,9 +156,9 @@ def explain(case: Case) -> Explanation:
     rows = np.arange(case.batch)[:, None] * case.tokens
     documents = Documents.from_bounds(np.append((rows + starts).ravel(), case.batch * case.tokens))
     layout = make_layout(documents, case.batch, case.tokens, mesh, case.order, (case.mask_spec,))
-    mask, shards = layout.mask(case.mask_spec), over_batch(layout.shards, layout.batch, layout.padded)
-    plans = [make_ring_schedule(shards, mask, rank, per_node) for rank in range(ring)]
-    return Explanation(case, layout, reason, mask, shards, plans, shares, count_traffic(plans, shares, case))
+    plans = [layout.ring_schedule(case.mask_spec, rank) for rank in range(ring)]
+    traffic = count_traffic(plans, shares, case)
+    return Explanation(case, layout, reason, layout.mask(case.mask_spec), plans, shares, traffic)
 
 
 def check_sizes(case: Case) -> None:

@@ -109,7 +109,7 @@ def _mask(it: Explanation) -> str:
     cells = min(total, CELLS)
     sample = ((2 * np.arange(cells) + 1) * total) // (2 * cells)
     owner = np.empty(total, dtype=np.int64)
-    for rank, shard in enumerate(it.shards):
+    for rank, shard in enumerate(it.layout.ring_shards()):
         owner[shard] = rank
     lo, hi = it.mask.interval(sample)
     shapes = []

@@ -78,7 +78,7 @@ def _draw_mask(axes: Axes, it: Explanation, colours: IntArray) -> None:
     # The middle token of every cell speaks for it.
     sample = ((2 * np.arange(cells) + 1) * total) // (2 * cells)
     owner = np.empty(total, dtype=np.int64)
-    for rank, shard in enumerate(it.shards):
+    for rank, shard in enumerate(it.layout.ring_shards()):
         owner[shard] = rank
     lo, hi = it.mask.interval(sample)
     seen = (sample >= lo[:, None]) & (sample < hi[:, None])

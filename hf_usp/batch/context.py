@@ -1,0 +1,87 @@
+"""One forward of one model: its layout, its options, its flags, and counters of what its layers did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..utils.tensors import opaque_to_fsdp
+from .layout import CAUSAL, MaskSpec, SequenceLayout
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How a run shards its batches.
+
+    Attributes:
+        order: order of tokens: "auto", "contiguous", "zigzag" or "balanced".
+        mask_specs: masks of the layers; "auto" and "balanced" look at them.
+        kernel: name of the kernel; None: the best installed.
+        positions: function from a full batch without position_ids to [B, S]; None: 0, 1, 2 ... They do not separate
+            documents.
+        largest_position: whether the model looks at the largest position of a batch.
+        pass_states: whether recurrent layers pass states (True) or exchange heads for tokens (False); None: the
+            cheaper one.
+    """
+
+    order: str = "auto"
+    mask_specs: tuple[MaskSpec, ...] = (CAUSAL,)
+    kernel: str | None = None
+    positions: Callable[[Mapping[str, Any]], Tensor | None] | None = None
+    largest_position: bool = True
+    pass_states: bool | None = None
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One attention call, as it is counted.
+
+    Attributes:
+        mask_spec: its mask.
+        heads: query heads.
+        kv_heads: key and value heads.
+        width: width of a query or key head.
+        value_width: width of a value head.
+        dtype: dtype of queries, keys and values.
+    """
+
+    mask_spec: MaskSpec
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    dtype: torch.dtype
+
+
+@opaque_to_fsdp
+@dataclass(eq=False)
+class ForwardContext:
+    """One forward of one model over one sharded batch. Layers find it with `sharded_tensors.context_of`.
+
+    Attributes:
+        layout: which rank holds which token.
+        options: how the batch was sharded.
+        manual_loop: whether `hf_usp.shard` made it for a hand-written loop, whose model has no hooks.
+        has_shift_labels: whether the caller passed `shift_labels`.
+        wants_router_logits: whether the caller asked for `output_router_logits`.
+        attention_calls: attention calls by shape; those of recomputed layers count again.
+        recurrent_calls: calls of kernels of recurrent layers.
+    """
+
+    layout: SequenceLayout
+    options: ShardOptions = ShardOptions()
+    manual_loop: bool = False
+    has_shift_labels: bool = False
+    wants_router_logits: bool = False
+    attention_calls: Counter[AttentionShape] = field(default_factory=Counter, repr=False)
+    recurrent_calls: int = 0
+
+    @property
+    def reached_a_layer(self) -> bool:
+        """Whether some layer of the model worked on the layout."""
+        return bool(self.attention_calls) or self.recurrent_calls > 0
