@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "gpu.py"
+from .launch import alone
 
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+SCRIPT = "benchmarks/gpu.py"
 
 
 def test_without_a_gpu_it_refuses_and_writes_nothing(tmp_path: Path) -> None:
-    ended = run("--output", str(tmp_path / "results"))
+    ended = alone(SCRIPT, "--output", str(tmp_path / "results"))
     assert ended.returncode == 2
-    assert "finds no CUDA device" in ended.stderr and "Traceback" not in ended.stderr
+    assert "finds no CUDA device" in ended.stdout and "Traceback" not in ended.stdout
     assert not (tmp_path / "results").exists()
 
 
 def test_rehearsal(tmp_path: Path) -> None:
-    ended = run("--device", "cpu", "--small", "--output", str(tmp_path))
-    assert ended.returncode == 0, ended.stderr
+    ended = alone(SCRIPT, "--device", "cpu", "--small", "--output", str(tmp_path))
+    assert ended.returncode == 0, ended.stdout
     found = {path.suffix: path for path in tmp_path.iterdir()}
     assert set(found) == {".json", ".md", ".png"}
     kernels, tiles, rings, launches, longest = json.loads(found[".json"].read_text())["parts"].values()
