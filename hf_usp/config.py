@@ -61,8 +61,9 @@ class UspParallelismConfig(ParallelismConfig):
             (nor set in the environment), the remaining ranks are data parallel: dp_shard under FSDP, else dp_replicate.
         sequence_order: "auto" (chosen by the masks of the batch), "contiguous", "zigzag", or "balanced" (chunks
             assigned so that ranks have equal work, also for packed documents of uneven length).
-        gather_outputs: whether logits and hidden states are gathered on every rank. Default: each rank keeps its own
-            tokens.
+        gather_outputs: whether logits and hidden states are gathered on every rank. Default: where a call has no
+            labels, because a loss will be made of them outside the model; with labels each rank keeps its own tokens.
+            False: a loss outside the model is refused.
         loss_chunk_size: with labels, compute the loss of this rank's tokens in chunks of this many tokens, without
             holding all their logits; `outputs.logits` is then None. Loss and gradients stay the same. Also for
             cp_size=1. Under tensor parallelism each rank computes the logits of its entries of the vocabulary.
@@ -91,7 +92,7 @@ class UspParallelismConfig(ParallelismConfig):
         dp_shard_size: int | None = None,
         tp_size: int | None = None,
         sequence_order: str = "auto",
-        gather_outputs: bool = False,
+        gather_outputs: bool | None = None,
         loss_chunk_size: int | None = None,
         mlp_chunk_size: int | None = None,
         offload_checkpoints: bool = False,
@@ -131,9 +132,8 @@ class UspParallelismConfig(ParallelismConfig):
         validate_options(self.sequence_order, self.kernel)
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
         validate_memory_options(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
-        check_switches(
-            gather_outputs=self.gather_outputs, offload_checkpoints=self.offload_checkpoints, self_check=self.self_check
-        )
+        check_switches(gather_outputs=self.gather_outputs is None or self.gather_outputs)
+        check_switches(offload_checkpoints=self.offload_checkpoints, self_check=self.self_check)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
         super().__post_init__()

@@ -114,12 +114,10 @@ def documents_apart() -> float:
     return abs(mine.item() - sum(losses).item() / total)
 
 
-def loss_outside(gathered: bool) -> float:
+def loss_outside(gather: bool | None) -> float:
     """A loss outside the model of whole logits, averaged over ranks; the gradient of the head against one process."""
-    _, model = prepared({"gather_outputs": True} if gathered else {})
+    _, model = prepared({"gather_outputs": gather})
     batch = without(PLAIN, "labels")
-    if not gathered:
-        model(**batch, num_items_in_batch=torch.tensor(9))
     gradients = []
     for subject in (model, tiny_model(attention="eager").train()):
         logits = subject(**batch).logits[:, :-1].flatten(0, 1)
@@ -296,10 +294,11 @@ TWO_RANKS: dict[str, Case] = {
         manual_loop(PLAIN, family="mixtral", **EXPERTS), exact(PLAIN, family="mixtral", **EXPERTS)
     ),
     "attn_implementation={NAME!r}": Case(lambda: prepared(attention="sdpa"), exact(PLAIN)),
-    "train without a cache": Case(call({**PLAIN, "logits_to_keep": 3}), exact(PLAIN)),
-    "average a loss of gathered logits over ranks (gather_outputs=True)": Case(
-        lambda: loss_outside(False), lambda: loss_outside(True)
+    "leave logits_to_keep out, or pass it without labels": Case(call({**PLAIN, "logits_to_keep": 3}), exact(PLAIN)),
+    "leave logits_to_keep out and take some": Case(
+        call({"input_ids": IDS, "logits_to_keep": ONES}), lambda: prepared()[1](IDS).logits[:, :3]
     ),
+    "leave gather_outputs out": Case(lambda: loss_outside(False), lambda: loss_outside(None)),
     "UspParallelismConfig(self_check=False) switches the check off": Case(
         lambda: peeking({}), lambda: peeking({"self_check": False})
     ),
@@ -516,10 +515,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     "with column=..., or other files": ("data/test_rows.py", "column"),
     "give every rank the same": ("integrations/test_process_groups.py", "def test_"),  # ranks that are the same
-    "hand out full logits and hidden states": (
-        "models/test_unsharded.py",
-        "test_losses_made_outside_are_exact_with_the_remedy",
-    ),
+    "hand out full logits and hidden states with": ("models/test_unsharded.py", "test_losses_made_outside_are_exact"),
     "prepare a second Transformers model by itself": ("models/test_unsharded.py", "prepared_modules(twin"),
     "leave offload=True out of": ("memory/test_activation_offload.py", "offload=True"),
     "read the stream with num_workers=1": ("integrations/test_data_loader.py", '"dataloader_num_workers": 1'),

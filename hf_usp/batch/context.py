@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..utils.tensors import opaque_to_fsdp
-from .layout import CAUSAL, MaskSpec, SequenceLayout
+from .layout import CAUSAL, KeptTokens, MaskSpec, SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class ForwardContext:
         manual_loop: whether `hf_usp.shard` made it for a hand-written loop, whose model has no hooks.
         has_shift_labels: whether the caller passed `shift_labels`.
         wants_router_logits: whether the caller asked for `output_router_logits`.
+        gathers_outputs: whether per-token outputs are gathered after the forward.
+        kept: the tokens whose logits the caller wants (`logits_to_keep`); None: all.
         attention_calls: attention calls by shape; those of recomputed layers count again.
         recurrent_calls: calls of kernels of recurrent layers.
     """
@@ -78,6 +80,8 @@ class ForwardContext:
     manual_loop: bool = False
     has_shift_labels: bool = False
     wants_router_logits: bool = False
+    gathers_outputs: bool = False
+    kept: KeptTokens | None = None
     attention_calls: Counter[AttentionShape] = field(default_factory=Counter, repr=False)
     recurrent_calls: int = 0
 

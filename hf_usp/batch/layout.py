@@ -56,6 +56,21 @@ class MaskSpec(NamedTuple):
 CAUSAL = MaskSpec()
 
 
+@dataclass(frozen=True)
+class KeptTokens:
+    """Some tokens of every row, by who holds them.
+
+    Attributes:
+        local: this rank's of them, as indices of its tokens [K of this rank].
+        places: of each kept token its place among all ranks' padded lists [K].
+        most: entries of a padded list.
+    """
+
+    local: Tensor
+    places: Tensor
+    most: int
+
+
 @opaque_to_fsdp
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
@@ -166,3 +181,18 @@ def make_layout(
         batch, padded, mesh.ring_degree, order, [masks[mask_spec] for mask_spec in mask_specs]
     )
     return SequenceLayout(mesh, batch, length, padded, order, documents, tuple(shards), kernel)
+
+
+def locate_tokens(positions_K: IntArray, layout: SequenceLayout, device: torch.device) -> KeptTokens:
+    """Who holds the tokens at these positions of a row; positions may come in any order, and twice."""
+    held = layout.positions_per_rank()[:, : layout.local_length]  # of the first row
+    at = np.empty(layout.padded, dtype=np.int64)
+    at[held.reshape(-1)] = np.arange(layout.padded)
+    owners, rows = np.divmod(at[positions_K], layout.local_length)
+    counts = np.bincount(owners, minlength=layout.mesh.size)
+    order = np.argsort(owners, kind="stable")
+    nth = np.empty_like(order)
+    nth[order] = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
+    most = int(counts.max())
+    local, places = rows[owners == layout.mesh.rank], owners * most + nth
+    return KeptTokens(torch.from_numpy(local).to(device), torch.from_numpy(places).to(device), most)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..distributed.comm import all_gather, all_to_all
+from ..distributed.mesh import UspMesh
 from ..errors import UspBatchError
 from ..kernels import accumulation_dtype
 from ..utils.autograd import forbid_double_backward
-from .layout import SequenceLayout
+from .layout import KeptTokens, SequenceLayout
 
 
 def unshard(tensor: Tensor, layout: SequenceLayout, dim: int = 1) -> Tensor:
@@ -29,32 +30,42 @@ def unshard(tensor: Tensor, layout: SequenceLayout, dim: int = 1) -> Tensor:
             rule=f"dim {dim} is this rank's share of the sequence, {layout.local_length} tokens",
             remedy="pass dim=..., the dim of the sequence",
         )
-    return _Unshard.apply(tensor, layout, dim)
+    places = _where_from(layout, tensor.device)
+    return _Unshard.apply(tensor, places, layout.local_length, layout.mesh, dim)
+
+
+def unshard_kept(tensor: Tensor, kept: KeptTokens, layout: SequenceLayout) -> Tensor:
+    """Kept tokens [B, K, ...] of all ranks, in the order in which they were asked for, from those of this rank.
+
+    Its gradient is that of `unshard`.
+    """
+    if kept.most == 0:
+        return tensor
+    empty = tensor.new_zeros(len(tensor), kept.most - tensor.shape[1], *tensor.shape[2:])
+    return _Unshard.apply(torch.cat([tensor, empty], dim=1), kept.places, kept.most, layout.mesh, 1)
 
 
 class _Unshard(torch.autograd.Function):
     """All-gather along the sequence; its adjoint sums what every rank's gradient says of this rank's share."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, layout: SequenceLayout, dim: int) -> Tensor:
-        ctx.layout, ctx.dim = layout, dim
-        mesh = layout.mesh
+    def forward(ctx: Any, tensor: Tensor, places: Tensor, each: int, mesh: UspMesh, dim: int) -> Tensor:
+        ctx.places, ctx.each, ctx.mesh, ctx.dim = places, each, mesh, dim
         assert mesh.group is not None
         shares = torch.cat(list(all_gather(tensor, mesh.group)), dim=dim)
-        return shares.index_select(dim, _where_from(layout, tensor.device))
+        return shares.index_select(dim, places)
 
     @staticmethod
     @forbid_double_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layout, dim = ctx.layout, ctx.dim
-        mesh = layout.mesh
+        mesh, dim = ctx.mesh, ctx.dim
         shape = list(grads[0].shape)
-        shape[dim] = layout.padded
-        ordered = grads[0].new_zeros(shape).index_copy_(dim, _where_from(layout, grads[0].device), grads[0])
+        shape[dim] = ctx.each * mesh.size
+        ordered = grads[0].new_zeros(shape).index_copy_(dim, ctx.places, grads[0])
         blocks = torch.stack(ordered.chunk(mesh.size, dim))
         sizes = [blocks[0].numel()] * mesh.size
         received = all_to_all(blocks.view(-1), sizes, sizes, mesh.group).view_as(blocks)
-        return received.sum(0, dtype=accumulation_dtype(received.dtype)).to(received.dtype), None, None
+        return received.sum(0, dtype=accumulation_dtype(received.dtype)).to(received.dtype), None, None, None, None
 
 
 def _where_from(layout: SequenceLayout, device: torch.device) -> Tensor:

@@ -98,7 +98,7 @@ def _check_tensor(name: str, value: Tensor, rows: int, length: int) -> None:
                 rule=f"{name} has one entry per token: ({rows}, {length})",
                 remedy=f"build {name} from the same rows as the tokens, with the same padding and truncation",
             )
-    elif name not in DESCRIBED and value.ndim > 0 and name != "num_items_in_batch":
+    elif name not in (*DESCRIBED, "num_items_in_batch", "logits_to_keep") and value.ndim > 0:
         raise UspBatchError(
             f"a tensor {name} of shape {tuple(value.shape)} in the batch",
             rule="hf_usp shards " + ", ".join(sorted(per_token)) + "; it does not guess how to shard anything else",

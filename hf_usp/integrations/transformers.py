@@ -134,7 +134,7 @@ def apply_context_parallel(
     mesh: UspMesh,
     *,
     sequence_order: str = "auto",
-    gather_outputs: bool = False,
+    gather_outputs: bool | None = None,
     self_check: bool = True,
     kernel: str | None = None,
     loss_chunk_size: int | None = None,
@@ -161,7 +161,8 @@ def apply_context_parallel(
     """
     validate_options(sequence_order, kernel)
     validate_memory_options(loss_chunk_size, mlp_chunk_size, gather_outputs)
-    check_switches(gather_outputs=gather_outputs, self_check=self_check, offload_checkpoints=offload_checkpoints)
+    check_switches(gather_outputs=gather_outputs is None or gather_outputs)
+    check_switches(self_check=self_check, offload_checkpoints=offload_checkpoints)
     apply_memory_options(model, loss_chunk_size, mlp_chunk_size, offload_checkpoints)
     if mesh.size > 1:
         verify_same_on_all_processes(describe_model(find_model(model)))
@@ -231,7 +232,9 @@ def validate_options(sequence_order: str, kernel: str | None) -> None:
         )
 
 
-def validate_memory_options(loss_chunk_size: int | None, mlp_chunk_size: int | None, gather_outputs: bool) -> None:
+def validate_memory_options(
+    loss_chunk_size: int | None, mlp_chunk_size: int | None, gather_outputs: bool | None
+) -> None:
     """Raise `UspConfigError` for empty chunks, and for logits that are both left out and gathered."""
     check_positive_int(loss_chunk_size=loss_chunk_size, mlp_chunk_size=mlp_chunk_size)
     if loss_chunk_size is not None and gather_outputs:

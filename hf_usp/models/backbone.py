@@ -200,9 +200,9 @@ def _shard_features(
     return visual_BL, [take(feature, rows, layout.mesh) for feature in features]
 
 
-def gather_outputs(output: Any, layout: SequenceLayout) -> None:
+def gather_outputs(output: Any, layout: SequenceLayout, names: Sequence[str] = PER_TOKEN_OUTPUTS) -> None:
     """Put the per-token outputs of a model together, in place."""
-    for name in PER_TOKEN_OUTPUTS:
+    for name in names:
         if output.get(name) is not None:
             output[name] = _gather(output[name], layout)
 

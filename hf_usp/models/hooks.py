@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..batch.context import ShardOptions
+from ..batch.layout import locate_tokens
 from ..batch.shard import get_tokens, shard_tensor
 from ..batch.sharded_tensors import context_of
+from ..batch.unshard import unshard_kept
 from ..compat import attention_implementation, find_hook_owner, tree_leaves
 from ..distributed.failures import refuse_after_failure, report_failure
 from ..distributed.loss import reduce_loss
@@ -44,7 +46,7 @@ from .selfcheck.training import refuse_scaled_noise, training_check
 from .tensor_parallel import PartialGradients
 from .traits import MeasuredTraits, ModelTraits, inspect_model
 from .trl_fused_head import FUSED, unshard_fields, validate_trl_trainer
-from .unsharded import PreparedLayers, check_outside_loss, guard_share, is_generation
+from .unsharded import PreparedLayers, check_outside_loss, guard_share, has_labels, is_generation, kept_positions
 from .validation import validate_call, validate_model
 
 
@@ -58,7 +60,7 @@ class ContextParallelHooks(NotSaved):
         mesh: UspMesh,
         options: ShardOptions,
         *,
-        gather_outputs: bool,
+        gather_outputs: bool | None,
         self_check: bool,
         around: nn.Module,
     ) -> None:
@@ -134,6 +136,11 @@ class ContextParallelHooks(NotSaved):
         num_labels = share.pop("num_labels", None)
         if num_labels is not None:
             share["num_items_in_batch"] = num_labels if items is None else items
+        context.gathers_outputs = self._gathers(batch)
+        positions_K = None if self.backbone.needs_full_hidden_states else kept_positions(batch)
+        if positions_K is not None:
+            context.kept = locate_tokens(positions_K, context.layout, device)
+            share["logits_to_keep"] = context.kept.local
         context.wants_router_logits = self._wants_router_logits(model, batch)
         if context.wants_router_logits:
             self.router.learn(model, self.mesh, device)
@@ -150,7 +157,7 @@ class ContextParallelHooks(NotSaved):
             or getattr(model, "pooler", None) is not None
             or self._wants_router_logits(model, batch)
         )
-        if not (whole or self.gather_outputs or batch.get(FUSED)):
+        if not (whole or self._gathers(batch) or batch.get(FUSED)):
             check_outside_loss(model, batch)
         refuse_scaled_noise(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
@@ -176,6 +183,10 @@ class ContextParallelHooks(NotSaved):
                 "DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or do not pack",
             )
 
+    def _gathers(self, batch: Mapping[str, Any]) -> bool:
+        """Whether per-token outputs come back full: by default where a caller can want nothing else of the model."""
+        return not has_labels(batch) if self.gather_outputs is None else self.gather_outputs
+
     def _wants_router_logits(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
         return not self.backbone.needs_full_hidden_states and wants_router_logits(model, batch)
 
@@ -189,7 +200,7 @@ class ContextParallelHooks(NotSaved):
 
     @torch.compiler.disable
     def post_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """After the forward: the loss of the full batch, and full outputs where `gather_outputs` asks for them."""
+        """After the forward: the loss of the full batch, and full outputs where they are asked for."""
         context = context_of(*kwargs.values())
         if context is None or context.layout.mesh is not self.mesh:
             return output
@@ -207,7 +218,7 @@ class ContextParallelHooks(NotSaved):
         if context.wants_router_logits:
             mask = kwargs["attention_mask"].as_subclass(Tensor)
             output = self.router.add(
-                output, layout, shard_tensor(mask, layout, 0) if self.backbone.inside else mask, self.gather_outputs
+                output, layout, shard_tensor(mask, layout, 0) if self.backbone.inside else mask, context.gathers_outputs
             )
         if output.get("loss") is not None:
             assert self.mesh.group is not None
@@ -216,10 +227,14 @@ class ContextParallelHooks(NotSaved):
             return unshard_fields(output, context)
         if not self.backbone.inside:
             recompute_pooler(model, output, layout, gathered=False)
-        if self.gather_outputs:
-            gather_outputs(output, layout)
+        of_all = [name for name in PER_TOKEN_OUTPUTS if output.get(name) is not None]
+        if context.kept is not None and "logits" in of_all:
+            of_all.remove("logits")
+            output["logits"] = unshard_kept(output["logits"], context.kept, layout)
+        if context.gathers_outputs:
+            gather_outputs(output, layout, of_all)
         else:
-            left = {name: output[name] for name in PER_TOKEN_OUTPUTS if output.get(name) is not None}
+            left = {name: output[name] for name in of_all}
             self.shares = frozenset(tuple(x.shape) for x in tree_leaves(left) if isinstance(x, Tensor))
             for name, share in left.items():
                 output[name] = guard_share(name, share)
@@ -248,7 +263,7 @@ def attach_hooks(
     *,
     sequence_order: str = "auto",
     kernel: str | None = None,
-    gather_outputs: bool = False,
+    gather_outputs: bool | None = None,
     self_check: bool = True,
 ) -> ContextParallelHooks:
     """Make the Transformers model inside `module` shard its batches over `mesh`. Attaching again replaces the first."""

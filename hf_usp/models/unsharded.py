@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..batch.shard import get_tokens
 from ..distributed.failures import report_failure
-from ..errors import UspModelError
+from ..errors import UspBatchError, UspModelError
+from ..sharding.intervals import IntArray
 from ..utils.autograd import forbid_double_backward
 
 # Keywords with which models take a cache: since Transformers 5.24 "cache" is what was "past_key_values" (until 5.40).
@@ -73,8 +76,8 @@ def refuse_unsharded(module: nn.Module) -> None:
         f"{type(module).__name__} of a prepared model gets a full batch in a training step",
         rule="in training each rank computes its share; a part of the model that is called by itself, or beside the "
         "prepared one, would compute the full batch on every rank, and count once for each",
-        remedy="call the prepared model itself: model(...), whose logits and hidden states are full with "
-        "UspParallelismConfig(gather_outputs=True); prepare a second Transformers model by itself "
+        remedy="call the prepared model itself: model(...), whose logits and hidden states are full without labels, "
+        "or with UspParallelismConfig(gather_outputs=True); prepare a second Transformers model by itself "
         "(accelerator.prepare_model); outside training use model.eval() or torch.no_grad()",
     )
     report_failure(problem)
@@ -95,26 +98,60 @@ def cache_in(batch: Mapping[str, Any]) -> str | None:
     return next((name for name in CACHES if batch.get(name) is not None), None)
 
 
+def has_labels(batch: Mapping[str, Any]) -> bool:
+    """Whether the model computes a loss. Without labels all that a caller can want are logits and hidden states."""
+    return batch.get("labels") is not None or batch.get("shift_labels") is not None
+
+
 def wants_some_logits(batch: Mapping[str, Any]) -> bool:
+    """Whether a call asks for the logits of some tokens only."""
     keep = batch.get("logits_to_keep")
     return keep is not None and not (isinstance(keep, int) and keep == 0)
 
 
 def is_generation(model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
-    """A call outside of training that has a cache or wants some logits only: `generate` needs full sequences."""
-    meant = batch.get("labels") is None and (cache_in(batch) is not None or wants_some_logits(batch))
-    return meant and not (model.training and trains(model, batch))
+    """A call outside of training as `generate` makes it: with a cache, or without gradients for the last logits."""
+    if has_labels(batch) or (model.training and trains(model, batch)):
+        return False
+    keep = batch.get("logits_to_keep")
+    return cache_in(batch) is not None or (isinstance(keep, int) and keep == 1 and not torch.is_grad_enabled())
+
+
+def kept_positions(batch: Mapping[str, Any]) -> IntArray | None:
+    """The positions of a row whose logits `logits_to_keep` asks for [K]; None: all.
+
+    Raises `UspBatchError` for positions that no row has, and for those of each row.
+    """
+    tokens = get_tokens(batch)
+    if not wants_some_logits(batch) or not isinstance(tokens, Tensor) or tokens.ndim < 2:
+        return None
+    keep, length = batch["logits_to_keep"], tokens.shape[1]
+    if isinstance(keep, int):
+        return np.arange(length)[-keep:]
+    try:
+        kept = np.arange(length)[keep.cpu().numpy()]
+    except IndexError:
+        kept = None
+    if kept is None or kept.ndim != 1 or keep.ndim != 1:
+        raise UspBatchError(
+            f"logits_to_keep of shape {tuple(keep.shape)} for rows of {length} tokens",
+            rule="logits_to_keep is a number of last tokens or a list of positions, the same ones of every row",
+            remedy="pass the positions that any row needs [K], or leave logits_to_keep out and take some of the logits",
+        )
+    return kept
 
 
 def check_outside_loss(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     """Refuse a call whose outputs, this rank's share, can only serve a loss that is made outside the model."""
-    if batch.get("labels") is None and batch.get("shift_labels") is None and trains(model, batch):
+    counted = batch.get("num_items_in_batch") is not None
+    if not has_labels(batch) and (counted or trains(model, batch)):
+        how = "num_items_in_batch (label smoothing, compute_loss_func)" if counted else "gradients"
         raise UspModelError(
-            f"{type(model).__name__} with gradients and without labels: a loss will be made outside the model",
-            rule="logits and hidden states are this rank's share of the tokens; a loss of them would be another one on "
-            "each rank",
-            remedy="hand out full logits and hidden states with UspParallelismConfig(gather_outputs=True); or pass "
-            "labels and take the model's own loss; or call the model under torch.no_grad()",
+            f"{type(model).__name__} with {how} and without labels: a loss will be made outside the model",
+            rule="with gather_outputs=False logits and hidden states are this rank's share of the tokens; a loss of "
+            "them would be another one on each rank",
+            remedy="hand out full logits and hidden states: leave gather_outputs out; or pass labels and take the "
+            "model's own loss; or call the model under torch.no_grad()",
         )
 
 

@@ -15,7 +15,7 @@ from .attention_interface import NAME, no_attention_weights
 from .backbone import accepts_any_keyword, find_backbone, validate_outer_model
 from .recurrent_layers import has_recurrent_layers
 from .tensor_parallel import check_tensor_parallel
-from .unsharded import cache_in, wants_some_logits
+from .unsharded import cache_in, has_labels, kept_positions, wants_some_logits
 
 
 def validate_model(model: PreTrainedModel) -> None:
@@ -64,26 +64,24 @@ def validate_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     """Refuse what this model cannot do with this batch."""
     config = model.config
     cache = cache_in(batch)
-    if cache is not None or wants_some_logits(batch):
+    if cache is not None:
         raise UspModelError(
-            f"{cache or 'logits_to_keep'} together with labels, or in a training step",
-            rule="a sharded forward sees whole sequences and computes the loss over all of them",
-            remedy="train without a cache (prefix tuning keeps its prefix there) and without logits_to_keep; with "
-            "UspParallelismConfig(gather_outputs=True) take some of the full logits instead",
+            f"{cache} together with labels, or in a training step",
+            rule="a sharded forward sees whole sequences",
+            remedy="train without a cache (prefix tuning keeps its prefix there)",
+        )
+    if wants_some_logits(batch) and has_labels(batch):
+        raise UspModelError(
+            "logits_to_keep together with labels",
+            rule="the model's loss is one over all tokens of its sequences",
+            remedy="leave logits_to_keep out, or pass it without labels and make the loss of the logits",
         )
     if batch.get("output_attentions") or getattr(config, "output_attentions", False):
         raise no_attention_weights()
     if batch.get("return_dict") is False:
         raise UspModelError("return_dict=False", rule="a sharded forward returns a ModelOutput", remedy="leave it out")
-    has_labels = batch.get("labels") is not None or batch.get("shift_labels") is not None
-    if not has_labels and batch.get("num_items_in_batch") is not None:
-        raise UspModelError(
-            "num_items_in_batch without labels: a loss outside the model (label smoothing, compute_loss_func)",
-            rule="the model computes the loss of its share; a loss of full logits would count once for every rank",
-            remedy="set label_smoothing_factor=0 and no compute_loss_func; or, in your own loop, average a loss of "
-            "gathered logits over ranks (gather_outputs=True)",
-        )
-    if not has_labels:
+    if not has_labels(batch):
+        kept_positions(batch)
         return
     if model.loss_function is not ForCausalLMLoss and not find_backbone(model).needs_full_hidden_states:
         raise UspModelError(

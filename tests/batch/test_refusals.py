@@ -95,7 +95,6 @@ CASES: dict[str, Any] = {
     "empty batch": changed(input_ids=lambda b: b["input_ids"][:0], labels=lambda b: b["labels"][:0]),
     "no tokens": changed(input_ids=None),
     "unknown tensor": changed(pixel_values=torch.zeros(2, 3)),
-    "loss outside the model": changed(labels=None, num_items_in_batch=torch.tensor(10)),
     "tuples": changed(return_dict=False),
     "cache with labels": changed(past_key_values=lambda b: object()),
     "cu_seq_lens": changed(cu_seq_lens_q=torch.tensor([0, 10])),

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import hf_usp
+
 from ..harness import compare, fresh_accelerate, one_process, run_trainer, training_arguments
 from ..ranks import Ranks
-from ..tiny import HYBRID, rows, tiny_model
+from ..tiny import HYBRID, largest_difference, rows, tiny_model
 
 # (cp_size, ulysses_degree, order); the rest of the four ranks is data parallel.
 MESHES = [
@@ -87,7 +89,6 @@ def test_predict_returns_whole_logits_of_every_row_once(four_ranks: Ranks, tmp_p
 
 def predict_with_shares(folder: str) -> str:
     """The message of the refusal when `predict` would gather shares of logits."""
-    import hf_usp
 
     setup = {"rows": 2, "batch": 1, "steps": 1, "gather": False}
     from transformers import Trainer
@@ -109,29 +110,60 @@ def test_predict_without_gathered_outputs_is_refused(four_ranks: Ranks, tmp_path
         assert "gather_outputs=True" in message
 
 
-def loss_outside(folder: str, how: str) -> str:
-    """The message of the refusal when the Trainer computes the loss itself."""
+def mean_square(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    """A loss that is no sum over tokens: a ratio of two."""
+    kept = labels[:, 1:] != -100
+    return outputs.logits[:, :-1][kept].square().sum() / outputs.logits.detach().exp().sum()
+
+
+def loss_outside(folder: str, how: str, mesh: tuple[int, int] | None, gather: bool | None = None) -> dict[str, Any]:
+    """Three steps and an evaluation where the Trainer computes the loss itself."""
     from transformers import Trainer
 
-    import hf_usp
-
     fresh_accelerate()
+    config = mesh and hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1], gather_outputs=gather)
     args = training_arguments(
         folder,
-        max_steps=1,
-        parallelism_config=hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2),
+        max_steps=3,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2 if mesh is None or mesh[0] == 4 else 1,
+        per_device_eval_batch_size=2,
+        logging_steps=1,
+        learning_rate=0.05,
+        optim="sgd",
+        save_strategy="no",
+        parallelism_config=config,
         label_smoothing_factor=0.1 if how == "label smoothing" else 0.0,
     )
-    own = {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()}
-    trainer = Trainer(
-        model=tiny_model(), args=args, train_dataset=rows(2, 40), **(own if how != "label smoothing" else {})
-    )
+    model = tiny_model("qwen2", "sdpa" if mesh is None else "usp")
+    own: dict[str, Any] = {} if how == "label smoothing" else {"compute_loss_func": mean_square}
+    trainer = Trainer(model=model, args=args, train_dataset=rows(12, 40), eval_dataset=rows(4, 40, False), **own)
+    trainer.train()
+    logs = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    return {
+        "losses": [*logs, trainer.evaluate(metric_key_prefix="test")["test_loss"]],
+        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+    }
+
+
+@pytest.mark.parametrize("how", ["label smoothing", "compute_loss_func"])
+def test_a_loss_outside_the_model_equals_one_process(four_ranks: Ranks, tmp_path: Path, how: str) -> None:
+    reference = loss_outside(str(tmp_path), how, None)
+    assert len(reference["losses"]) == 4
+    # A mean over a batch of its own is another one where data-parallel ranks share the batch.
+    for mesh in ((4, 2), (2, 2)) if how == "label smoothing" else ((4, 2),):
+        for mine in four_ranks.run(loss_outside, str(tmp_path), how, mesh):
+            assert mine["losses"] == pytest.approx(reference["losses"], rel=2e-5)
+            assert largest_difference(mine["weights"], reference["weights"]) < 1e-6
+
+
+def refused_outside(folder: str, how: str) -> str:
     with pytest.raises(hf_usp.UspModelError) as refusal:
-        trainer.train()
+        loss_outside(folder, how, (4, 2), gather=False)
     return str(refusal.value)
 
 
 @pytest.mark.parametrize("how", ["label smoothing", "compute_loss_func"])
-def test_a_loss_outside_the_model_is_refused(four_ranks: Ranks, tmp_path: Path, how: str) -> None:
-    for message in four_ranks.run(loss_outside, str(tmp_path), how):
-        assert how in message and "label_smoothing_factor=0" in message
+def test_a_loss_outside_the_model_is_refused_of_shares(four_ranks: Ranks, tmp_path: Path, how: str) -> None:
+    for message in four_ranks.run(refused_outside, str(tmp_path), how):
+        assert how in message and "leave gather_outputs out" in message

@@ -63,11 +63,10 @@ def ways_around() -> dict[str, Any]:
     model.train()
     found["refused"] = [
         refusal(lambda: model.model(ids)),
-        refusal(lambda: wrapped(ids, logits_to_keep=1)),
         refusal(lambda: wrapped(ids, **{name: DynamicCache()})),
-        refusal(lambda: wrapped(**tokens)),
-        refusal(lambda: model.forward(ids)),
+        refusal(lambda: wrapped(**batch, logits_to_keep=3)),
     ]
+    found["forward"] = model.forward(ids).logits.detach()
     # A loss of logits beside the model's own: its gradient is refused, looking at them is not.
     output = wrapped(**batch)
     (output.loss + 0 * output.logits.square().mean() + output.logits.detach().mean()).backward()
@@ -97,7 +96,8 @@ def ways_around() -> dict[str, Any]:
     hidden, last = model.model(ids).last_hidden_state, wrapped(ids, logits_to_keep=1).logits
     found["whole"] = [hidden.detach(), last.detach(), cached.logits.detach(), cached[name].get_seq_length()]
     with torch.no_grad():
-        found["share"] = wrapped(**tokens).logits.shape[1]
+        found["share"] = wrapped(**batch).logits.shape[1]
+        found["last"] = [wrapped(ids, logits_to_keep=n).logits for n in (1, 5)]
         found["generated"] = model.train().generate(ids[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
 
     hooks = get_hooks(model)
@@ -110,7 +110,7 @@ def ways_around() -> dict[str, Any]:
     pair = TwoModels(tiny_model("qwen2"), twin)
     prepared_modules(pair)
     found["refused"].append(refusal(lambda: pair.second(ids)))
-    alone = prepared_modules(twin, gather_outputs=True)  # the remedy
+    alone = prepared_modules(twin)  # the remedy
     found["alone"] = alone(**tokens).logits.detach()
     return found
 
@@ -128,17 +128,16 @@ def test_ways_around_a_prepared_model(two_ranks: Ranks) -> None:
     for mine in two_ranks.run(ways_around):
         texts = [
             "full batch in a training step",
-            "logits_to_keep together with labels, or in a training step",
             f"{mine['name']} together with labels, or in a training step",
-            "without labels",
-            "without labels",
+            "logits_to_keep together with labels",
             "full batch in a training step",
         ]
         assert len(texts) == len(mine["refused"])
         assert all(text in message for text, message in zip(texts, mine["refused"], strict=True))
         assert "`logits`" in mine["penalties"][0]
         assert "`hidden_states`" in mine["penalties"][1]
-        assert all("gather_outputs=True" in message for message in (*mine["refused"], *mine["penalties"]))
+        assert all("gather_outputs=True" in message for message in mine["penalties"])
+        torch.testing.assert_close(mine["forward"], model.train()(ids).logits, atol=1e-5, rtol=1e-4)
         tokens, direct, grads = mine["direct"]
         assert tokens == mine["share"] < length
         assert direct == pytest.approx(loss.item(), abs=1e-6)
@@ -148,39 +147,83 @@ def test_ways_around_a_prepared_model(two_ranks: Ranks) -> None:
         hidden, last, logits, cached = mine["whole"]
         model.eval()
         torch.testing.assert_close(hidden, model.model(ids).last_hidden_state)
-        torch.testing.assert_close(last, model(ids, logits_to_keep=1).logits)
+        for some in (last, *mine["last"]):
+            torch.testing.assert_close(some, model(ids, logits_to_keep=some.shape[1]).logits, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(logits, model(ids, **{mine["name"]: DynamicCache()}).logits)
         assert cached == length
         assert torch.equal(mine["generated"], generated)
         torch.testing.assert_close(mine["alone"][real], model(**batch).logits[real], atol=1e-5, rtol=1e-4)
 
 
+KEPT = (5, torch.tensor([3, 36, 20, 3, -2]))  # last tokens, of one rank or two; positions in any order
+
+
 def own_losses(model: Any, batch: dict[str, Tensor], labels: bool) -> Tensor:
-    """Losses that people make of what a model returns: cross-entropy by hand, of last tokens, a penalty [3 or 4]."""
+    """Losses that people make of what a model returns: cross-entropy by hand, of last tokens, a penalty, of some."""
     output = model(batch["input_ids"], labels=batch["labels"] if labels else None, output_hidden_states=True)
     logits, last = output.logits, nn.functional.normalize(output.hidden_states[-1][:, -1], dim=-1)
     manual_loop = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     contrast = nn.functional.cross_entropy(last @ last.T * 3, torch.arange(len(last)))
-    return torch.stack([manual_loop, contrast, logits.square().mean(), *([output.loss] if labels else [])])
+    some = [model(batch["input_ids"], logits_to_keep=keep).logits for keep in KEPT]
+    kept = [x.softmax(-1)[..., 7].pow(2).sum() * (1 + torch.arange(x.shape[1])).sum() for x in some]
+    return torch.stack([manual_loop, contrast, logits.square().mean(), *kept, *([output.loss] if labels else [])])
 
 
-def made_outside(sharded: bool) -> list[Any]:
-    model: Any = tiny_model("qwen2", "usp" if sharded else "sdpa")
-    wrapped = prepared_modules(model, gather_outputs=True) if sharded else model
+def made_outside(ulysses: int, gather: bool | None) -> list[Any]:
+    """Losses and gradients by one process (`ulysses` 0) or two."""
+    model: Any = tiny_model("qwen2", "usp" if ulysses else "sdpa")
+    if ulysses:
+        mesh = hf_usp.UspMesh.build(ring_degree=2 // ulysses, ulysses_degree=ulysses)
+        hf_usp.apply_context_parallel(model, mesh, gather_outputs=gather)
     found = []
-    for labels in (False, True):
-        losses = own_losses(wrapped, batch_of("plain"), labels)
+    for labels in (False, True) if gather or not ulysses else (False,):
+        losses = own_losses(model, batch_of("plain"), labels)
         losses.sum().backward()
-        found.append((losses.tolist(), taken_gradients(model)))
+        gradients = taken_gradients(model)
+        found.append((losses.tolist(), averaged(gradients) if ulysses else gradients))
     return found
 
 
-def test_losses_made_outside_are_exact_with_the_remedy(two_ranks: Ranks) -> None:
-    reference = made_outside(False)
-    for mine in two_ranks.run(made_outside, True):
-        for (losses, grads), (right, right_grads) in zip(mine, reference, strict=True):
+@pytest.mark.parametrize(("ulysses", "gather"), [(1, None), (1, True), (2, None)])
+def test_losses_made_outside_are_exact(two_ranks: Ranks, ulysses: int, gather: bool | None) -> None:
+    reference = made_outside(0, None)
+    for mine in two_ranks.run(made_outside, ulysses, gather):
+        assert len(mine) == (2 if gather else 1)
+        for (losses, grads), (right, right_grads) in zip(mine, reference, strict=False):
             assert losses == pytest.approx(right, abs=1e-5)
             assert largest_difference(grads, right_grads) < 1e-6
+
+
+def not_gathered() -> list[str]:
+    """With `gather_outputs=False` a loss outside the model is refused; logits of some tokens come whole even then."""
+    wrapped, ids = prepared_modules(tiny_model("llama"), gather_outputs=False), batch_of("plain")["input_ids"]
+    with torch.no_grad():
+        assert wrapped(ids).logits.shape[1] < ids.shape[1]
+        assert wrapped(ids, logits_to_keep=7).logits.shape[1] == 7
+        found = [refusal(lambda: wrapped(ids, num_items_in_batch=9))]
+    return [*found, refusal(lambda: wrapped(ids)), refusal(lambda: wrapped(ids, logits_to_keep=7))]
+
+
+def test_losses_made_outside_are_refused_of_shares(two_ranks: Ranks) -> None:
+    for messages in two_ranks.run(not_gathered):
+        assert all("without labels: a loss will be made outside" in message for message in messages)
+        assert ["label smoothing" in message for message in messages] == [True, False, False]
+
+
+def bad_positions() -> list[str]:
+    """Positions that no row has, and those of each row; on one rank alone."""
+    wrapped, ids = prepared_modules(tiny_model("llama")), batch_of("plain")["input_ids"]
+    found, rank = [], torch.distributed.get_rank()
+    for keep in (torch.tensor([36, 37]), torch.tensor([[1], [2]])):
+        with pytest.raises(hf_usp.UspError) as problem:
+            wrapped(ids, logits_to_keep=keep if rank else 3)
+        found.append(str(problem.value))
+    return found
+
+
+def test_positions_that_rows_do_not_share_are_refused(two_ranks: Ranks) -> None:
+    for messages in two_ranks.run(bad_positions):
+        assert ["logits_to_keep of shape" in message for message in messages] == [True, True]
 
 
 class Prompted(nn.Module):
