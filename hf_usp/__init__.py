@@ -12,6 +12,7 @@ from .config import UspParallelismConfig
 from .distributed.mesh import UspMesh
 from .errors import UspBatchError, UspConfigError, UspError, UspKernelError, UspMaskError, UspModelError, UspRankError
 from .integrations.accelerate import remove_context_parallel
+from .integrations.once import once
 from .integrations.transformers import apply_context_parallel, describe
 from .memory.activation_checkpointing import save_attention_outputs
 from .models.attention_interface import register
@@ -31,6 +32,7 @@ __all__ = [
     "UspRankError",
     "apply_context_parallel",
     "describe",
+    "once",
     "remove_context_parallel",
     "save_attention_outputs",
     "shard",

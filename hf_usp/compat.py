@@ -259,12 +259,6 @@ def is_batch_rebalance_sampler(sampler: Any) -> bool:
 # ----------------------------------------------------------------- Accelerate, DeepSpeed, TRL: read in 1.15, 0.19, 1.16
 
 
-def is_sharding_wrapper(module: torch.nn.Module) -> bool:
-    """Whether DeepSpeed or FSDP wraps a module, by the name of a base: DeepSpeed is not imported to ask."""
-    wrappers = ("DeepSpeedEngine", "FSDPModule", "FullyShardedDataParallel")
-    return any(kind.__name__ in wrappers for kind in type(module).__mro__)
-
-
 def calling_object() -> Any:
     """`self` of the method that called the caller of this function; None where it is no method.
 
@@ -272,6 +266,23 @@ def calling_object() -> Any:
     once TRL prepares them with the accelerator.
     """
     return sys._getframe(2).f_locals.get("self")
+
+
+# TRL's method that samples completions and scores them, that which gathers rewards, and the standard deviation that is
+# called by its module's name. Go once TRL counts rewards of processes that share a batch once.
+SCORING, REWARDS, DEVIATION = "_generate_and_score_completions", "_calculate_rewards", "nanstd"
+
+
+def scoring_modules(trainer: Any) -> list[Any]:
+    """The modules of a trainer's classes that define that method, as far as they call that deviation."""
+    modules = [sys.modules[kind.__module__] for kind in type(trainer).__mro__ if SCORING in vars(kind)]
+    return [module for module in modules if hasattr(module, DEVIATION)]
+
+
+def is_repeat_sampler(sampler: Any) -> bool:
+    """Whether a sampler is TRL's, which repeats chunks of prompts; by its name, for TRL is not imported to ask."""
+    names = [(kind.__name__, kind.__module__.partition(".")[0]) for kind in type(sampler).__mro__]
+    return ("RepeatSampler", "trl") in names
 
 
 def prepared_schedulers(accelerator: Any) -> list[Any]:

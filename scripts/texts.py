@@ -7,7 +7,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import tokenizers
 from datasets import Dataset, load_dataset
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from hf_usp.errors import UspError
 
@@ -90,3 +94,12 @@ def dataset_documents(name: str, config: str | None, split: str, column: str, st
             remedy=f"pass --text_column with one of {', '.join(names)}",
         )
     return rows
+
+
+def transformers_tokenizer() -> PreTrainedTokenizerFast:
+    """UTF-8 bytes and an end of text as a tokenizer of Transformers, for trainers that want one; 257 ids."""
+    letters = sorted(ByteLevel.alphabet())
+    model = tokenizers.Tokenizer(BPE(vocab={letter: i for i, letter in enumerate([*letters, "<eos>"])}, merges=[]))
+    model.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>", pad_token="<eos>")

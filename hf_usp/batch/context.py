@@ -70,6 +70,7 @@ class ForwardContext:
         has_shift_labels: whether the caller passed `shift_labels`.
         wants_router_logits: whether the caller asked for `output_router_logits`.
         gathers_outputs: whether per-token outputs are gathered after the forward.
+        of_backbone: whether the base model of a causal LM was called by itself.
         kept: the tokens whose logits the caller wants (`logits_to_keep`); None: all.
         attention_calls: attention calls by shape; those of recomputed layers count again.
         recurrent_calls: calls of kernels of recurrent layers.
@@ -81,6 +82,7 @@ class ForwardContext:
     has_shift_labels: bool = False
     wants_router_logits: bool = False
     gathers_outputs: bool = False
+    of_backbone: bool = False
     kept: KeptTokens | None = None
     attention_calls: Counter[AttentionShape] = field(default_factory=Counter, repr=False)
     recurrent_calls: int = 0

@@ -156,6 +156,14 @@ def all_gather_objects(thing: Any) -> list[Any]:
     return said
 
 
+@translate_connection_errors
+def broadcast_object(thing: Any, source: int, group: Group) -> Any:
+    """What the global rank `source` of a group passes, on every rank of it. For small things that can be pickled."""
+    box = [thing]
+    dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]
+
+
 def _backends(group: Group) -> dict[str, str]:
     """Kind of device -> backend; a group may have one for each ("cpu:gloo,cuda:nccl")."""
     return dict(part.split(":") for part in dist.get_backend_config(group).split(","))

@@ -171,6 +171,21 @@ def batch_mesh(device_type: str, model_parallel_size: int) -> DeviceMesh:
     return kept_mesh(("batch", device_type, shape), lambda: init_device_mesh(device_type, shape, mesh_dim_names=names))
 
 
+def consecutive_group(size: int) -> tuple[tuple[int, ...], dist.ProcessGroup | None]:
+    """The `size` consecutive ranks of the world to which this one belongs, and their group; None for one rank."""
+    first = dist.get_rank() // size * size
+    ranks = tuple(range(first, first + size))
+    return ranks, _group("mesh", ranks)
+
+
+def mesh_in_force() -> bool:
+    """Whether this process has built a mesh of several ranks."""
+    if not dist.is_initialized():
+        return False
+    owner, made = group_registry().get("hf_usp", (None, {}))
+    return owner is not None and owner() is _default_group() and any(key[0] == "mesh" for key in made)
+
+
 def kept(key: Hashable, make: Callable[[], Any]) -> Any:
     """The first result of `make`: torch frees no group before the end, so later meshes use the same ones.
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, is_compiled_module
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ..compat import LOADER_MESH, calling_object, is_prepared_loader, is_sharding_wrapper
+from ..compat import LOADER_MESH, calling_object, is_prepared_loader
 from ..distributed.agreement import verify_same_on_all_processes
+from ..distributed.comm import world_size
 from ..distributed.failures import refuse_after_failure, reporting_failures, translate_connection_errors
 from ..distributed.mesh import UspMesh
 from ..errors import UspModelError
 from ..models.hooks import ContextParallelHooks, attends_sharded, find_model, get_hooks
 from ..models.traits import inspect_model
 from ..utils.patches import AttributePatches
+from .completions import check_streamed_prompts, repeat_for_groups, score_once
 from .data_loader import same_order, same_rows
 from .deepspeed import prepare_for_deepspeed, under_deepspeed
 from .gathering import Gathering, refuse_shares
@@ -29,6 +33,7 @@ from .process_groups import (
     keep_full_states_on_first_rank,
     step_for_groups,
 )
+from .random_state import share_random_state
 from .transformers import apply_context_parallel, apply_memory_options, remove_from_model
 from .ulysses_degree import chosen_degree
 
@@ -137,7 +142,7 @@ class AcceleratorPatch:
         self.patches.undo()
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        self.shard_models_of(calling_object())
+        self.adopt(calling_object(), args)
         for module in args:
             if isinstance(module, torch.nn.Module):
                 self.shard(module)
@@ -145,13 +150,16 @@ class AcceleratorPatch:
         with all_processes(self.accelerator):
             prepared = self.stock["prepare"](*given, **kwargs)
         step_for_groups(self.accelerator, self.patches)
+        self._share_random_state(args)
         return prepared
 
     def prepare_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.shard_models_of(calling_object())
+        self.adopt(calling_object(), ())
         self.shard(model)
         with all_processes(self.accelerator):
-            return self.stock["prepare_model"](model, *args, **kwargs)
+            prepared = self.stock["prepare_model"](model, *args, **kwargs)
+        self._share_random_state((model,))
+        return prepared
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         prepared = self.stock["prepare_scheduler"](scheduler)
@@ -163,6 +171,7 @@ class AcceleratorPatch:
             return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
         model_parallel_size = self.config.cp_size * self.config.tp_size
         same_rows(self.accelerator, data_loader, model_parallel_size, self.patches)
+        repeat_for_groups(data_loader, world_size() // model_parallel_size, self.patches)
         with all_processes(self.accelerator):
             prepared = self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
             same_order(prepared, self.accelerator.num_processes, model_parallel_size, self.patches)
@@ -172,17 +181,27 @@ class AcceleratorPatch:
         with reporting_failures(self.prepared):
             self.stock["backward"](*args, **kwargs)
 
-    def shard_models_of(self, caller: Any) -> None:
-        """Attach the hooks to other models of a trainer that has wrapped them past `prepare`.
+    def adopt(self, caller: Any, args: Sequence[Any]) -> None:
+        """What belongs to this accelerator without passing `prepare`, as the trainer shows that asks for `prepare`.
 
-        TRL does so with reference and teacher models, in `prepare_deepspeed` and `prepare_fsdp`. Nothing of ours is
-        called there; that they belong to this accelerator shows in the trainer that asks for `prepare` later.
+        Its models get the hooks. TRL wraps reference, teacher and reward models in `prepare_deepspeed` and
+        `prepare_fsdp`, and computes log-probabilities of a reference with the model before it is prepared.
         """
-        if getattr(caller, "accelerator", None) is not self.accelerator:
+        if self.config.cp_size == 1 or getattr(caller, "accelerator", None) is not self.accelerator:
             return
-        for module in [value for value in vars(caller).values() if isinstance(value, torch.nn.Module)]:
-            if is_sharding_wrapper(module) and attends_sharded(module):
+        values = [x for value in vars(caller).values() for x in (value if isinstance(value, list | tuple) else [value])]
+        for module in values:
+            if isinstance(module, torch.nn.Module) and attends_sharded(module):
                 self.shard(module)
+        group_size = self.config.cp_size * self.config.tp_size
+        score_once(caller, group_size, self.patches)
+        for loader in args:
+            if isinstance(loader, DataLoader):
+                check_streamed_prompts(caller, loader, world_size() // group_size)
+
+    def _share_random_state(self, args: Sequence[Any]) -> None:
+        if self.config.cp_size > 1 and any(isinstance(x, torch.nn.Module) for x in args):
+            share_random_state(self.config.cp_size * self.config.tp_size)
 
     def shard(self, module: torch.nn.Module) -> None:
         """Apply context parallelism to the Transformers model in `module`, once."""

@@ -26,6 +26,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from ..compat import is_batch_rebalance_sampler
+from ..distributed.agreement import verify_same_on_all_processes
 from ..errors import UspConfigError
 from ..utils.patches import AttributePatches
 from .streaming import count_rows, number_batches
@@ -37,8 +38,10 @@ def same_rows(
     """Make the loader, not yet prepared, give `model_parallel_size` consecutive ranks the same rows.
 
     Raises:
-        UspConfigError: dispatch_batches=True.
+        UspConfigError: dispatch_batches=True, or an iterable dataset whose rows only some ranks have.
     """
+    if isinstance(loader.dataset, IterableDataset):  # asynchronous trainers have their rows on the first rank alone
+        verify_same_on_all_processes({"kind of iterable dataset": type(loader.dataset).__name__})
     if accelerator.dispatch_batches:
         raise UspConfigError(
             "dispatch_batches=True under UspParallelismConfig",

@@ -26,7 +26,7 @@ from ..sharding.masks import UNLIMITED
 from ..utils.dtypes import as_autocast
 from .mask_interface import usp_mask
 from .positions import is_temperature_tuned, with_global_temperature
-from .unsharded import refuse_unsharded
+from .unsharded import refuse_unsharded, tell_of_full_sequences
 
 NAME = "usp"
 
@@ -196,6 +196,7 @@ def _unsharded(
 ) -> tuple[Tensor, None]:
     """Ordinary attention of one process: sdpa, or the textbook formula for what sdpa cannot (softcap, sinks)."""
     refuse_unsharded(module)
+    tell_of_full_sequences(module, query.shape[2], key.shape[2])
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

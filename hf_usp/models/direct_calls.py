@@ -20,11 +20,13 @@ class DirectForwardCalls:
 
     Without gradients it is the model's own forward on the full batch: one rank may call it alone.
     It is an attribute of the model with the signature of the class's forward; `remove` takes it back.
+
+    inside: whether a forward of the model is under way, whose call of the base model is a part of it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.before = model, vars(model).get("forward")
-        self.open = True
+        self.open, self.inside = True, False
         plain: Any = model.forward
         own = isinstance(plain, MethodType) and plain.__self__ is model  # else a wrapper that has the model in it
         signature = inspect.signature(plain)
@@ -33,16 +35,31 @@ class DirectForwardCalls:
         def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             # What has passed the hooks carries its layout, or is none of their business.
             batch = {**dict(zip(names, args, strict=False)), **kwargs}
-            sharded = self.open and torch.is_grad_enabled() and context_of(*batch.values()) is None
-            if sharded and not is_generation(model, batch):
+            if context_of(*batch.values()) is not None:
+                return plain.__func__(model, *args, **kwargs) if own else plain(*args, **kwargs)
+            if self.open and torch.is_grad_enabled() and not is_generation(model, batch):
                 with self.closed():
                     return model(*args, **kwargs)
-            return plain.__func__(model, *args, **kwargs) if own else plain(*args, **kwargs)
+            with self.running():
+                return plain.__func__(model, *args, **kwargs) if own else plain(*args, **kwargs)
 
         owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         parameters = [owner, *signature.parameters.values()]
         forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         self.forward = model.forward = MethodType(forward, model)  # copied with a model, it is the copy's
+
+    def replaced(self) -> bool:
+        """Whether somebody put another function in the place of the model's forward, as TRL does for one call."""
+        return vars(self.model).get("forward") is not self.forward
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it the base model is called as a part of the model."""
+        before, self.inside = self.inside, True
+        try:
+            yield
+        finally:
+            self.inside = before
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -55,7 +72,7 @@ class DirectForwardCalls:
 
     def remove(self) -> None:
         self.open = False  # for whoever has kept it
-        if vars(self.model).get("forward") is not self.forward:
+        if self.replaced():
             return
         if self.before is None:
             del self.model.forward

@@ -35,6 +35,7 @@ from .backbone import (
     recompute_pooler,
     shard_for_backbone,
 )
+from .backbone_calls import BackboneCalls
 from .consistency import check_weights
 from .direct_calls import DirectForwardCalls
 from .moe_aux_loss import MoeAuxLoss, wants_router_logits
@@ -45,7 +46,7 @@ from .selfcheck.check import measure
 from .selfcheck.training import refuse_scaled_noise, training_check
 from .tensor_parallel import PartialGradients
 from .traits import MeasuredTraits, ModelTraits, inspect_model
-from .trl_fused_head import FUSED, unshard_fields, validate_trl_trainer
+from .trl_fused_head import FUSED, unshard_fields, validate_fused_head
 from .unsharded import PreparedLayers, check_outside_loss, guard_share, has_labels, is_generation, kept_positions
 from .validation import validate_call, validate_model
 
@@ -81,9 +82,10 @@ class ContextParallelHooks(NotSaved):
         self.router = MoeAuxLoss(model)  # its hook runs after ours, where both are on one model
         self.layers = PreparedLayers([*self.backbone.module.modules(), *_beside(model, around)])
         self.entry = DirectForwardCalls(model)
+        self.backbone_calls = BackboneCalls(model, self.backbone, mesh, self.entry, self._shard_backbone)
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self.backbone_calls.handles):
             handle.remove()
         self.recurrent.release()
         self.partial.release()
@@ -95,13 +97,28 @@ class ContextParallelHooks(NotSaved):
     def pre_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the forward: the full batch becomes this rank's local batch."""
         batch = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        if "usp" in batch or is_generation(model, batch):
+        if "usp" in batch or (self.entry.replaced() and not isinstance(get_tokens(batch), Tensor)):
+            return args, kwargs  # the latter is no call of the model: its wrappers run a function of the trainer's
+        self.entry.inside = True  # until `on_error`
+        if is_generation(model, batch):
             return args, kwargs
+        return (), self._shard_or_report(model, batch)
+
+    def _shard_backbone(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The local batch for a call of the base model by itself."""
+        with self.entry.running():
+            share = self._shard_or_report(model, batch)
+        context = context_of(*share.values())
+        assert context is not None
+        context.of_backbone = True
+        return share
+
+    def _shard_or_report(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
         if self.failed is not None:
             raise refuse_after_failure(self.failed)
         try:
             with self.entry.closed():
-                return (), self._shard(model, batch)
+                return self._shard(model, batch)
         except Exception as problem:
             report_failure(problem)  # others may wait for this rank
             if not isinstance(problem, UspError):
@@ -150,7 +167,7 @@ class ContextParallelHooks(NotSaved):
     def _check(self, model: PreTrainedModel, batch: Mapping[str, Any], measured: MeasuredTraits) -> None:
         """Refuse what this model cannot do with this batch."""
         validate_call(model, batch)
-        validate_trl_trainer(model, batch)
+        validate_fused_head(model, batch)
         # Pooled features and the loss of experts are whole as well.
         whole = (
             self.backbone.needs_full_hidden_states
@@ -193,6 +210,7 @@ class ContextParallelHooks(NotSaved):
     @torch.compiler.disable
     def on_error(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Torch calls this also when the forward raised: there is no output then."""
+        self.entry.inside = False
         problem = sys.exc_info()[1]
         if output is None and problem is not None and context_of(*kwargs.values()) is not None:
             report_failure(problem)

@@ -16,12 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..batch.shard import get_tokens
 from ..distributed.failures import report_failure
+from ..distributed.mesh import mesh_in_force
 from ..errors import UspBatchError, UspModelError
 from ..sharding.intervals import IntArray
 from ..utils.autograd import forbid_double_backward
+
+logger = logging.get_logger(__name__)
 
 # Keywords with which models take a cache: since Transformers 5.24 "cache" is what was "past_key_values" (until 5.40).
 CACHES = (
@@ -82,6 +86,16 @@ def refuse_unsharded(module: nn.Module) -> None:
     )
     report_failure(problem)
     raise problem
+
+
+def tell_of_full_sequences(module: nn.Module, queries: int, keys: int) -> None:
+    """Say once that a model beside a mesh, which nobody has prepared, runs full sequences on every rank."""
+    whole = queries == keys > 1 and not torch.compiler.is_compiling()
+    if whole and not getattr(module, MARK, None) and mesh_in_force():
+        logger.warning_once(
+            f"usp: {type(module).__name__} of a model that is not prepared runs full sequences on every rank. "
+            "accelerator.prepare_model(model) or hf_usp.apply_context_parallel(model, mesh) shards them."
+        )
 
 
 def trains(model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> bool:

@@ -8,21 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-import hf_usp
-
-from ..harness import fresh_accelerate
 from ..ranks import Ranks
 from ..tiny import largest_difference, tiny_model
+from .trl_runs import Mesh, common, compare, config_for, dataset, finished, tokenizer
 
 # TRL 1.16 (whose default is gradient checkpointing) uses names that Transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing")
-Mesh = tuple[int, int] | None
-WORDS = [f"w{i}" for i in range(58)]
-# Assistant turns lie between {% generation %} tags, from which TRL takes the mask of `assistant_only_loss`.
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' <eos> ' }}"
-    "{% endgeneration %}{% else %}{{ 'w0 ' + m['content'] + ' w1 ' }}{% endif %}{% endfor %}"
-)
 SFT: dict[str, dict[str, Any]] = {
     "padded": {"data": "text"},
     "packed": {
@@ -34,87 +25,6 @@ SFT: dict[str, dict[str, Any]] = {
     "completion only, dft": {"data": "completion", "loss_type": "dft"},
     "assistant only": {"data": "chat", "assistant_only_loss": True, "padding_free": True, "max_length": None},
 }
-
-
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS]
-    model = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    model.pre_tokenizer = WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
-    made.chat_template = TEMPLATE
-    return made
-
-
-def words(count: int, seed: int) -> str:
-    generator = torch.Generator().manual_seed(seed)
-    return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=generator).tolist())
-
-
-def dataset(kind: str, count: int = 24) -> Any:
-    from datasets import Dataset
-
-    lengths = [5 + 7 * i % 19 for i in range(count)]
-    if kind == "text":
-        rows: list[dict[str, Any]] = [{"text": words(n, i)} for i, n in enumerate(lengths)]
-    elif kind == "completion":
-        rows = [{"prompt": words(4, i), "completion": " " + words(n, 100 + i)} for i, n in enumerate(lengths)]
-    elif kind == "preference":
-        rows = [
-            {"prompt": words(4, i), "chosen": " " + words(n, 100 + i), "rejected": " " + words(9, 200 + i)}
-            for i, n in enumerate(lengths)
-        ]
-    else:
-        turns = [("user", 3), ("assistant", 6), ("user", 2), ("assistant", 4)]
-        rows = [
-            {"messages": [{"role": role, "content": words(n + i % 5, 7 * i + n)} for role, n in turns]}
-            for i in range(count)
-        ]
-    return Dataset.from_list(rows)
-
-
-def config_for(mesh: Mesh) -> Any:
-
-    fresh_accelerate()
-    return None if mesh is None else hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1])
-
-
-def common(folder: str, mesh: Mesh, config: Any) -> dict[str, Any]:
-    return {
-        "output_dir": folder,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "parallelism_config": config,
-        "per_device_train_batch_size": 2 if mesh is None else 2 * mesh[0] // 4,
-        "per_device_eval_batch_size": 2,
-        "max_steps": 3,
-        "gradient_accumulation_steps": 2,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "learning_rate": 0.05,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "bf16": False,
-    }
-
-
-def finished(trainer: Any, model: Any) -> dict[str, Any]:
-    trainer.train()
-    evaluation = trainer.evaluate()
-    skipped = ("runtime", "per_second", "epoch")
-    logs = [*(h for h in trainer.state.log_history if "loss" in h), evaluation]
-    return {
-        "logs": [{k: v for k, v in log.items() if not any(s in k for s in skipped)} for log in logs],
-        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
-    }
 
 
 def sft(folder: str, mesh: Mesh, case: str, eval_rows: int) -> dict[str, Any]:
@@ -133,19 +43,6 @@ def sft(folder: str, mesh: Mesh, case: str, eval_rows: int) -> dict[str, Any]:
         processing_class=tokenizer(),
     )
     return finished(trainer, model)
-
-
-# TRL averages ratios over the batches of an evaluation; two data-parallel ranks make one batch of two.
-OF_A_BATCH = ("accuracy", "accuracies", "logits/chosen", "logits/rejected")
-
-
-def compare(mine: dict[str, Any], reference: dict[str, Any], mesh: tuple[int, int]) -> None:
-    assert len(mine["logs"]) == len(reference["logs"]) == 4
-    for here, there in zip(mine["logs"], reference["logs"], strict=True):
-        assert here.keys() == there.keys()
-        names = [n for n in there if mesh[0] == 4 or not n.startswith("eval_") or not n.endswith(OF_A_BATCH)]
-        assert {n: here[n] for n in names} == pytest.approx({n: there[n] for n in names}, rel=2e-5, abs=2e-6)
-    assert largest_difference(mine["weights"], reference["weights"]) < 1e-6
 
 
 @pytest.mark.parametrize(("case", "mesh"), [(case, (2, 2) if case == "padded" else (4, 2)) for case in SFT])
@@ -190,6 +87,66 @@ def test_dpo_equals_one_process(four_ranks: Ranks, tmp_path: Path, loss_type: st
         compare(mine, reference, mesh)
 
 
+def precomputed(folder: str, mesh: Mesh, kind: str) -> dict[str, Any]:
+    """Log-probabilities of the reference that TRL computes before it prepares the model, and three steps with them."""
+    import datasets
+    import trl
+
+    config = config_for(mesh)
+    model, tokens = tiny_model("llama", "sdpa" if mesh is None else "usp"), []
+    model.model.layers[0].register_forward_pre_hook(lambda layer, args: tokens.append(args[0].shape[1]))
+    data: Any = datasets.load_from_disk(f"{folder}/data")  # where TRL keeps what it computes
+    made: Any = trl
+    arguments = {"max_length": 40, "precompute_ref_log_probs": True, **common(folder, mesh, config)}
+    trainer = getattr(made, f"{kind}Trainer")(
+        model=model,
+        args=getattr(made, f"{kind}Config")(**arguments),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        processing_class=tokenizer(),
+    )
+    before = list(tokens)
+    return finished(trainer, model) | {"tokens": before}
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_references_computed_beforehand_are_sharded(four_ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    data = dataset("preference" if kind == "DPO" else "completion")
+    if kind == "KTO":
+        data = data.map(lambda row, i: {"label": bool(i % 3)}, with_indices=True)
+    folders = [str(tmp_path / name) for name in ("one", "many")]
+    for folder in folders:
+        data.save_to_disk(f"{folder}/data")
+    reference = precomputed(folders[0], None, kind)
+    for mine in four_ranks.run(precomputed, folders[1], (4, 2), kind):
+        compare(mine, reference, (4, 2))
+        assert len(mine["tokens"]) == len(reference["tokens"]) + 4  # of the self-check
+        assert max(mine["tokens"]) <= max(reference["tokens"]) / 4 + 2
+
+
+def sft_counts(folder: str, mesh: Mesh) -> list[dict[str, float]]:
+    """Counts of SFT over cp 2 x tp 2, or in one process."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+    from trl import SFTConfig, SFTTrainer
+
+    config = config_for(mesh)
+    sizes: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=2, fsdp_size=2)} if mesh else {}
+    args = SFTConfig(**common(folder, mesh, config) | {"per_device_train_batch_size": 2, "max_steps": 2})
+    attention = "sdpa" if mesh is None else "usp"
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_implementation=attention, **sizes)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=dataset("text"), processing_class=tokenizer())
+    trainer.train()
+    return [{name: h[name] for name in ("loss", "num_tokens")} for h in trainer.state.log_history if "loss" in h]
+
+
+def test_tokens_are_counted_once_over_tensor_parallel_ranks(four_ranks: Ranks, tmp_path: Path) -> None:
+    tiny_model("llama", "eager").save_pretrained(tmp_path / "model")
+    reference = sft_counts(str(tmp_path), None)
+    for mine in four_ranks.run(sft_counts, str(tmp_path), (2, 1)):
+        assert mine == [pytest.approx(log, rel=2e-5) for log in reference]
+
+
 def reward(folder: str, mesh: Mesh) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForSequenceClassification
     from trl import RewardConfig, RewardTrainer
@@ -218,30 +175,24 @@ def test_rewards_equal_one_process(four_ranks: Ranks, tmp_path: Path) -> None:
         compare(mine, reference, (4, 2))
 
 
-def refused() -> str:
+def fields(sharded: bool) -> dict[str, torch.Tensor]:
+    """Fields of a fused head, and the gradients of a loss of two of them, averaged over ranks."""
     from accelerate import Accelerator
     from trl.trainer.utils import add_fused_lm_head
 
     from ..tiny import batch_of
 
-    model = Accelerator(cpu=True, parallelism_config=config_for((4, 2))).prepare(tiny_model())
-    inner = model.module
-    add_fused_lm_head(inner, outputs=("log_probs", "entropy"))
-    inner.add_model_tags(["trl", "grpo"])
-    batch = batch_of("plain")
-    with torch.no_grad():
-        fields = model(**batch, fused_lm_head=True)
-        alone = tiny_model(attention="sdpa")
-        add_fused_lm_head(alone, outputs=("log_probs", "entropy"))
-        whole = alone(**batch, fused_lm_head=True)
-    for name in ("log_probs", "entropy", "label_mask"):
-        torch.testing.assert_close(fields[name], whole[name], atol=1e-5, rtol=1e-5)
-    with pytest.raises(hf_usp.UspModelError) as refusal:
-        model(**batch, fused_lm_head=True)
-    return str(refusal.value)
+    model = tiny_model(attention="usp" if sharded else "sdpa")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    config = config_for((4, 2) if sharded else None)
+    wrapped = Accelerator(cpu=True, parallelism_config=config).prepare(model) if sharded else model
+    output = wrapped(**batch_of("left"), fused_lm_head=True)
+    (output.log_probs.exp().sum() + 2 * output.entropy.square().sum()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return gradients | {name: output[name].detach() for name in ("log_probs", "entropy", "is_top1", "label_mask")}
 
 
-def test_other_trainers_get_whole_fields_without_gradients_only(four_ranks: Ranks) -> None:
-    for message in four_ranks.run(refused):
-        assert "['trl', 'grpo']" in message
-        assert "SFTTrainer and DPOTrainer" in message
+def test_fields_of_the_fused_head_keep_their_gradients(four_ranks: Ranks) -> None:
+    reference = fields(False)
+    for mine in four_ranks.run(fields, True):
+        assert largest_difference(mine, reference) < 2e-5

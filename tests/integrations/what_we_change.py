@@ -34,7 +34,8 @@ MIDDLE = """
 hf_usp replaces these instance attributes of an `Accelerator(parallelism_config=UspParallelismConfig(...))`. Other
 accelerators, and the class, are untouched. `hf_usp.remove_context_parallel(accelerator)` restores them. It also
 restores what the accelerator has prepared: samplers, `worker_init_fn` and datasets of data loaders, `step` of
-schedulers.
+schedulers. Of a TRL trainer that compares rewards it restores `_generate_and_score_completions` and
+`_calculate_rewards`. While the first of these runs, and only then, `nanstd` of the modules that define it is ours.
 
 | attribute | replacement | why | upstream |
 |---|---|---|---|
