@@ -1,4 +1,4 @@
-"""The two hand-written loops: on a mesh they print the losses of one process."""
+"""The hand-written loops and TRL's examples: on a mesh they print the losses of one process."""
 
 from __future__ import annotations
 
@@ -37,6 +37,20 @@ def test_both_loops_equal_one_process(text: str) -> None:
     assert losses(succeeded(alone(script, text, *length))) == pytest.approx(one, abs=2e-5)
     printed = succeeded(several(4, script, text, *length, "--cp_size", "4", "--ulysses_degree", "2"))
     assert losses(printed) == pytest.approx(one, abs=2e-5)
+
+
+@pytest.mark.timeout(240)  # four runs that import TRL
+@pytest.mark.parametrize("trainer", ["dpo", "grpo"])
+def test_examples_of_trl_equal_one_process(text: str, trainer: str) -> None:
+    def logged(printed: str) -> list[float]:
+        found = re.findall(r"^step \d+ loss (\S+) (?:reward|margin) (\S+)$", printed, flags=re.MULTILINE)
+        assert len(found) == 3, printed
+        return [float(x) for numbers in found for x in numbers]
+
+    script, flags = f"scripts/train_{trainer}.py", [text, "--prompt_length", "121", "--steps", "3"]
+    one = logged(succeeded(alone(script, *flags)))
+    mesh = logged(succeeded(several(4, script, *flags, "--cp_size", "4", "--ulysses_degree", "2")))
+    assert mesh == pytest.approx(one, abs=2e-5)
 
 
 @pytest.mark.timeout(120)
