@@ -84,7 +84,7 @@ def grpo(folder: str, reward: Any, streamed: bool = False, fixed: bool = False, 
         reward_funcs=reward,
         args=args,
         train_dataset=data.to_iterable_dataset() if streamed else data,
-        eval_dataset=data.select(range(2)),
+        eval_dataset=Dataset.from_list([{"prompt": words(3, 100 + i)} for i in range(2)]),
         processing_class=tokenizer(),
     )
     return finished(trainer, trainer.model) | {"prompts": list(dict.fromkeys(SEEN))}

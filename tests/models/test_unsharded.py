@@ -62,7 +62,9 @@ def ways_around() -> dict[str, Any]:
 
     model.train()
     found["refused"] = [
-        refusal(lambda: model.model(ids)),
+        refusal(
+            lambda: model.model.layers[0](torch.zeros(2, 37, 32), position_embeddings=(torch.zeros(1, 37, 8),) * 2)
+        ),
         refusal(lambda: wrapped(ids, **{name: DynamicCache()})),
         refusal(lambda: wrapped(**batch, logits_to_keep=3)),
     ]
@@ -166,7 +168,11 @@ def own_losses(model: Any, batch: dict[str, Tensor], labels: bool) -> Tensor:
     contrast = nn.functional.cross_entropy(last @ last.T * 3, torch.arange(len(last)))
     some = [model(batch["input_ids"], logits_to_keep=keep).logits for keep in KEPT]
     kept = [x.softmax(-1)[..., 7].pow(2).sum() * (1 + torch.arange(x.shape[1])).sum() for x in some]
-    return torch.stack([manual_loop, contrast, logits.square().mean(), *kept, *([output.loss] if labels else [])])
+    # The base model by itself, and the head by itself (TRL's distillation).
+    hidden = model.base_model(batch["input_ids"], attention_mask=torch.ones_like(batch["input_ids"])).last_hidden_state
+    apart = model.get_output_embeddings()(hidden[:, -9:]).logsumexp(-1).mean()
+    others = [apart, *kept, *([output.loss] if labels else [])]
+    return torch.stack([manual_loop, contrast, logits.square().mean(), *others])
 
 
 def made_outside(ulysses: int, gather: bool | None) -> list[Any]:
@@ -297,7 +303,9 @@ def recurrences() -> list[str]:
     for model in (mamba, hybrid):
         wrapped, batch = prepared_modules(model), batch_of("plain")
         body = model.train().base_model
-        found.append(refusal(partial(body, batch["input_ids"])))
+        layer = body.layers[0]
+        mixer = layer.mixer if hasattr(layer, "mixer") else layer.linear_attn
+        found.append(refusal(partial(mixer, torch.zeros(2, 37, 32))))
         wrapped(**batch).loss.backward()
         body.eval()(batch["input_ids"])
     return found
