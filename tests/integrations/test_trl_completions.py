@@ -65,7 +65,7 @@ def reward_model(attention: str) -> Any:
 def reference_folder(folder: str, attention: str) -> str:
     """TRL loads the reference of GRPO and RLOO by the name of the model; the first process writes it."""
     path = f"{folder}/{attention}"
-    if not Path(path).exists():
+    if not dist.is_initialized() or dist.get_rank() == 0:
         tiny_model("llama", attention, initializer_range=0.03).save_pretrained(path)
     if dist.is_initialized():
         dist.barrier()
