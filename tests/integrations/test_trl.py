@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,7 @@ def test_references_computed_beforehand_are_sharded(four_ranks: Ranks, tmp_path:
     reference = precomputed(folders[0], None, kind)
     for mine in four_ranks.run(precomputed, folders[1], (4, 2), kind):
         compare(mine, reference, (4, 2))
-        assert len(mine["tokens"]) == len(reference["tokens"]) + 4  # of the self-check
-        assert max(mine["tokens"]) <= max(reference["tokens"]) / 4 + 2
+        assert max(mine["tokens"]) <= max(reference["tokens"]) / 4 + 2 < 10 < min(reference["tokens"])
 
 
 def sft_counts(folder: str, mesh: Mesh) -> list[dict[str, float]]:
@@ -132,9 +132,8 @@ def sft_counts(folder: str, mesh: Mesh) -> list[dict[str, float]]:
 
     config = config_for(mesh)
     sizes: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=2, fsdp_size=2)} if mesh else {}
-    # Recomputed layers would have hooks on the embeddings, of which FSDP2 warns.
-    settings = {"per_device_train_batch_size": 2, "max_steps": 2, "gradient_checkpointing": False}
-    args = SFTConfig(**common(folder, mesh, config) | settings)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # embeddings that Transformers hands on as a view
+    args = SFTConfig(**common(folder, mesh, config) | {"per_device_train_batch_size": 2, "max_steps": 2})
     attention = "sdpa" if mesh is None else "usp"
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_implementation=attention, **sizes)
     trainer = SFTTrainer(model=model, args=args, train_dataset=dataset("text"), processing_class=tokenizer())
