@@ -53,7 +53,6 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     else:
         model, tokenizer = tiny_llama(), texts.transformers_tokenizer()
-    text = "\n".join(texts.read_documents(args.text))
 
     settings = DPOConfig(
         output_dir="runs/dpo",
@@ -68,7 +67,7 @@ def main() -> None:
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
     )
-    pairs = preferences(text, args.prompt_length, completion=100)
+    pairs = preferences("\n".join(texts.read_documents(args.text)), args.prompt_length, completion=100)
     reference = copy.deepcopy(model)  # is sharded, too
     trainer = DPOTrainer(model, reference, settings, train_dataset=pairs, processing_class=tokenizer)
     trainer.train()
