@@ -107,7 +107,9 @@ def precomputed(folder: str, mesh: Mesh, kind: str) -> dict[str, Any]:
         processing_class=tokenizer(),
     )
     before = list(tokens)
-    return finished(trainer, model) | {"tokens": before}
+    found = finished(trainer, model)
+    found["logs"][0].pop("rewards/accuracies", None)  # all rewards are 0 then, but for rounding
+    return found | {"tokens": before}
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])

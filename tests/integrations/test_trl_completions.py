@@ -6,6 +6,7 @@ With data-parallel ranks they equal plain data parallelism of as many processes.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch.distributed as dist
 
 from ..ranks import Ranks
 from ..tiny import FAMILIES, SIZES, largest_difference, tiny_model
+from .cpu_accelerator import cpu_as_accelerator, cpu_deepspeed
 from .trl_runs import Mesh, common, config_for, dataset, finished, tokenizer, words
 
 # TRL 1.16 (whose default is gradient checkpointing) uses names that Transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing")
 
+AUTO = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
 CASES: dict[str, dict[str, Any]] = {
     "kto": {"loss_type": "kto"},
     "kto, adapter": {"loss_type": "apo_zero_unpaired", "adapter": True},
@@ -72,8 +75,31 @@ def reference_folder(folder: str, attention: str) -> str:
     return path
 
 
-def run(folder: str, mesh: Mesh, world: int, case: str) -> dict[str, Any]:
+AROUND: dict[str, tuple[Any, dict[str, Any]]] = {
+    "": (nullcontext, {}),
+    "ZeRO-2": (
+        cpu_deepspeed,
+        {"use_cpu": False, "deepspeed": dict.fromkeys(AUTO, "auto") | {"zero_optimization": {"stage": 2}}},
+    ),
+    "FSDP2": (
+        cpu_as_accelerator,
+        {
+            "use_cpu": False,
+            "fsdp": True,
+            "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+        },
+    ),
+}
+
+
+def run(folder: str, mesh: Mesh, world: int, case: str, around: str = "") -> dict[str, Any]:
     """Three steps and an evaluation of a case on `world` processes, without a mesh in plain data parallelism."""
+    with AROUND[around][0]():
+        trainer = trainer_for(folder, mesh, world, case, AROUND[around][1])
+        return finished(trainer, trainer.model)
+
+
+def trainer_for(folder: str, mesh: Mesh, world: int, case: str, wrapping: dict[str, Any]) -> Any:
     import trl
     from datasets import Dataset
     from peft import LoraConfig
@@ -83,7 +109,7 @@ def run(folder: str, mesh: Mesh, world: int, case: str) -> dict[str, Any]:
     groups = world if mesh is None else world // mesh[0]
     attention = "sdpa" if mesh is None else "usp"
     arguments = common(folder, mesh, config_for(mesh))
-    arguments |= {"per_device_train_batch_size": 4 // groups, "per_device_eval_batch_size": 4 // groups}
+    arguments |= {"per_device_train_batch_size": 4 // groups, "per_device_eval_batch_size": 4 // groups} | wrapping
     model = tiny_model("llama", attention)
     keywords: dict[str, Any] = {"model": model, "processing_class": tokenizer()}
     if settings.pop("adapter", False):
@@ -121,7 +147,7 @@ def run(folder: str, mesh: Mesh, world: int, case: str) -> dict[str, Any]:
             eval_dataset=data.select(range(4)),
             **keywords,
         )
-    return finished(trainer, trainer.model)
+    return trainer
 
 
 def assert_same(mine: dict[str, Any], reference: dict[str, Any]) -> None:
@@ -147,3 +173,10 @@ def test_completions_equal_one_process(two_ranks: Ranks, four_ranks: Ranks, tmp_
     else:
         for mine in two_ranks.run(run, folder, (2, 1), 2, case):
             assert_same(mine, alone)
+
+
+@pytest.mark.parametrize("around", ["ZeRO-2", "FSDP2"])
+def test_sharded_weights(two_ranks: Ranks, tmp_path: Path, around: str) -> None:
+    alone = run(str(tmp_path), None, 1, "grpo, reference")
+    for mine in two_ranks.run(run, str(tmp_path), (2, 1), 2, "grpo, reference", around):
+        assert_same(mine, alone)
