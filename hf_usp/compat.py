@@ -319,7 +319,7 @@ def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-# ------------------------------------------------------------------------ flash-attn, datasets: read in 2.7 to 2.8, 5.2
+# ------------------------------------------------------------------------ flash-attn: read in 2.7 to 2.8
 
 
 def import_flash_attn() -> tuple[str, Any, Any]:
@@ -328,8 +328,3 @@ def import_flash_attn() -> tuple[str, Any, Any]:
     interface = importlib.import_module("flash_attn.flash_attn_interface")
     forward = getattr(interface, "_flash_attn_varlen_forward", None)
     return package.__version__, forward, getattr(interface, "_flash_attn_varlen_backward", None)
-
-
-def dataset_fingerprint(dataset: Any) -> str:
-    """The fingerprint after which `datasets` itself names cached files."""
-    return dataset._fingerprint

@@ -37,12 +37,10 @@ def used_mb(name: str) -> float:
 def train(way: str, tokens: int, steps: int, limit_mb: int, folder: Path) -> None:
     """One process of one run; writes its losses and its peak."""
     import torch
-    from datasets import Dataset
-    from texts import ByteTokenizer
+    from texts import full_rows
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     import hf_usp
-    from hf_usp import data
 
     torch.manual_seed(0)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -68,8 +66,7 @@ def train(way: str, tokens: int, steps: int, limit_mb: int, folder: Path) -> Non
         ddp_find_unused_parameters=False,
         **({} if way == "plain" else saving),
     )
-    text = Dataset.from_dict({"text": ["\n\n".join(pydoc_data.topics.topics.values())]})
-    rows = data.load_rows(text, ByteTokenizer(), tokens, cache_dir=folder.parent / "rows")
+    rows = full_rows(list(pydoc_data.topics.topics.values()), tokens)
     config = LlamaConfig(
         vocab_size=257,
         hidden_size=384,
@@ -81,8 +78,7 @@ def train(way: str, tokens: int, steps: int, limit_mb: int, folder: Path) -> Non
         max_position_embeddings=tokens,
     )
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa" if way == "plain" else "usp")
-    full = rows.select(range(len(rows) - 1))  # the last row is not full
-    trainer = Trainer(model=model, args=args, train_dataset=full)
+    trainer = Trainer(model=model, args=args, train_dataset=rows)
     # From here on: what training itself may take.
     limit = int((used_mb("VmSize") + limit_mb) * 2**20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

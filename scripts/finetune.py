@@ -21,6 +21,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import packing
 import quiet  # noqa: F401
 import texts
 from degrees import ContextParallelArguments
@@ -35,7 +36,6 @@ from transformers import (
     set_seed,
 )
 
-from hf_usp import data
 from hf_usp.callbacks import UspMetricsCallback, checkpoint
 from hf_usp.callbacks.resume import ResumeGuard
 from hf_usp.errors import UspConfigError
@@ -83,10 +83,7 @@ class TextArguments:
     dataset_split: str = "train"
     text_column: str = "text"
     sequence_length: int | None = field(
-        default=None, metadata={"help": "Pack documents into rows of this many tokens. Default: whole documents."}
-    )
-    overlong: str = field(
-        default="split", metadata={"help": "Documents longer than a row: split, whole (a longer row) or refuse."}
+        default=None, metadata={"help": "Pack documents into rows of at most this many tokens. Default: a row each."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read --dataset_name while training; needs --max_steps."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where rows are kept that all processes share."})
@@ -175,20 +172,11 @@ def load_model(args: ModelArguments, config: Any, split: Any) -> PreTrainedModel
 
 
 def load_rows(documents: Any, tokenizer: texts.Tokenizer, args: TextArguments, column: str) -> Any:
-    """Rows of `--sequence_length` tokens, or whole documents: made by one process, read by all."""
-    if args.streaming:
-        tokens = data.tokenize(documents, tokenizer, column=column)
-        return data.pack(tokens, args.sequence_length or 0, overlong=args.overlong, pad_token_id=data.pad_id(tokenizer))
-    rows = data.load_rows(
-        documents,
-        tokenizer,
-        args.sequence_length,
-        column=column,
-        overlong=args.overlong,
-        cache_dir=args.cache_dir,
-        num_proc=args.preprocessing_processes,
-    )
-    logger.info(rows.info.description)
+    """Rows of at most `--sequence_length` tokens, or one per document."""
+    options: dict[str, Any] = {"cache_dir": args.cache_dir, "num_proc": args.preprocessing_processes}
+    rows = packing.load_rows(documents, tokenizer, args.sequence_length, column=column, **options)
+    if not args.streaming:
+        logger.info("%s rows of documents", f"{len(rows):,}")
     return rows
 
 
@@ -212,6 +200,7 @@ def main() -> None:
     args.parallelism_config = cp.parallelism_config()
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every weight of a causal LM is used; searching costs a walk per step
+    args.remove_unused_columns = False  # the collator reads seq_lengths, which no model takes
     if text_args.streaming:
         args.accelerator_config.dispatch_batches = False  # every process reads its rows, those of a sequence the same
     logging.basicConfig(format="%(message)s")
@@ -239,7 +228,9 @@ def main() -> None:
     logger.info("%d processes: %s", args.world_size, cp.describe(config.num_attention_heads, kv_heads))
     model = load_model(model_args, config, cp.distributed_config())
     # Many models do not tell packed documents apart by position_ids alone.
-    collator = data.Collator(data.pad_id(tokenizer), cu_seq_lens=accepts_any_keyword(model.forward))
+    collator = packing.Collator(
+        packed=text_args.sequence_length is not None, cu_seq_lens=accepts_any_keyword(model.forward)
+    )
     trainer = Trainer(
         model=model,
         args=args,

@@ -1,4 +1,4 @@
-"""Long text for causal language models: files or a dataset -> documents, as `hf_usp.data` takes them."""
+"""Long text for causal language models: files or a dataset -> documents."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import tokenizers
+import torch
 from datasets import Dataset, load_dataset
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -81,6 +82,16 @@ def _read(file: str) -> str:
 def file_documents(paths: Sequence[str]) -> Dataset:
     """`read_documents` as a dataset with the column `text`."""
     return Dataset.from_dict({"text": read_documents(paths)})
+
+
+def full_rows(texts: Sequence[str], length: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of `length` bytes [length], cut from texts that follow each other; bytes that fill no row are left out."""
+    ids = torch.tensor(list("\n\n".join(texts).encode()))
+    if len(ids) < length:
+        raise TextError(
+            f"text of {len(ids)} bytes", rule=f"a row has {length}", remedy="pass more text, or fewer tokens"
+        )
+    return [{"input_ids": row, "labels": row} for row in ids[: len(ids) // length * length].view(-1, length)]
 
 
 def dataset_documents(name: str, config: str | None, split: str, column: str, streaming: bool = False) -> Any:

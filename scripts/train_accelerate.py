@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import hf_usp
-from hf_usp import data
 
 
 def tiny_llama() -> PreTrainedModel:
@@ -49,7 +48,7 @@ def main() -> None:
         parallelism = hf_usp.UspParallelismConfig(cp_size=args.cp_size, ulysses_degree=args.ulysses_degree)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), parallelism_config=parallelism)
 
-    rows = data.pack(data.tokenize(texts.file_documents(args.text), texts.ByteTokenizer()), args.sequence_length)
+    rows = texts.full_rows(texts.read_documents(args.text), args.sequence_length)
     endless: Any = [rows[i % len(rows)] for i in range(2 * args.steps)]
     loader: DataLoader[Any] = DataLoader(endless, batch_size=2)
     model = tiny_llama()

@@ -16,7 +16,6 @@ from torch.utils.data import default_collate
 from train_accelerate import tiny_llama
 
 import hf_usp
-from hf_usp import data
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def main() -> None:
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     mesh = hf_usp.UspMesh.build(ring_degree=args.ring_degree, ulysses_degree=args.ulysses_degree)
 
-    rows = data.pack(data.tokenize(texts.file_documents(args.text), texts.ByteTokenizer()), args.sequence_length)
+    rows = texts.full_rows(texts.read_documents(args.text), args.sequence_length)
     model = hf_usp.apply_context_parallel(tiny_llama(), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 

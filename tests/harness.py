@@ -172,15 +172,6 @@ def step_errors(model: Any, reference: Any, batch: dict[str, Any]) -> dict[str, 
     return errors
 
 
-class Letters:
-    """A tokenizer of single characters."""
-
-    eos_token_id = 2
-
-    def __call__(self, text: Any, **kwargs: Any) -> dict[str, Any]:
-        return {"input_ids": [[3 + ord(c) % 60 for c in t] for t in text]}
-
-
 def prepared_modules(*modules: nn.Module, **options: Any) -> Any:
     """Modules prepared over 2 ranks."""
     from accelerate import Accelerator

@@ -147,7 +147,7 @@ def test_the_reference_has_what_pages_tell_to_use() -> None:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         texts[notebook.name] = "\n".join("".join(cell["source"]) for cell in cells)
     used = {name: page for page, text in texts.items() for name in told_to_use(text)}
-    assert {"data.packing.pack", "callbacks.checkpoint.get_last_complete_checkpoint", "shard"} <= set(used)
+    assert {"callbacks.checkpoint.get_last_complete_checkpoint", "shard"} <= set(used)
     assert not {name: page for name, page in used.items() if name not in reference()}
 
 

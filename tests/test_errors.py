@@ -6,7 +6,6 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 import hf_usp
-from hf_usp import data
 from hf_usp.callbacks import UspMetricsCallback
-from hf_usp.data.packing import pack
 from hf_usp.distributed.comm import verify_same_across_ranks
 from hf_usp.planner.request import shape_of
 from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep, check
@@ -90,8 +87,6 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "bounds": (lambda: Documents(np.array([1, 4]), np.array([0]), np.array([4])), "Documents.from_bounds"),
     "chunks": (lambda: Documents.from_bounds([0, 4]).chunked(0), "attention_chunk_size"),
     "negative window": (lambda: Mask(Documents.from_bounds([0, 4]), left=-2), "sliding_window to 1 or more"),
-    "overlong": (lambda: pack([3], 4, "cut"), "leave it out to split"),
-    "short rows": (lambda: pack([3], 1), "give length a whole number of at least 2"),
     "ring rank": (
         lambda: make_ring_schedule([np.arange(4)], Mask(Documents.from_bounds([0, 4])), 1),
         "a rank from 0 to 0",
@@ -114,13 +109,6 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "labels as lists": (lambda: sharded({"labels": [[1] * 8]}), "torch.as_tensor(labels)"),
     "labels without a sign": (lambda: sharded({"labels": torch.zeros(1, 8, dtype=torch.uint8)}), "x.long()"),
     "no edges": (lambda: sharded({"cu_seq_lens_q": torch.zeros(0, dtype=torch.int32)}), "DataCollatorWithFlattening"),
-    "no rows": (lambda: data.Collator(0)([]), "dataset.select_columns"),
-    "another column": (lambda: data.Collator(0)([{"input_ids": [1], "length": 1}]), "dataset.select_columns"),
-    "short labels in a batch": (
-        lambda: data.Collator(0)([{"input_ids": [1, 2], "labels": [1]}]),
-        "the length of the tokens",
-    ),
-    "fraction of a token": (lambda: pack([2.5], 8), "len(ids)"),  # type: ignore[list-item]
     "many ranks": (lambda: explain(Case(1 << 16, 256, 1, 1)), "hf-usp plan takes any"),
     "machine that is none": (lambda: hf_usp.UspParallelismConfig(machine=[]), "hf-usp check"),  # type: ignore[arg-type]
     "check dtype": (lambda: run(CheckOptions(dtype="fp8")), "--dtype bf16"),
@@ -159,31 +147,9 @@ def test_windows_of_any_width_are_exact() -> None:
             assert torch.equal(hf_usp.usp_attention(q, k, v, layout, causal=causal, sliding_window=window), every)
 
 
-def test_labels_that_are_shorter_than_their_tokens() -> None:
-    from datasets import Dataset
-
-    documents = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]], "labels": [[1, 2, 3], [4, 5]]})
-    for make in (
-        lambda: data.pack(documents, 4),
-        lambda: data.whole(documents),
-        lambda: list(data.pack(documents.to_iterable_dataset(), 4)),
-    ):
-        with pytest.raises(hf_usp.UspBatchError, match=r"3 and 2 in document 1.*IGNORED \(-100\)"):
-            make()
-
-
 def test_control_characters_are_harmless() -> None:
     error = hf_usp.UspError("a name \x1b[31m \ud800\n", rule="no \x07", remedy="Größe 文件")
     assert "\\x1b[31m \\ud800\n" in str(error) and "\\x07" in error.rule and error.remedy == "Größe 文件"
-
-
-def test_texts_that_are_none() -> None:
-    from datasets import Dataset
-
-    with pytest.raises(hf_usp.UspBatchError, match=r"'text'.*Remedy: name the column of the texts \(one of text\)"):
-        data.tokenize(Dataset.from_dict({"text": [" ", ""]}), SimpleNamespace(eos_token_id=None))
-    with pytest.raises(hf_usp.UspBatchError, match="Remedy: train on longer texts"):
-        data.whole(Dataset.from_dict({"input_ids": [[1]]}))
 
 
 def meshes_of_a_broken_environment() -> list[str]:

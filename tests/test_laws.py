@@ -28,7 +28,7 @@ LAYERS = (
     ("recurrent",),
     ("models",),
     ("memory",),
-    ("integrations", "data"),
+    ("integrations",),
     ("config", "callbacks"),
     ("tools", "__main__"),
     ("__init__",),
@@ -53,8 +53,6 @@ ONLY_IN = {
     "accelerate": {package for package, layer in LAYER.items() if layer >= LAYER["integrations"]} | {"compat"},
     "matplotlib": {"tools", "planner"},
     "flash_attn": {"kernels"},
-    "datasets": {"data"},
-    "filelock": {"data"},
 }
 LONGEST_FILE = 400
 CONTAINERS = {"dict", "list", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict", "SimpleNamespace"}

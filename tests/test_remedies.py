@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ast
 import re
-import shutil
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,16 +19,14 @@ import torch
 import torch.distributed as dist
 
 import hf_usp
-from hf_usp import data
 from hf_usp.batch.documents import find_documents
 from hf_usp.callbacks import UspMetricsCallback
-from hf_usp.data.packing import pack
 from hf_usp.memory.activation_offload import CHECKPOINTING
 from hf_usp.models.hooks import find_model
 from hf_usp.sharding.load_balance import fixed_assignment
 from hf_usp.sharding.masks import Documents, Mask
 
-from .harness import Letters, fresh_accelerate
+from .harness import fresh_accelerate
 from .ranks import Ranks
 from .tiny import HYBRID, batch_of, rows, tiny_model
 
@@ -389,7 +385,6 @@ ONE_PROCESS: dict[str, Case] = {
         lambda: hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=3),
         lambda: [hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=u) for u in (1, 2, 4, 8)],
     ),
-    "overlong='split'": Case(lambda: pack([40, 9], 16, overlong="refuse"), lambda: pack([40, 9], 16, overlong="split")),
     "use sequence_order='auto'": Case(
         lambda: fixed_assignment(8, 2, "spiral"),
         lambda: hf_usp.UspParallelismConfig(cp_size=2, sequence_order="auto"),
@@ -411,14 +406,6 @@ ONE_PROCESS: dict[str, Case] = {
     "call Documents.from_bounds with": Case(
         lambda: Documents(*(np.array(x) for x in ([0, 4], [0], [9]))), lambda: Documents.from_bounds([0, 4])
     ),
-    "tokenize texts first (hf_usp.data.tokenize)": Case(
-        lambda: data.Collator(0)([{"input_ids": "a text"}]),
-        lambda: data.Collator(0)(list(data.tokenize(texts(), Letters()))),
-    ),
-    "tokenize texts first: hf_usp.data.tokenize(documents, tokenizer)": Case(
-        lambda: data.pack(texts(), 4), lambda: data.pack(data.tokenize(texts(), Letters()), 4)
-    ),
-    "delete it, and it is built again: rm -r": Case(lambda: built_again(False), lambda: built_again(True)),
     "pass ulysses_degree=... yourself": Case(
         lambda: chosen(), lambda: hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=2)
     ),
@@ -437,24 +424,6 @@ def a_trainer() -> Any:
     """As much of one as a report looks at."""
     settings, handler = SimpleNamespace(bf16=False, fp16=False), SimpleNamespace(callbacks=[])
     return SimpleNamespace(args=settings, accelerator=None, model=tiny_model(), callback_handler=handler)
-
-
-def texts() -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict({"text": ["a text", "another one"]})
-
-
-def built_again(deleted: bool) -> Any:
-    """A folder of rows whose files were cut off."""
-    with tempfile.TemporaryDirectory() as around:
-        folder = Path(around, "rows")
-        data.build_once(folder, texts)
-        for path in folder.glob("*.arrow"):
-            path.write_bytes(path.read_bytes()[:20])
-        if deleted:
-            shutil.rmtree(folder)
-        assert len(data.build_once(folder, texts)) == 2
 
 
 def chosen() -> Any:
@@ -513,7 +482,6 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "integrations/test_deepspeed.py",
         "test_the_trainer_follows_one_process",
     ),
-    "with column=..., or other files": ("data/test_rows.py", "column"),
     "give every rank the same": ("integrations/test_process_groups.py", "def test_"),  # ranks that are the same
     "hand out full logits and hidden states with": ("models/test_unsharded.py", "test_losses_made_outside_are_exact"),
     "prepare a second Transformers model by itself": ("models/test_unsharded.py", "prepared_modules(twin"),

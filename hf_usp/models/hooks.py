@@ -196,8 +196,7 @@ class ContextParallelHooks(NotSaved):
                 rule="a sharded run equals one process, where masks or recurrent layers of this model ignore "
                 "position_ids and documents see each other",
                 remedy="pass cu_seq_lens_q as well, which keeps documents apart as flash attention does "
-                "(hf_usp.data.Collator(..., cu_seq_lens=True), "
-                "DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or do not pack",
+                "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or do not pack",
             )
 
     def _gathers(self, batch: Mapping[str, Any]) -> bool:

@@ -44,7 +44,6 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--train_file": ("a.txt", "texts", "empty.txt", "one.txt", "no.txt", "", "["),
     "--eval_file": ("a.txt", "no.txt", "one.txt"),
     "--sequence_length": ("16", "64", "0", "1", "-5", "100000", "x"),
-    "--overlong": ("split", "whole", "refuse", "cut"),
     "--cache_dir": ("cache", "/proc/x", "file", "né cache"),
     "--output_dir": ("/proc/nope", "file", "o2"),
     "--context-parallel-size": ("1", "2", "0", "-1", "x"),

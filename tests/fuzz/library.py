@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from typing import Any
 
 import torch
 
 import hf_usp
-from hf_usp import data
 from hf_usp.config import OPTIONS
-from hf_usp.data import packing
 
 from .driver import Act
 
@@ -235,63 +232,3 @@ def fuzz_attention(r: random.Random) -> tuple[Act, Any]:
 def fuzz_mesh(r: random.Random) -> tuple[Act, Any]:
     ring, ulysses = r.choice(ODD), r.choice(ODD)
     return lambda: hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses), (show(ring), show(ulysses))
-
-
-def fuzz_packing(r: random.Random) -> tuple[Act, Any]:
-    odd: tuple[Any, ...] = (0, 1, 2, 100, -1, 2.5, "3", None, True)
-    lengths = [r.choice(odd) if r.random() < 0.05 else r.randint(1, 40) for _ in range(r.randint(0, 8))]
-    length: Any = r.choice([2, 8, 16, 33]) if r.random() < 0.8 else r.choice(ODD)
-    overlong: Any = r.choice(packing.OVERLONG) if r.random() < 0.9 else r.choice(ODD)
-
-    def act() -> None:
-        pieces = [piece for row in packing.pack(lengths, length, overlong) for piece in row]
-        held = Counter((p.document, token) for p in pieces for token in range(p.start, p.stop))
-        assert held == Counter((i, token) for i, n in enumerate(lengths) for token in range(n))
-
-    return act, (lengths, show(length), show(overlong))
-
-
-def fuzz_collator(r: random.Random) -> tuple[Act, Any]:
-    rows, packed = [], r.random() < 0.5
-    for _ in range(r.randint(0, 3)):
-        count = r.randint(0, 9)
-        row: dict[str, Any] = {name: list(range(count)) for name in ("input_ids", "labels")}
-        row |= {"position_ids": list(range(count))} if packed else {}
-        if r.random() < 0.1:
-            row.pop(r.choice(list(row)))
-        if r.random() < 0.1:
-            name = r.choice(["text", "labels", "input_ids", "attention_mask", "length"])
-            row[name] = r.choice(["x", None, [], [1.5], 3, [[1]], ["a"], torch.arange(3), [2**70]])
-        rows.append(row)
-    pad = r.choice([0, 1, None, -1, "x", 2**70, 1.5]) if r.random() < 0.2 else 0
-    mark: Any = r.choice([True, False, "no"])
-
-    def act() -> None:
-        made = data.Collator(pad, mark)(rows)
-        assert made["input_ids"].shape == (len(rows), max(len(row["input_ids"]) for row in rows))
-
-    return act, (repr(rows)[:300], pad, mark)
-
-
-def fuzz_rows(r: random.Random) -> tuple[Act, Any]:
-    """`data.pack` and `data.whole`."""
-    from datasets import Dataset
-
-    ids = [[r.randint(0, 50) for _ in range(r.choice([0, 1, 2, 5, 30]))] for _ in range(r.randint(0, 5))]
-    columns: dict[str, Any] = {"input_ids": ids}
-    if r.random() < 0.3:
-        columns["labels"] = [x if r.random() < 0.9 else x[:-1] for x in ids]
-    if r.random() < 0.1:
-        odd: list[Any] = r.choice([["a b", ""], [1, 2], [None, None], [[1.5]], [["a"]]])
-        columns = {r.choice(["text", "input_ids"]): odd}
-    length: Any = r.choice([2, 4, 16]) if r.random() < 0.7 else r.choice(ODD)
-    pad: Any = r.choice([0, 0, 0, -1, None, 2**40, "x"])
-    whole, overlong = r.random() < 0.3, r.choice(packing.OVERLONG)
-
-    def act() -> None:
-        documents = Dataset.from_dict(columns)
-        made = data.whole(documents) if whole else data.pack(documents, length, overlong=overlong, pad_token_id=pad)
-        for row in made[:]["input_ids"]:
-            assert len(row)
-
-    return act, (whole, repr(columns)[:300], show(length), overlong, show(pad))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
 
 import hf_usp
-from hf_usp import data
 from hf_usp.planner.request import find_machine, read_config, read_model
 from hf_usp.tools.check import CheckOptions
 from hf_usp.tools.check.run import run
@@ -113,33 +110,3 @@ def test_the_launch_line_is_one_command(tmp_path: Path, capsys: pytest.CaptureFi
     written(tmp_path / "two\nlines", {})
     assert main(["plan", "--model", str(tmp_path / "two\nlines"), "--tokens", "4096", "--gpus", "8"]) == 2
     assert "rename the folder" in capsys.readouterr().err
-
-
-def test_a_cache_that_others_may_write_to(tmp_path: Path) -> None:
-    def build() -> Dataset:
-        return Dataset.from_dict({"input_ids": [[1, 2]]})
-
-    victim = tmp_path / "victim"
-    victim.mkdir()
-    (victim / "precious").write_text("x")
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "rows.unfinished").symlink_to(victim)
-    assert len(data.build_once(tmp_path / "cache" / "rows", build)) == 1
-    assert [path.name for path in victim.iterdir()] == ["precious"]
-
-    next((tmp_path / "cache" / "rows").glob("*.arrow")).write_bytes(b"")
-    with pytest.raises(hf_usp.UspConfigError, match=r"cannot be read.*Remedy: delete it"):
-        data.build_once(tmp_path / "cache" / "rows", build)
-
-    (tmp_path / "file").write_text("")
-    with pytest.raises(hf_usp.UspConfigError, match="name another folder with cache_dir"):
-        data.build_once(tmp_path / "file" / "rows", build)
-
-    if os.getuid() == 0:  # only root gives folders away
-        everybody = tmp_path / "everybody"
-        everybody.mkdir()
-        everybody.chmod(0o1777)
-        build().save_to_disk(everybody / "rows")
-        os.chown(everybody / "rows", 65534, 65534)
-        with pytest.raises(hf_usp.UspConfigError, match="user 65534 has put into a folder that everybody may write to"):
-            data.build_once(everybody / "rows", build)
