@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import Request
 from ..utils.tensors import opaque_to_fsdp
 from .layout import CAUSAL, MaskSpec, SequenceLayout
 
@@ -71,6 +72,7 @@ class ForwardContext:
         wants_router_logits: whether the caller asked for `output_router_logits`.
         attention_calls: attention calls by shape; those of recomputed layers count again.
         recurrent_calls: calls of kernels of recurrent layers.
+        kernels: name of the kernel that computes each kind of call, for the log.
     """
 
     layout: SequenceLayout
@@ -80,6 +82,7 @@ class ForwardContext:
     wants_router_logits: bool = False
     attention_calls: Counter[AttentionShape] = field(default_factory=Counter, repr=False)
     recurrent_calls: int = 0
+    kernels: dict[Request, str] = field(default_factory=dict, repr=False)
 
     @property
     def reached_a_layer(self) -> bool:
