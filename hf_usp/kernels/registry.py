@@ -1,6 +1,6 @@
 """The choice of a kernel: the first that can compute a call, or the one that the user names.
 
-The order is that of the rates that are known for a device (docs/decisions/0022-which-kernel-computes.md).
+The order is that of the rates that are known for a device (docs/decisions/0025-which-kernel-computes.md).
 """
 
 from __future__ import annotations
