@@ -335,11 +335,15 @@ def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def import_flash_attn() -> tuple[str, Any, Any]:
-    """The version of flash-attn, and the forward and backward that take and give a log-sum-exp; may fail to import."""
+    """The version of flash-attn, and the functions of `flash_attn_functions`; may fail to import."""
     package = importlib.import_module("flash_attn")
-    interface = importlib.import_module("flash_attn.flash_attn_interface")
+    return package.__version__, *flash_attn_functions(importlib.import_module("flash_attn.flash_attn_interface"))
+
+
+def flash_attn_functions(interface: Any) -> tuple[Any, Any]:
+    """flash-attn's forward and backward that take and give a log-sum-exp, of the package or of a kernel of the Hub."""
     forward = getattr(interface, "_flash_attn_varlen_forward", None)
-    return package.__version__, forward, getattr(interface, "_flash_attn_varlen_backward", None)
+    return forward, getattr(interface, "_flash_attn_varlen_backward", None)
 
 
 def import_flash_attn_3() -> Any:

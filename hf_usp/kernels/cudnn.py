@@ -12,6 +12,7 @@ of at least 1,024 keys whose lengths are such multiples, and any others from 32,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ class CudnnKernel:
             return "torch cannot make cuDNN's backward deterministic"
         if (reason := _why_not_here(request, widest)) is not None:
             return reason
-        reasons = [(other, other.why_not(request)) for other in self.others]
+        unnamed = replace(request, named=False)  # nobody asked for the others: none is downloaded
+        reasons = [(other, other.why_not(unnamed)) for other in self.others]
         self._other = next((other for other, reason in reasons if reason is None), self.others[0])
         if all(reason is not None for _, reason in reasons):
             return f"nothing computes its other segments ({'; '.join(f'{k.name}: {why}' for k, why in reasons)})"

@@ -34,11 +34,6 @@ class FlashKernel:
     ) -> None:
         self.name, self._dialect, self._functions, self._major = name, dialect, functions, major
 
-    @property
-    def title(self) -> str:
-        dialect = self._dialect()
-        return dialect if isinstance(dialect, str) else dialect.title
-
     def why_not(self, request: Request) -> str | None:
         dialect = self._dialect()
         if isinstance(dialect, str):

@@ -15,6 +15,7 @@ import torch
 
 from ..compat import (
     FLASH_ATTN,
+    flash_attn_functions,
     hub_kernel,
     import_flash_attn,
     import_flash_attn_3,
@@ -50,8 +51,7 @@ def flash_attn_2(download: bool) -> Functions | str:
         found = _from_hub("flash-attn2", 4, download)
         if isinstance(found, str):
             return f"the package flash-attn is not installed{found}: {INSTALL}"
-        interface = found.flash_attn_interface
-        forward, backward = (getattr(interface, f"_flash_attn_varlen_{way}", None) for way in ("forward", "backward"))
+        forward, backward = flash_attn_functions(found.flash_attn_interface)
         return _checked("kernels-community/flash-attn2", forward, backward, "causal", INSTALL)
     try:
         version, forward, backward = import_flash_attn()

@@ -147,17 +147,21 @@ def test_softcap(device: torch.device, record_property: Record) -> None:
     check(record_property, compute(kernel, case, data), data, allowed(case), case.softmax)
 
 
-@pytest.mark.parametrize(("dtype64", "width"), [(torch.float32, 64), (torch.float32, 320), (torch.bfloat16, 512)])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.float32, 320), (torch.bfloat16, 512)])
 def test_what_flash_attention_refuses(
-    dtype64: torch.dtype, width: int, device: torch.device, record_property: Record
+    dtype: torch.dtype, width: int, device: torch.device, record_property: Record
 ) -> None:
     """float32 and heads above 256, every window: by torch's memory-efficient attention."""
-    kernel = choose_kernel(device, dtype64, width, Softmax(0.1))
+    kernel = choose_kernel(device, dtype, width, Softmax(0.1))
     assert kernel.name == "efficient"
     for case in WINDOWS.values():
         wide = case.sized(widths=(width, width), heads=(4, 2))
-        data = draw(wide, dtype64, device)
-        check(record_property, compute(kernel, wide, data), data, allowed(wide), wide.softmax)
+        data, mask = draw(wide, dtype, device), allowed(wide)
+        found = compute(kernel, wide, data)
+        if dtype == torch.float32:  # by three products in TF32: near float32, but not plain torch's
+            assert_close(found, oracle(data, mask, wide.softmax), 2e-5)
+        else:
+            check(record_property, found, data, mask, wide.softmax)
 
 
 def test_choice_on_this_device(kernel: Kernel, device: torch.device) -> None:

@@ -102,7 +102,8 @@ class Machine:
 
             def get_kernel(repository: str, version: int) -> SimpleNamespace:
                 module.asked.append((repository, version))  # type: ignore[attr-defined]
-                return SimpleNamespace(ops=fake_fa3.operators("flash_attn_3"))
+                interface = fake_flash_attn.release("2.8.3")["flash_attn.flash_attn_interface"]
+                return SimpleNamespace(ops=fake_fa3.operators("flash_attn_3"), flash_attn_interface=interface)
 
             module.get_loaded_kernels = list  # type: ignore[attr-defined]
             module.install_kernel, module.get_kernel = install_kernel, get_kernel  # type: ignore[attr-defined]
@@ -251,6 +252,9 @@ def test_a_kernel_of_the_hub_that_is_loaded_or_cached_is_used(machine: Machine) 
     assert chosen() == "fa3"
     machine.install("kernels cached")
     assert chosen() == "fa3" and sys.modules["kernels"].asked == [("kernels-community/flash-attn3", 1)]
+    machine.gpu(8)
+    assert chosen(softmax=CAPPED) == "flash_attn"
+    assert sys.modules["kernels"].asked[1:] == [("kernels-community/flash-attn2", 4)]
 
 
 def test_a_kernel_of_the_hub_is_downloaded_where_it_is_named_alone(machine: Machine) -> None:
