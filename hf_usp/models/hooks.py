@@ -237,7 +237,8 @@ class ContextParallelHooks(NotSaved):
 def _log_kernels(context: ForwardContext) -> None:
     """Which kernels computed attention, why those, and what would be faster."""
     for request, name in context.kernels.items():
-        lines = choice_lines(kernel_report(request)) if context.layout.kernel is None else [f"{name}, as named by kernel="]
+        named = context.layout.kernel is not None
+        lines = [f"{name}, which kernel= names"] if named else choice_lines(kernel_report(request))
         logger.info("usp: attention in %s, heads of width %s: %s", request.dtype, request.widths, "; ".join(lines))
 
 
