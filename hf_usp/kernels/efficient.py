@@ -160,7 +160,9 @@ def _calls(segments: Segments) -> Iterator[_Call]:
         if middle < q1:
             rest = None
             if 0 <= left < length - 1:  # the last row does not see the first key
-                cu_q = segments.cu_seqlens_q[i : i + 2] - segments.cu_seqlens_q[i]
-                cu_k = segments.cu_seqlens_k[i : i + 2] - segments.cu_seqlens_k[i]
-                rest = Segments((0, q1 - middle), (0, length), left, -1, cu_q.clamp(max=q1 - middle), cu_k)
+                cu_seqlens_q = segments.cu_seqlens_q[i : i + 2] - segments.cu_seqlens_q[i]
+                cu_seqlens_k = segments.cu_seqlens_k[i : i + 2] - segments.cu_seqlens_k[i]
+                rest = Segments(
+                    (0, q1 - middle), (0, length), left, -1, cu_seqlens_q.clamp(max=q1 - middle), cu_seqlens_k
+                )
             yield _Call(slice(middle, q1), keys, FULL, None, rest)

@@ -18,8 +18,8 @@ EFFICIENT_KEYWORDS = {"scale", "window_size", "num_splits_key"}
 
 
 def one(queries: int, keys: int, left: int, right: int) -> Segments:
-    cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (queries, keys))
-    return Segments((0, queries), (0, keys), left, right, cu_q, cu_k)
+    cu_seqlens_q, cu_seqlens_k = (torch.tensor([0, n], dtype=torch.int32) for n in (queries, keys))
+    return Segments((0, queries), (0, keys), left, right, cu_seqlens_q, cu_seqlens_k)
 
 
 def check(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -209,6 +209,9 @@ def test_widths_of_fa4(machine: Machine, major: int, widths: tuple[int, int], na
 def test_releases_of_fa4(machine: Machine, packages: tuple[str, ...], said: str) -> None:
     machine.install(*packages)
     assert said in reason("fa4")
+    with pytest.raises(UspKernelError, match="kernel='fa4'") as refusal:
+        check_installed("fa4", GPU)  # with the batch, on every rank
+    assert said in str(refusal.value)
 
 
 @pytest.mark.parametrize("version", ["2.6.3", "3.0.0b1"])
