@@ -31,7 +31,7 @@ from virtual_ring import VirtualRing  # noqa: E402
 
 import hf_usp  # noqa: E402
 from hf_usp.batch.layout import MaskSpec, make_layout  # noqa: E402
-from hf_usp.kernels import KERNELS, Segments, Softmax, choose_kernel  # noqa: E402
+from hf_usp.kernels import KERNELS, Request, Segments, Softmax, choose_kernel  # noqa: E402
 from hf_usp.sharding.masks import Documents  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
@@ -98,11 +98,8 @@ def kernels_against_eager(bench: Bench) -> list[dict[str, Any]]:
         "full": segments([0, rows], [0, rows], -1, bench.device),
         "packed": segments([0, rows // 7, rows // 2, rows], [0, rows // 7, rows // 2, rows], 0, bench.device),
     }
-    usable = [
-        n
-        for n, k in KERNELS.items()
-        if n != "eager" and k.why_not(bench.device, torch.bfloat16, bench.width, Softmax(1.0)) is None
-    ]
+    request = Request(bench.device, torch.bfloat16, bench.width, bench.width, Softmax(1.0))
+    usable = [n for n, k in KERNELS.items() if n != "eager" and k.why_not(request) is None]
     for case, what in cases.items():
         tensors = bench.tensors(rows)
         exact = both_ways("eager", [t.float() for t in tensors], what)

@@ -56,6 +56,11 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def is_older(package: str, oldest: str) -> bool:
+    """Whether an installed package is older than a version; pre-releases count."""
+    return Version(version(package)) < Version(oldest)
+
+
 def sources() -> str:
     """A checksum of the installed sources of hf_usp: the same version may be another state of a checkout."""
     total = 0
@@ -168,6 +173,24 @@ def cuda_flash_operators() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """
     aten = torch.ops.aten
     return aten._flash_attention_forward.default, aten._flash_attention_backward.default
+
+
+def cudnn_operators() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Attention by cuDNN, dense, forward and backward. Goes as `cpu_flash_operators` goes."""
+    aten = torch.ops.aten
+    return aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_cudnn_attention_backward.default
+
+
+def efficient_operators() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Memory-efficient attention of xFormers in torch, forward and backward. Goes as `cpu_flash_operators` goes."""
+    aten = torch.ops.aten
+    return aten._efficient_attention_forward.default, aten._efficient_attention_backward.default
+
+
+def operator_arguments(operator: Any) -> list[tuple[str, bool]]:
+    """The arguments of an operator of `torch.ops`, and whether each has a default. torch has no public list."""
+    schema = operator.default._schema
+    return [(argument.name, argument.has_default_value()) for argument in schema.arguments]
 
 
 def get_reshard_state(unit: Any) -> tuple[Any, Any]:
@@ -319,12 +342,42 @@ def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-# ------------------------------------------------------------------------ flash-attn: read in 2.7 to 2.8
+# ------------------------------------- flash-attn, -3, -4, kernels: read in 2.7 to 2.8, 3.0, 4.0.0b4 to b36, 0.17
 
 
 def import_flash_attn() -> tuple[str, Any, Any]:
-    """The version of flash-attn, and the forward and backward that take and give a log-sum-exp; may fail to import."""
+    """The version of flash-attn, and the functions of `flash_attn_functions`; may fail to import."""
     package = importlib.import_module("flash_attn")
-    interface = importlib.import_module("flash_attn.flash_attn_interface")
+    return package.__version__, *flash_attn_functions(importlib.import_module("flash_attn.flash_attn_interface"))
+
+
+def flash_attn_functions(interface: Any) -> tuple[Any, Any]:
+    """flash-attn's forward and backward that take and give a log-sum-exp, of the package or of a kernel of the Hub."""
     forward = getattr(interface, "_flash_attn_varlen_forward", None)
-    return package.__version__, forward, getattr(interface, "_flash_attn_varlen_backward", None)
+    return forward, getattr(interface, "_flash_attn_varlen_backward", None)
+
+
+def import_flash_attn_3() -> Any:
+    """The namespace of FlashAttention 3's operators: its Python functions changed twice; may fail to import."""
+    importlib.import_module("flash_attn_interface")
+    return torch.ops.flash_attn_3
+
+
+def import_flash_attn_4() -> tuple[Any, Any]:
+    """FlashAttention 4's forward and backward; may fail to import. They go once public ones take a log-sum-exp."""
+    interface = importlib.import_module("flash_attn.cute.interface")
+    return getattr(interface, "_flash_attn_fwd", None), getattr(interface, "_flash_attn_bwd", None)
+
+
+def hub_kernel(repository: str, major: int, download: bool) -> Any:
+    """A kernel of the Hub that this process has loaded, else from the Hub's cache, else, with `download`, from there.
+
+    Fails where it cannot be had, by any error of `kernels`.
+    """
+    kernels = importlib.import_module("kernels")
+    for loaded in kernels.get_loaded_kernels():
+        if loaded.repo_info is not None and loaded.repo_info.repo_id == repository:
+            return loaded.module
+    if not download:
+        kernels.install_kernel(repository, version=major, local_files_only=True)
+    return kernels.get_kernel(repository, version=major)

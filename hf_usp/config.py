@@ -70,7 +70,7 @@ class UspParallelismConfig(ParallelismConfig):
         mlp_chunk_size: compute the MLPs of all layers in chunks of this many tokens, and again in the backward. Also
             for cp_size=1.
         offload_checkpoints: keep the inputs of checkpointed layers (activation checkpointing) in CPU memory.
-        kernel: name of the attention kernel. Default: the best installed.
+        kernel: name of the attention kernel (docs/kernels.md). Default: the best installed for the device.
         self_check: whether a prepared model first compares a short random batch, sharded and unsharded.
         ranks_per_node: ranks on one node; used to keep ulysses groups inside a node. Default: `LOCAL_WORLD_SIZE`.
         machine: preset of `hf-usp plan`, or file of `hf-usp check`, used to choose `ulysses_degree`. Default: detected

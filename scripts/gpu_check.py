@@ -28,7 +28,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "accelerate", "flash-attn", "pytest", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "kernels",
+    "pytest",
+    "numpy",
+)
+# In the names of checks; hf_usp.kernels.KERNELS has the same, but needs torch to be imported.
+KERNEL_NAMES = ("flash_attn", "cuda_flash", "fa3", "fa4", "cudnn", "efficient", "blockwise")
 
 
 class Recorder:
@@ -69,7 +81,7 @@ def describe() -> dict[str, Any]:
     """Hardware and versions."""
     import torch
 
-    from hf_usp.kernels import Softmax, kernel_report
+    from hf_usp.kernels import KERNELS, Request, Softmax
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     versions = {}
@@ -87,7 +99,10 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "versions": versions,
-        "kernels_bf16_128": dict(kernel_report(device, torch.bfloat16, 128, Softmax(0.1))),
+        "kernels_bf16_128": {
+            name: kernel.why_not(Request(device, torch.bfloat16, 128, 128, Softmax(0.1)))
+            for name, kernel in KERNELS.items()
+        },
     }
 
 
@@ -96,7 +111,7 @@ def largest_errors(checks: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     worst: dict[str, dict[str, float]] = defaultdict(dict)
     for check in checks:
         name, _, parameters = check["check"].partition("[")
-        kernel = next((k for k in ("cuda_flash", "flash_attn") if k in parameters), "chosen")
+        kernel = next((k for k in KERNEL_NAMES if k in parameters.replace("]", "-").split("-")), "chosen")
         for tensor, error in check.get("errors", {}).items():
             row = worst[f"{name} ({kernel})"]
             row[tensor] = max(row.get(tensor, 0.0), error)

@@ -454,6 +454,8 @@ def test_on_two_ranks(two_ranks: Ranks, words: str) -> None:
 
 # Words of remedies that other tests follow -> the file and the test.
 ELSEWHERE: dict[str, tuple[str, str]] = {
+    "name kernel='blockwise'": ("kernels/test_registry.py", "test_eager_is_refused_beyond_a_size"),
+    "restore_flash_attention_impl()": ("kernels/test_registry.py", "test_an_activation_that_torch_would_refuse"),
     "get_last_complete_checkpoint(folder)": (
         "callbacks/test_resume.py",
         "test_a_killed_run_leaves_the_last_complete_checkpoint",

@@ -21,7 +21,7 @@ from ..batch.context import AttentionShape, ForwardContext
 from ..batch.device_schedule import head_runs
 from ..batch.layout import MaskSpec, SequenceLayout
 from ..errors import UspModelError
-from ..kernels import Softmax, choose_kernel
+from ..kernels import Kernel, Request, Softmax, check_scores, choose_kernel
 from ..sharding.heads import split_heads
 from ..utils.dtypes import no_autocast
 from .ring import RingCall, ring_backward, ring_forward
@@ -59,17 +59,27 @@ def begin(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softmax:
     (heads, width), (kv_heads, value_width) = q_BLHD.shape[2:], v_BLGE.shape[2:]
     shape = AttentionShape(mask_spec, heads, kv_heads, width, value_width, q_BLHD.dtype)
     context.attention_calls[shape] += 1
-    return make_call(shape, q_BLHD.device, context.layout, softmax)
+    call = make_call(shape, q_BLHD.device, context.layout, softmax)
+    context.kernels[Request(q_BLHD.device, q_BLHD.dtype, width, value_width, softmax)] = call.ring.kernel.name
+    return call
 
 
 def make_call(shape: AttentionShape, device: torch.device, layout: SequenceLayout, softmax: Softmax) -> AttentionCall:
     """Schedule, kernel and heads of a call on a device."""
     mesh = layout.mesh
     shares = split_heads(shape.heads, shape.kv_heads, mesh.ulysses_degree)
+
+    def choose() -> Kernel:
+        kernel = choose_kernel(device, shape.dtype, shape.width, softmax, layout.kernel, shape.value_width)
+        tokens = layout.documents.num_tokens // mesh.ring_degree
+        longest = min(tokens, layout.mask(shape.mask_spec).documents.longest)
+        check_scores(kernel, max(share.num_query for share in shares), tokens, longest, shape.dtype)
+        return kernel
+
     ring = RingCall(
         work=layout.device_schedule(shape.mask_spec, device),
         mesh=mesh,
-        kernel=choose_kernel(device, shape.dtype, max(shape.width, shape.value_width), softmax, layout.kernel),
+        kernel=layout.memoize(("kernel", shape, device, softmax), choose),
         softmax=softmax,
         heads=head_runs(shares[mesh.ulysses_rank].runs),
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import Request
 from ..utils.tensors import opaque_to_fsdp
 from .layout import CAUSAL, KeptTokens, MaskSpec, SequenceLayout
 
@@ -74,6 +75,7 @@ class ForwardContext:
         kept: the tokens whose logits the caller wants (`logits_to_keep`); None: all.
         attention_calls: attention calls by shape; those of recomputed layers count again.
         recurrent_calls: calls of kernels of recurrent layers.
+        kernels: name of the kernel that computes each kind of call, for the log.
     """
 
     layout: SequenceLayout
@@ -86,6 +88,7 @@ class ForwardContext:
     kept: KeptTokens | None = None
     attention_calls: Counter[AttentionShape] = field(default_factory=Counter, repr=False)
     recurrent_calls: int = 0
+    kernels: dict[Request, str] = field(default_factory=dict, repr=False)
 
     @property
     def reached_a_layer(self) -> bool:

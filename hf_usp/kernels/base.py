@@ -78,13 +78,41 @@ def _lengths(edges: tuple[int, ...]) -> list[int]:
     return [stop - start for start, stop in pairwise(edges)]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a kernel is asked to compute, as far as it can be known before there are segments.
+
+    Attributes:
+        device: of the tensors.
+        dtype: of queries, keys, values and the output.
+        head_dim: key width D.
+        value_dim: value width E.
+        softmax: from scores to weights.
+        named: whether the user named the kernel, which may then be downloaded.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    softmax: Softmax
+    named: bool = False
+
+    @property
+    def widths(self) -> str:
+        return f"{self.head_dim}" if self.head_dim == self.value_dim else f"{self.head_dim} (values {self.value_dim})"
+
+
 class Kernel(Protocol):
-    """One way to compute segments. Stateless."""
+    """One way to compute segments. Stateless, but for functions of other packages that `why_not` has found."""
 
     name: str
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int, softmax: Softmax) -> str | None:
-        """None when this kernel computes such a call exactly here; else the reason, with the remedy if there is one."""
+    def why_not(self, request: Request) -> str | None:
+        """None when this kernel computes such a call exactly here; else the reason, with the remedy if there is one.
+
+        The reason of a package that is missing ends in the command that installs it, after ": ".
+        """
 
     def forward(
         self, q_THD: Tensor, k_KGD: Tensor, v_KGE: Tensor, segments: Segments, softmax: Softmax

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..compat import cpu_flash_operators
-from .base import Segments, Softmax
+from .base import Request, Segments, Softmax
 
 _forward, _backward = cpu_flash_operators()
 
@@ -37,13 +37,13 @@ class _Call(NamedTuple):
 class CpuFlashKernel:
     name = "cpu_flash"
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int, softmax: Softmax) -> str | None:
-        if device.type != "cpu":
-            return f"it computes on the CPU, the tensors are on {device.type}"
-        if softmax.softcap is not None:
+    def why_not(self, request: Request) -> str | None:
+        if request.device.type != "cpu":
+            return f"it computes on the CPU, the tensors are on {request.device.type}"
+        if request.softmax.softcap is not None:
             return "torch's CPU flash operator has no softcap"
-        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return f"torch's CPU flash operator does not compute in {dtype}"
+        if request.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return f"torch's CPU flash operator does not compute in {request.dtype}"
         return None
 
     def forward(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .base import Segments, Softmax, accumulation_dtype
+from .base import Request, Segments, Softmax, accumulation_dtype
 
 ROWS = 1024
 
@@ -19,7 +19,7 @@ ROWS = 1024
 class EagerKernel:
     name = "eager"
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int, softmax: Softmax) -> str | None:
+    def why_not(self, request: Request) -> str | None:
         return None
 
     def forward(

@@ -8,6 +8,7 @@ outputs.
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..batch.context import ShardOptions
+from ..batch.context import ForwardContext, ShardOptions
 from ..batch.layout import locate_tokens
 from ..batch.shard import get_tokens, shard_tensor
 from ..batch.sharded_tensors import context_of
@@ -27,6 +28,7 @@ from ..distributed.failures import refuse_after_failure, report_failure
 from ..distributed.loss import reduce_loss
 from ..distributed.mesh import UspMesh
 from ..errors import UspError, UspModelError
+from ..kernels import choice_lines, kernel_report
 from .attention_interface import NAME
 from .backbone import (
     PER_TOKEN_OUTPUTS,
@@ -50,6 +52,8 @@ from .trl_fused_head import FUSED, unshard_fields, validate_fused_head
 from .unsharded import PreparedLayers, check_outside_loss, guard_share, has_labels, is_generation, kept_positions
 from .validation import validate_call, validate_model
 
+logger = logging.getLogger(__name__)
+
 
 class ContextParallelHooks(NotSaved):
     """The hooks of one model with context parallelism, in the order of `integrations.transformers.MODEL_CHANGES`."""
@@ -71,6 +75,7 @@ class ContextParallelHooks(NotSaved):
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
         self.failed: BaseException | None = None  # what ended a forward or backward on this rank
+        self.unlogged = mesh.ring_rank == mesh.ulysses_rank == 0  # the kernels of the first batch
         self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
         self.backbone = traits.backbone
         self._handles = (
@@ -230,6 +235,9 @@ class ContextParallelHooks(NotSaved):
                 remedy="this model has attention code of its own and cannot be sharded; train it without "
                 "UspParallelismConfig, or use an architecture that supports attn_implementation='sdpa' as a function",
             )
+        if self.unlogged:
+            self.unlogged = False
+            _log_kernels(context)
         if self.backbone.needs_full_hidden_states:
             return output
         if context.wants_router_logits:
@@ -256,6 +264,14 @@ class ContextParallelHooks(NotSaved):
             for name, share in left.items():
                 output[name] = guard_share(name, share)
         return output
+
+
+def _log_kernels(context: ForwardContext) -> None:
+    """Which kernels computed attention, why those, and what would be faster."""
+    for request, name in context.kernels.items():
+        named = context.layout.kernel is not None
+        lines = [f"{name}, which kernel= names"] if named else choice_lines(kernel_report(request))
+        logger.info("usp: attention in %s, heads of width %s: %s", request.dtype, request.widths, "; ".join(lines))
 
 
 def _beside(model: PreTrainedModel, around: nn.Module) -> Iterator[nn.Module]:

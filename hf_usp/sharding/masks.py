@@ -65,6 +65,11 @@ class Documents:
         """Tokens of all documents."""
         return int(self.bounds[-1])
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(np.diff(self.bounds).max(initial=0))
+
     def chunked(self, size: int, row: int = 0) -> Documents:
         """Each document split into chunks of `size` tokens, counted from its first visible key (Llama 4).
 

@@ -51,7 +51,7 @@ class TimedKernel:
     """A kernel whose calls move the clock by their area."""
 
     def __init__(self, kernel: Any, clock: Clock) -> None:
-        self.kernel, self.clock = kernel, clock
+        self.kernel, self.clock, self.name = kernel, clock, kernel.name
 
     def forward(self, q: Any, k: Any, v: Any, segments: Any, softmax: Any) -> Any:
         self.clock.now += area(segments)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 
-from hf_usp.kernels import KERNELS, Kernel
+from hf_usp.kernels import KERNELS, Kernel, Request, Softmax
 
-# The package is optional; torch's operator is not.
-CUDA_KERNELS = ["cuda_flash", *(["flash_attn"] if find_spec("flash_attn") else [])]
+SOFTMAX = Softmax(0.125)
+# What torch carries has to run; the packages are optional.
+TORCHS = ("cuda_flash", "efficient", "blockwise")
+OPTIONAL = ("flash_attn", "fa3", "fa4", "cudnn")
+
+
+def cuda_kernels() -> list[str]:
+    """The kernels that are tested: without a GPU those of torch, which then fail for want of one."""
+    if not torch.cuda.is_available():
+        return list(TORCHS)
+    request = Request(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, 64, 64, SOFTMAX)
+    return [*TORCHS, *(name for name in OPTIONAL if KERNELS[name].why_not(request) is None)]
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +28,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture(params=CUDA_KERNELS)
-def kernel(request: pytest.FixtureRequest) -> Kernel:
+@pytest.fixture(params=cuda_kernels())
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    # cuDNN computes long segments alone, as a rule; here it shall compute those of the cases.
+    monkeypatch.setattr("hf_usp.kernels.cudnn.LEAST", 1)
+    monkeypatch.setattr("hf_usp.kernels.cudnn.UNIT", 1)
     return KERNELS[request.param]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hf_usp.kernels import KERNELS, Kernel, Softmax, choose_kernel, kernel_report
+from hf_usp.kernels import KERNELS, Kernel, Request, Softmax, choose_kernel
 from hf_usp.sharding.masks import Documents, Mask
 
 from ..attention.virtual_ring import dense_mask, two_tiles, virtual_ring
@@ -139,21 +139,37 @@ def test_sliced_statistics_and_rows_of_a_packed_message(kernel: Kernel, device: 
 
 
 def test_softcap(device: torch.device, record_property: Record) -> None:
-    """By the kernel that is chosen for it: the package where it is installed, else eager."""
+    """By the kernel that is chosen for it: a package of FlashAttention where one is installed, else in blocks."""
     case = Case((300,), (300,), right=0, softcap=0.7, widths=(64, 64))
     data = draw(case, torch.bfloat16, device)
     kernel = choose_kernel(device, torch.bfloat16, 64, case.softmax)
-    assert kernel.name in ("flash_attn", "eager")
+    assert kernel.name in ("flash_attn", "fa3", "fa4", "blockwise")
     check(record_property, compute(kernel, case, data), data, allowed(case), case.softmax)
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.float32, 320), (torch.bfloat16, 512)])
+def test_what_flash_attention_refuses(
+    dtype: torch.dtype, width: int, device: torch.device, record_property: Record
+) -> None:
+    """float32 and heads above 256, every window: by torch's memory-efficient attention."""
+    kernel = choose_kernel(device, dtype, width, Softmax(0.1))
+    assert kernel.name == "efficient"
+    for case in WINDOWS.values():
+        wide = case.sized(widths=(width, width), heads=(4, 2))
+        data, mask = draw(wide, dtype, device), allowed(wide)
+        found = compute(kernel, wide, data)
+        if dtype == torch.float32:  # by three products in TF32: near float32, but not plain torch's
+            assert_close(found, oracle(data, mask, wide.softmax), 2e-5)
+        else:
+            check(record_property, found, data, mask, wide.softmax)
+
+
 def test_choice_on_this_device(kernel: Kernel, device: torch.device) -> None:
-    softmax = Softmax(0.125)
-    report = dict(kernel_report(device, torch.bfloat16, 64, softmax))
-    assert report[kernel.name] is None, f"{kernel.name}: {report[kernel.name]}"
-    assert choose_kernel(device, torch.bfloat16, 64, softmax, kernel.name) is kernel
-    assert choose_kernel(device, torch.bfloat16, 64, softmax).name in ("flash_attn", "cuda_flash")
-    assert choose_kernel(device, torch.float32, 64, softmax).name == "eager"
+    request = Request(device, torch.bfloat16, 64, 64, Softmax(0.125))
+    assert kernel.why_not(request) is None, f"{kernel.name}: {kernel.why_not(request)}"
+    assert choose_kernel(device, torch.bfloat16, 64, request.softmax, kernel.name) is kernel
+    assert choose_kernel(device, torch.bfloat16, 64, request.softmax).name not in ("efficient", "blockwise", "eager")
+    assert choose_kernel(device, torch.float64, 64, request.softmax).name == "blockwise"
 
 
 def test_the_comparison_sees_a_window_off_by_one(kernel: Kernel, device: torch.device) -> None:

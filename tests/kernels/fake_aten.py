@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_usp.kernels.cuda_flash import CudaFlashKernel
+from hf_usp.kernels.dialects import Functions, torch_dialect
+from hf_usp.kernels.flash import FlashKernel
 
 from . import stand_in
 
@@ -31,8 +32,8 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def kernel() -> CudaFlashKernel:
-    return CudaFlashKernel(forward_op=forward, backward_op=backward)
+def kernel() -> FlashKernel:
+    return FlashKernel("cuda_flash", torch_dialect, Functions(forward, backward))
 
 
 def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -49,20 +50,22 @@ def backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return stand_in.backward(_call(given), dout, out, given["logsumexp"])
 
 
-def bind(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bind(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], keywords: set[str] = KEYWORDS) -> dict[str, Any]:
     """Arguments by name, checked for number, name and type against the operator's schema."""
     arguments = op._schema.arguments
     positional = [argument for argument in arguments if not argument.kwarg_only]
     assert len(args) <= len(positional), "more positional arguments than the operator has"
     given = dict(zip([argument.name for argument in positional], args, strict=False))
     assert not given.keys() & kwargs.keys(), "an argument given twice"
-    assert kwargs.keys() <= KEYWORDS, f"keywords that torch 2.11 does not know: {kwargs.keys() - KEYWORDS}"
+    assert kwargs.keys() <= keywords, f"keywords that torch 2.11 does not know: {kwargs.keys() - keywords}"
     given |= kwargs
     for argument in arguments:
         if argument.name not in given:
             assert argument.has_default_value(), f"{argument.name} is missing"
             continue
         expected = TYPES[str(argument.real_type)]
+        if expected is Tensor and given[argument.name] is None:
+            expected = type(None)  # an undefined tensor
         exact = type(given[argument.name]) is not bool or expected is bool
         assert isinstance(given[argument.name], expected) and exact, f"{argument.name}: {argument.real_type}"
     assert given["dropout_p"] == 0.0

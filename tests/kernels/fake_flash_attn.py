@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -36,9 +37,9 @@ EXTRA = {
 def release(version: str) -> dict[str, ModuleType]:
     extra_forward, extra_backward = EXTRA.get(version, ("", ""))
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
-    package.__spec__ = ModuleSpec("flash_attn", loader=None)
+    package.__spec__ = ModuleSpec("flash_attn", loader=None, origin="flash_attn/__init__.py")
     package.__version__ = version  # type: ignore[attr-defined]
-    forward, backward = _signature(FORWARD + extra_forward), _signature(BACKWARD + extra_backward)
+    forward, backward = signature(FORWARD + extra_forward), signature(BACKWARD + extra_backward)
 
     def varlen_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         given = _bind(forward, args, kwargs)
@@ -56,28 +57,25 @@ def release(version: str) -> dict[str, ModuleType]:
             given[name].copy_(grad)
         return torch.empty(0)
 
+    varlen_forward.__signature__, varlen_backward.__signature__ = forward, backward  # type: ignore[attr-defined]
     interface._flash_attn_varlen_forward = varlen_forward  # type: ignore[attr-defined]
     interface._flash_attn_varlen_backward = varlen_backward  # type: ignore[attr-defined]
     package.flash_attn_interface = interface  # type: ignore[attr-defined]
     return {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
 
 
-def _signature(text: str) -> inspect.Signature:
+def signature(text: str) -> inspect.Signature:
     parameters = []
     for word in text.split():
         name, _, default = word.partition("=")
-        given = (
-            {"-1": -1, "0": 0, "0.0": 0.0, "None": None, "False": False}[default]
-            if default
-            else inspect.Parameter.empty
-        )
+        given = ast.literal_eval(default) if default else inspect.Parameter.empty
         parameters.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=given))
     return inspect.Signature(parameters)
 
 
-def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bind(expected: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     assert not args, "calls by keyword only"
-    bound = signature.bind(*args, **kwargs)
+    bound = expected.bind(*args, **kwargs)
     bound.apply_defaults()
     given = dict(bound.arguments)
     assert given["dropout_p"] == 0.0 and given["alibi_slopes"] is None

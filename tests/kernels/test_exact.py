@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ from .cases import (
     plain,
 )
 
-CPU_KERNELS = [KERNELS["eager"], KERNELS["cpu_flash"]]
+CPU_KERNELS = [KERNELS["eager"], KERNELS["cpu_flash"], KERNELS["blockwise"]]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6}
 
 on_both = pytest.mark.parametrize("kernel", CPU_KERNELS, ids=lambda kernel: kernel.name)
@@ -68,18 +70,22 @@ def test_softcap() -> None:
     case = Case((20,), (33,), right=0, softcap=0.7)
     data = draw(case, torch.float64)
     exact = oracle(data, allowed(case), case.softmax)
-    assert_close(compute(KERNELS["eager"], case, data), exact, 1e-10)
+    for name in ("eager", "blockwise"):
+        assert_close(compute(KERNELS[name], case, data), exact, 1e-10)
     with pytest.raises(AssertionError, match="out"):
         assert_close(exact, oracle(data, allowed(case), Case((1,), (1,)).softmax), 1e-2)
 
 
 @on_windows
-def test_eager_in_several_blocks_of_rows(window: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More rows than eager keeps scores for at a time."""
-    monkeypatch.setattr("hf_usp.kernels.eager.ROWS", 7)
-    case = WINDOWS[window]
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_several_blocks(window: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than eager, more rows and keys than blockwise keep scores for at a time."""
+    for name, value in (("eager.ROWS", 7), ("blockwise.ROWS", 7), ("blockwise.KEYS", 5)):
+        monkeypatch.setattr(f"hf_usp.kernels.{name}", value)
+    case = replace(WINDOWS[window], softcap=softcap)
     data = draw(case, torch.float64)
-    assert_close(compute(KERNELS["eager"], case, data), oracle(data, allowed(case), case.softmax), 1e-10)
+    for kernel in ("eager", "blockwise"):
+        assert_close(compute(KERNELS[kernel], case, data), oracle(data, allowed(case), case.softmax), 1e-10)
 
 
 @on_both

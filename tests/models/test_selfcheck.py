@@ -177,8 +177,8 @@ def autocast_verdict(factor: float, training: bool) -> str:
     class Bf16Kernel(CpuFlashKernel):
         name = "bf16_alone"
 
-        def why_not(self, device: Any, dtype: torch.dtype, head_dim: int, softmax: Any) -> str | None:
-            return None if dtype == torch.bfloat16 else f"not in {dtype}"
+        def why_not(self, request: Any) -> str | None:
+            return None if request.dtype == torch.bfloat16 else f"not in {request.dtype}"
 
         def forward(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
             out, lse = super().forward(*args)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...compat import installed_version, sources
-from ...kernels import Softmax, kernel_report
+from ...kernels import Request, Softmax, kernel_report
 
 PACKAGES = (
     "torch",
@@ -20,6 +20,8 @@ PACKAGES = (
     "numpy",
     "flash-attn",
     "flash-attn-3",
+    "flash-attn-4",
+    "kernels",
     "triton",
     "deepspeed",
     "trl",
@@ -46,5 +48,5 @@ def facts(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, 
         "device_index": device.index if device.type == "cuda" else None,
         "memory": memory,
         "versions": versions,
-        "kernels": kernel_report(device, dtype, head_dim, Softmax(head_dim**-0.5)),
+        "kernels": kernel_report(Request(device, dtype, head_dim, head_dim, Softmax(head_dim**-0.5))),
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ...kernels import Choice, choice_lines
 from .issues import Transfer, rate
 
 if TYPE_CHECKING:
@@ -61,14 +62,9 @@ def verdict(it: Results, slow: float) -> str:
     return "\n".join(lines)
 
 
-def _kernels(listed: list[tuple[str, str | None]]) -> list[str]:
-    chosen = next((name for name, why_not in listed if why_not is None), "none")
-    lines = [f"kernel      {chosen}"]
-    for name, why_not in listed:
-        if why_not is None:
-            break
-        lines.append(f"            not {name}: {why_not}")
-    return lines
+def _kernels(listed: list[list[Any]]) -> list[str]:
+    first, *others = choice_lines([Choice(*entry) for entry in listed])
+    return [f"kernel      {first}", *(f"            {line}" for line in others)]
 
 
 def _links(transfers: list[Transfer]) -> list[str]:

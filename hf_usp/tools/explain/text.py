@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ...kernels import Softmax, kernel_report
+from ...kernels import Request, Softmax, choice_lines, kernel_report
 from ...sharding.degrees import ulysses_bytes
 from ...sharding.heads import HeadShare
 from ...sharding.load_balance import ALL_ORDERS, assign_tokens, balance, over_batch
@@ -131,13 +131,10 @@ def _bytes(it: Explanation) -> list[str]:
 
 def _kernel(case: Case) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    listed = kernel_report(device, DTYPES[case.dtype], case.head_dim, Softmax(case.head_dim**-0.5))
-    chosen = next(name for name, why_not in listed if why_not is None)
-    lines = [f"{chosen}, on this machine's {device.type}"]
-    for name, why_not in listed:
-        if name != chosen:
-            lines.append(f"{name}: " + (f"not here, {why_not}" if why_not else "possible, further down in the order"))
-    return lines
+    softmax = Softmax(case.head_dim**-0.5)
+    choices = kernel_report(Request(device, DTYPES[case.dtype], case.head_dim, case.head_dim, softmax))
+    first, *others = choice_lines(choices)
+    return [f"{first}; on this machine's {device.type}", *others]
 
 
 def _left_out(it: Explanation) -> list[str]:
