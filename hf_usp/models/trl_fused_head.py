@@ -43,7 +43,7 @@ def unshard_fields(output: Any, context: ForwardContext) -> Any:
     given = {name for name in names if output[name].requires_grad and torch.is_grad_enabled()}
     for name in names:
         if name in given:
-            output[name] = unshard(output[name], layout)[:, :last]
+            output[name] = unshard(output[name], layout)[:, :last].clone()  # FSDP2 warns of views
     rest = [name for name in names if name not in given]
     if rest:
         fields_BSF = unshard(torch.stack([_as_float(output[name]) for name in rest], dim=-1), layout)
