@@ -486,6 +486,10 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     "give every rank the same": ("integrations/test_process_groups.py", "def test_"),  # ranks that are the same
     "hand out full logits and hidden states with": ("models/test_unsharded.py", "test_losses_made_outside_are_exact"),
+    "as a multiple of num_generations": ("integrations/test_completions.py", "test_every_prompt_is_sampled_once"),
+    "leave generation_batch_size out": ("integrations/test_completions.py", "test_every_prompt_is_sampled_once"),
+    "wrap the reward function in hf_usp.once": ("integrations/test_completions.py", "once_mends_it"),
+    "pass a function that returns its result": ("integrations/test_completions.py", "once_by_hand"),
     "prepare a second Transformers model by itself": ("models/test_unsharded.py", "prepared_modules(twin"),
     "leave offload=True out of": ("memory/test_activation_offload.py", "offload=True"),
     "read the stream with num_workers=1": ("integrations/test_data_loader.py", '"dataloader_num_workers": 1'),

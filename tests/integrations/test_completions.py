@@ -67,7 +67,7 @@ def by_rank(completions: list[str], **_: Any) -> list[float]:
     return [float(i + dist.get_rank()) for i, _ in enumerate(completions)]
 
 
-def grpo(folder: str, reward: Any, streamed: bool = False, fixed: bool = False, **settings: Any) -> dict[str, Any]:
+def grpo(folder: str, reward: Any, streamed: bool = False, chunk: int | None = None, **settings: Any) -> dict[str, Any]:
     """Three steps of GRPO on two ranks that share their prompts."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -77,8 +77,8 @@ def grpo(folder: str, reward: Any, streamed: bool = False, fixed: bool = False, 
     arguments = common(folder, (2, 1), config_for((2, 1))) | {"per_device_train_batch_size": 2}
     arguments |= {"num_generations": 2, "max_completion_length": 4, "gradient_accumulation_steps": 2} | settings
     args = GRPOConfig(**arguments)
-    if fixed:
-        args.generation_batch_size = 4
+    if chunk is not None:
+        args.generation_batch_size = chunk
     trainer = GRPOTrainer(
         model=tiny_model("llama"),
         reward_funcs=reward,
@@ -98,6 +98,7 @@ def refusal(folder: str, reward: Any, **settings: Any) -> str:
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "groups on several ranks": ("4 completions of each prompt in batches of 2 rows", {"num_generations": 4}),
+    "chunks": ("chunks of 6 rows, for 1 data-parallel rank(s) with batches of 4 rows", {"chunk": 6}),
     "streams": ("set args.generation_batch_size = 4", {"streamed": True}),
 }
 
@@ -105,7 +106,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_the_first_step(two_ranks: Ranks, tmp_path: Path, case: str) -> None:
     words_of_it, settings = REFUSED[case]
-    steps = {} if case == "streams" else {"steps_per_generation": 1}
+    steps = {"steps_per_generation": 1} if case == "groups on several ranks" else {}
     for message in two_ranks.run(refusal, str(tmp_path), length, **settings, **steps):
         assert words_of_it in message
 
@@ -114,7 +115,7 @@ def test_every_prompt_is_sampled_once_also_of_a_stream(two_ranks: Ranks, tmp_pat
     first, second = two_ranks.run(grpo, str(tmp_path), length)
     assert first["prompts"] == second["prompts"]
     assert len(first["prompts"]) == 3 * 2 + 2  # two prompts of two completions a step; and those of the evaluation
-    for mine in two_ranks.run(grpo, str(tmp_path), length, streamed=True, fixed=True):
+    for mine in two_ranks.run(grpo, str(tmp_path), length, streamed=True, chunk=4):
         assert len(mine["prompts"]) == 3 * 2 + 2
 
 
