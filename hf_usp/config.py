@@ -67,8 +67,8 @@ class UspParallelismConfig(ParallelismConfig):
         loss_chunk_size: with labels, compute the loss of this rank's tokens in chunks of this many tokens, without
             holding all their logits; `outputs.logits` is then None. Loss and gradients stay the same. Also for
             cp_size=1. Under tensor parallelism each rank computes the logits of its entries of the vocabulary.
-        mlp_chunk_size: compute the MLPs of all layers in chunks of this many tokens, and again in the backward. Also
-            for cp_size=1.
+        mlp_chunk_size: compute the MLPs of all layers, and all norms, in chunks of this many tokens, and again in the
+            backward. Also for cp_size=1.
         offload_checkpoints: keep the inputs of checkpointed layers (activation checkpointing) in CPU memory.
         kernel: name of the attention kernel (docs/kernels.md). Default: the best installed for the device.
         self_check: whether a prepared model first compares a short random batch, sharded and unsharded.

@@ -19,7 +19,8 @@ from ..memory.activation_checkpointing import restore_context_functions, use_pla
 from ..memory.activation_offload import offload_checkpoints as offload_model
 from ..memory.activation_offload import offloads_checkpoints, restore_checkpoints
 from ..memory.chunked_loss import ChunkedLoss, chunked_loss
-from ..memory.tiled_mlp import chunked, tile_mlps, untile_mlps
+from ..memory.tiled_mlp import TiledMLP, chunked, tile_mlps, untile
+from ..memory.tiled_norm import TiledNorm, tile_norms
 from ..models.consistency import describe_model
 from ..models.hooks import ContextParallelHooks, attach_hooks, find_model, get_hooks
 from ..models.traits import inspect_model
@@ -64,7 +65,13 @@ MODEL_CHANGES = (
         "MLPs",
         "`forward`",
         "`mlp_chunk_size`: MLPs compute in chunks",
-        lambda model, _: any(chunked(module) for module in model.modules()),
+        lambda model, _: any(chunked(module, TiledMLP) for module in model.modules()),
+    ),
+    Change(
+        "norms that torch does not compute itself",
+        "`forward`",
+        "`mlp_chunk_size`: norms compute in chunks",
+        lambda model, _: any(chunked(module, TiledNorm) for module in model.modules()),
     ),
     Change(
         "the model, and its checkpointed layers",
@@ -186,6 +193,7 @@ def apply_memory_options(
         ChunkedLoss(find_model(model), loss_chunk_size)
     if mlp_chunk_size is not None:
         tile_mlps(find_model(model), mlp_chunk_size)
+        tile_norms(find_model(model), mlp_chunk_size)
     if offload_checkpoints:
         offload_model(find_model(model))
 
@@ -198,7 +206,7 @@ def remove_from_model(model: nn.Module) -> None:
     loss = chunked_loss(model)
     if loss is not None:
         loss.remove()
-    untile_mlps(model)
+    untile(model)
     restore_checkpoints(model)
     restore_context_functions(model)
 

@@ -9,7 +9,7 @@ so their gradients appear once and whole: DDP, FSDP2 and accumulation see an ord
 in fp32 (or fp64), so bf16 loses nothing by chunks.
 
 Found by structure: a child of a decoder layer that takes one argument and holds at least two matrices. That it works
-token by token is tried out, not believed.
+token by token is tried out, not believed. Norms compute in the same way (`tiled_norm.py`).
 
 Shape suffixes: T tokens, D width.
 """
@@ -36,43 +36,54 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 TRIED = 8  # tokens of the trial
 
 
-class TiledMLP:
-    """`forward` of one MLP, in chunks of `chunk` tokens; bound to the module like any method."""
+class TiledForward:
+    """`forward` of one module, in chunks of `chunk` tokens; bound to the module like any method."""
 
     __name__ = "forward"
 
     def __init__(self, stock: Forward, chunk: int) -> None:
         self.stock, self.chunk, self.tried = stock, chunk, False
 
+    def in_chunks(self, module: nn.Module, hidden: Tensor, chunk: int) -> Tensor:
+        """The module's output for hidden states of any leading shape, `chunk` of their rows at a time."""
+        weights = [p for p in module.parameters() if p.requires_grad]
+        out_TD = _InChunks.apply(hidden.reshape(1, -1, hidden.shape[-1]), module, self.stock, chunk, *weights)
+        return out_TD.view(*hidden.shape[:-1], -1)
+
+    def try_out(self, module: nn.Module, few_TD: Tensor) -> str | None:
+        """What shows that the module is not token by token: a few tokens together, and in two parts."""
+        self.tried = True
+        cut = -(-few_TD.shape[1] // 3)
+        with torch.no_grad():
+            together = self.stock(module, few_TD)
+            parts = [self.stock(module, x) for x in few_TD.tensor_split([cut], dim=1)]
+        if not all(isinstance(x, Tensor) for x in (together, *parts)):
+            return "returns more than hidden states"
+        tolerance = 8 * torch.finfo(together.dtype).eps ** (0.5 if together.dtype == torch.float64 else 0.75)
+        difference = (together - torch.cat(parts, dim=1)).abs().max()
+        if not difference <= tolerance * together.abs().max():
+            return "gives other values for some tokens when the others are left out"
+        return None
+
+
+class TiledMLP(TiledForward):
+    """`forward` of one MLP. An MLP that is not token by token is refused."""
+
     @torch.compiler.disable
     def __call__(self, mlp: nn.Module, hidden: Tensor) -> Tensor:
         """The MLP's output for hidden states of any leading shape. A graph of torch.compile ends here."""
         if not self.tried:
-            self.try_out(mlp, hidden.detach().flatten(0, -2)[None, :TRIED])
-        tokens = hidden.shape[:-1].numel()
-        if tokens <= self.chunk:
+            self.check(mlp, hidden.detach().flatten(0, -2)[None, :TRIED])
+        if hidden.shape[:-1].numel() <= self.chunk:
             return self.stock(mlp, hidden)
-        weights = [p for p in mlp.parameters() if p.requires_grad]
-        _check_gathered(mlp, weights)
-        out_TD = _InChunks.apply(hidden.reshape(1, tokens, -1), mlp, self, *weights)
-        return out_TD.view(*hidden.shape[:-1], -1)
+        _check_gathered(mlp)
+        return self.in_chunks(mlp, hidden, self.chunk)
 
-    def try_out(self, mlp: nn.Module, few_TD: Tensor) -> None:
+    def check(self, mlp: nn.Module, few_TD: Tensor) -> None:
         """Raise `UspModelError` unless a few tokens give the same together and in two parts."""
-        self.tried = True
-        cut = few_TD.shape[1] // 3
-        with torch.no_grad():
-            together, parts = self.stock(mlp, few_TD), [self.stock(mlp, x) for x in few_TD.tensor_split([cut], dim=1)]
-        if not all(isinstance(x, Tensor) for x in (together, *parts)):
-            raise _refuse(mlp, "returns more than hidden states", "experts may do so; leave out mlp_chunk_size")
-        tolerance = 8 * torch.finfo(together.dtype).eps ** (0.5 if together.dtype == torch.float64 else 0.75)
-        difference = (together - torch.cat(parts, dim=1)).abs().max()
-        if not difference <= tolerance * together.abs().max():
-            raise _refuse(
-                mlp,
-                "gives other values for some tokens when the others are left out",
-                "leave out mlp_chunk_size; with dropout inside an MLP, set it to 0",
-            )
+        found = self.try_out(mlp, few_TD)
+        if found is not None:
+            raise _refuse(mlp, found, "leave out mlp_chunk_size; with dropout inside an MLP, set it to 0")
 
 
 def tile_mlps(model: PreTrainedModel, chunk: int) -> list[nn.Module]:
@@ -86,17 +97,17 @@ def tile_mlps(model: PreTrainedModel, chunk: int) -> list[nn.Module]:
     for mlp in mlps:
         if chunked(mlp):
             continue
-        forward: Any = mlp.forward
-        if getattr(forward, "__self__", None) is not mlp:
+        stock = stock_forward(mlp)
+        if stock is None:
             raise _refuse(
                 mlp, "has a forward that somebody has replaced", "leave out mlp_chunk_size, or what replaced it"
             )
-        ours = TiledMLP(forward.__func__, chunk)
+        ours = TiledMLP(stock, chunk)
         if all(_is_whole(p) for p in mlp.parameters()):
             width = model.config.get_text_config().hidden_size
             first = next(mlp.parameters())
             few_TD = torch.linspace(-1, 1, TRIED * width, device=first.device, dtype=first.dtype).view(1, TRIED, width)
-            ours.try_out(mlp, few_TD.sin())
+            ours.check(mlp, few_TD.sin())
         mlp.forward = MethodType(ours, mlp)
     return mlps
 
@@ -106,8 +117,8 @@ def _is_whole(weight: nn.Parameter) -> bool:
     return weight.is_floating_point() and weight.device.type != "meta" and not hasattr(weight, "placements")
 
 
-def untile_mlps(model: nn.Module) -> None:
-    """The MLPs are as they were before."""
+def untile(model: nn.Module) -> None:
+    """MLPs and norms are as they were before."""
     for module in model.modules():
         if chunked(module):
             stock = module.__dict__.pop("forward").__func__.stock
@@ -115,9 +126,21 @@ def untile_mlps(model: nn.Module) -> None:
                 module.forward = MethodType(stock, module)
 
 
-def chunked(module: nn.Module) -> bool:
+def chunked(module: nn.Module, kind: type[TiledForward] = TiledForward) -> bool:
     """Whether a module computes in chunks."""
-    return isinstance(getattr(module.__dict__.get("forward"), "__func__", None), TiledMLP)
+    return isinstance(getattr(module.__dict__.get("forward"), "__func__", None), kind)
+
+
+def stock_forward(module: nn.Module) -> Forward | None:
+    """The function behind a module's bound `forward`; None where somebody has put another object there."""
+    forward: Any = module.forward
+    return forward.__func__ if getattr(forward, "__self__", None) is module else None
+
+
+def takes_one_argument(module: nn.Module) -> bool:
+    """Whether a module's forward takes hidden states alone."""
+    takes = list(inspect.signature(module.forward).parameters.values())
+    return len(takes) == 1 and takes[0].kind is takes[0].POSITIONAL_OR_KEYWORD
 
 
 def find_mlps(model: PreTrainedModel) -> list[nn.Module]:
@@ -141,9 +164,7 @@ def find_mlps(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    takes = inspect.signature(module.forward).parameters.values()
-    alone = len(takes) == 1 and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in takes)
-    return (alone or chunked(module)) and sum(p.ndim >= 2 for p in module.parameters()) >= 2
+    return (chunked(module) or takes_one_argument(module)) and sum(p.ndim >= 2 for p in module.parameters()) >= 2
 
 
 def _refuse(mlp: nn.Module, what: str, remedy: str) -> UspModelError:
@@ -151,8 +172,9 @@ def _refuse(mlp: nn.Module, what: str, remedy: str) -> UspModelError:
     return UspModelError(f"mlp_chunk_size with {type(mlp).__name__}, which {what}", rule=rule, remedy=remedy)
 
 
-def _check_gathered(mlp: nn.Module, weights: list[nn.Parameter]) -> None:
+def _check_gathered(mlp: nn.Module) -> None:
     """Refuse weights that are gathered and freed inside the MLP: around all chunks they must stay."""
+    weights = [p for p in mlp.parameters() if p.requires_grad]
     inner = any(hasattr(m, "set_reshard_after_forward") for m in mlp.modules() if m is not mlp)
     if inner or any(is_zero3_parameter(p) for p in weights):
         raise _refuse(
@@ -168,30 +190,32 @@ class _InChunks(torch.autograd.Function):
     """Forward without a graph, chunk by chunk; backward with the graph of one chunk at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, mlp: nn.Module, run: TiledMLP, *weights: Tensor) -> Tensor:
+    def forward(  # the weights are inputs for their gradients alone
+        ctx: Any, hidden_TD: Tensor, module: nn.Module, stock: Forward, size: int, *weights: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(hidden_TD, *weights)
-        ctx.mlp, ctx.run, ctx.autocast = mlp, run, _autocast(hidden_TD)
-        first_TD = run.stock(mlp, hidden_TD[:, : run.chunk])
+        ctx.module, ctx.stock, ctx.size, ctx.autocast = module, stock, size, _autocast(hidden_TD)
+        first_TD = stock(module, hidden_TD[:, :size])
         out_TD = first_TD.new_empty(1, hidden_TD.shape[1], first_TD.shape[-1])
-        out_TD[:, : run.chunk] = first_TD
+        out_TD[:, :size] = first_TD
         del first_TD
-        for start in range(run.chunk, hidden_TD.shape[1], run.chunk):
-            out_TD[:, start : start + run.chunk] = run.stock(mlp, hidden_TD[:, start : start + run.chunk])
+        for start in range(size, hidden_TD.shape[1], size):
+            out_TD[:, start : start + size] = stock(module, hidden_TD[:, start : start + size])
         return out_TD
 
     @staticmethod
     @forbid_double_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD = ctx.saved_tensors[0]
-        mlp, run, wants = ctx.mlp, ctx.run, ctx.needs_input_grad[0]
-        weights = [p for p in mlp.parameters() if p.requires_grad]
+        module, stock, size, wants = ctx.module, ctx.stock, ctx.size, ctx.needs_input_grad[0]
+        weights = [p for p in module.parameters() if p.requires_grad]
         totals: list[Tensor | None] = [None] * len(weights)
         d_hidden_TD = torch.empty_like(hidden_TD) if wants else None
-        for start in range(0, hidden_TD.shape[1], run.chunk):
-            chunk = slice(start, start + run.chunk)
+        for start in range(0, hidden_TD.shape[1], size):
+            chunk = slice(start, start + size)
             with torch.enable_grad(), ctx.autocast():
                 part_TD = hidden_TD[:, chunk].detach().requires_grad_(wants)
-                out_TD = run.stock(mlp, part_TD)
+                out_TD = stock(module, part_TD)
             inputs = [*([part_TD] if wants else []), *weights]
             found = list(torch.autograd.grad(out_TD, inputs, grads[0][:, chunk], allow_unused=True))
             del out_TD
@@ -200,7 +224,7 @@ class _InChunks(torch.autograd.Function):
             totals = [_add(total, part) for total, part in zip(totals, found, strict=True)]
             del found  # before those of the next chunk are made
         back = [None if total is None else total.to(p.dtype) for total, p in zip(totals, weights, strict=True)]
-        return d_hidden_TD, None, None, *back
+        return d_hidden_TD, None, None, None, *back
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
