@@ -21,7 +21,7 @@ from ..batch.context import AttentionShape, ForwardContext
 from ..batch.device_schedule import head_runs
 from ..batch.layout import MaskSpec, SequenceLayout
 from ..errors import UspModelError
-from ..kernels import Kernel, Request, Softmax, check_scores, choose_kernel
+from ..kernels import Request, Softmax, check_scores, choose_kernel
 from ..sharding.heads import split_heads
 from ..utils.dtypes import no_autocast
 from .ring import RingCall, ring_backward, ring_forward
@@ -42,10 +42,12 @@ class AttentionCall:
     Attributes:
         ring: the ring call.
         heads: heads of each ulysses rank.
+        request: the call, as a kernel is asked for it.
     """
 
     ring: RingCall
     heads: Heads
+    request: Request
 
 
 def begin(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softmax: Softmax) -> AttentionCall:
@@ -54,36 +56,44 @@ def begin(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softmax:
     Raises `UspError`s for shapes that do not fit, on every rank alike.
     """
     q_BLHD, k_BLGD, v_BLGE, sinks_H = inputs
-    _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, context.layout)
+    layout = context.layout
     _check_softmax(softmax)
-    (heads, width), (kv_heads, value_width) = q_BLHD.shape[2:], v_BLGE.shape[2:]
-    shape = AttentionShape(mask_spec, heads, kv_heads, width, value_width, q_BLHD.dtype)
-    context.attention_calls[shape] += 1
-    call = make_call(shape, q_BLHD.device, context.layout, softmax)
-    context.kernels[Request(q_BLHD.device, q_BLHD.dtype, width, value_width, softmax)] = call.ring.kernel.name
+
+    def check_and_make() -> AttentionCall:
+        _check_shapes(q_BLHD, k_BLGD, v_BLGE, sinks_H, layout)
+        (heads, width), (kv_heads, value_width) = q_BLHD.shape[2:], v_BLGE.shape[2:]
+        shape = AttentionShape(mask_spec, heads, kv_heads, width, value_width, q_BLHD.dtype)
+        return make_call(shape, q_BLHD.device, layout, softmax)
+
+    seen = [None if x is None else (x.shape, x.dtype, x.device) for x in inputs]
+    call = layout.memoize(("checked_call", *seen, mask_spec, softmax.scale, softmax.softcap), check_and_make)
+    context.attention_calls[call.heads.shape] += 1
+    context.kernels[call.request] = call.ring.kernel.name
     return call
 
 
 def make_call(shape: AttentionShape, device: torch.device, layout: SequenceLayout, softmax: Softmax) -> AttentionCall:
-    """Schedule, kernel and heads of a call on a device."""
+    """Schedule, kernel and heads of a call on a device; made once for all layers of a batch that are alike."""
+    key = ("attention_call", shape, device, softmax.scale, softmax.softcap)
+    return layout.memoize(key, lambda: _make_call(shape, device, layout, softmax))
+
+
+def _make_call(shape: AttentionShape, device: torch.device, layout: SequenceLayout, softmax: Softmax) -> AttentionCall:
     mesh = layout.mesh
     shares = split_heads(shape.heads, shape.kv_heads, mesh.ulysses_degree)
-
-    def choose() -> Kernel:
-        kernel = choose_kernel(device, shape.dtype, shape.width, softmax, layout.kernel, shape.value_width)
-        tokens = layout.documents.num_tokens // mesh.ring_degree
-        longest = min(tokens, layout.mask(shape.mask_spec).documents.longest)
-        check_scores(kernel, max(share.num_query for share in shares), tokens, longest, shape.dtype)
-        return kernel
-
+    kernel = choose_kernel(device, shape.dtype, shape.width, softmax, layout.kernel, shape.value_width)
+    tokens = layout.documents.num_tokens // mesh.ring_degree
+    longest = min(tokens, layout.mask(shape.mask_spec).documents.longest)
+    check_scores(kernel, max(share.num_query for share in shares), tokens, longest, shape.dtype)
     ring = RingCall(
         work=layout.device_schedule(shape.mask_spec, device),
         mesh=mesh,
-        kernel=layout.memoize(("kernel", shape, device, softmax), choose),
+        kernel=kernel,
         softmax=softmax,
         heads=head_runs(shares[mesh.ulysses_rank].runs),
     )
-    return AttentionCall(ring, Heads(shares, mesh, layout.batch, shape))
+    request = Request(device, shape.dtype, shape.width, shape.value_width, softmax)
+    return AttentionCall(ring, Heads(shares, mesh, layout.batch, shape), request)
 
 
 def forward(inputs: Inputs, call: AttentionCall) -> Kept:
@@ -127,7 +137,7 @@ def _at_hand(inputs: KeptInputs, arrived_TX: Tensor | None, heads: Heads) -> Inp
     q, k, v, sinks_H = inputs
     sinks_h = None if sinks_H is None else sinks_H[heads.mine.q0 : heads.mine.q1]
     if arrived_TX is not None:
-        return *heads.split(arrived_TX, heads.mine), sinks_h
+        return *heads.split(arrived_TX, heads.mesh.ulysses_rank), sinks_h
     assert q is not None and k is not None and v is not None
     return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), sinks_h
 

@@ -95,7 +95,11 @@ def attend(inputs: Inputs, mask: ShardedMask, softmax: Softmax) -> Tensor:
     """
     if needs_custom_op():
         return attend_custom_op(inputs, mask, softmax)
-    call = begin(inputs, context_from_handle(mask.handle), mask.mask_spec, softmax)
+    return _attend(inputs, context_from_handle(mask.handle), mask.mask_spec, softmax)
+
+
+def _attend(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softmax: Softmax) -> Tensor:
+    call = begin(inputs, context, mask_spec, softmax)
     out_ThE = _Attention.apply(*inputs, call)
     if call.ring.mesh.ulysses_group is None:
         return gather_heads_scatter_seq(out_ThE, call.heads)
@@ -105,7 +109,9 @@ def attend(inputs: Inputs, mask: ShardedMask, softmax: Softmax) -> Tensor:
 @torch.compiler.disable
 def attend_without_mask(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softmax: Softmax) -> Tensor:
     """The same where no mask has brought a handle: a compiled graph ends here."""
-    return attend(inputs, ShardedMask(make_handle(context), mask_spec), softmax)
+    if needs_custom_op():
+        return attend_custom_op(inputs, ShardedMask(make_handle(context), mask_spec), softmax)
+    return _attend(inputs, context, mask_spec, softmax)
 
 
 class _Attention(torch.autograd.Function):

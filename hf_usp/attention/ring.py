@@ -25,14 +25,14 @@ E value width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..batch.device_schedule import DeviceSchedule, DeviceStep
+from ..batch.device_schedule import EVERY, DeviceSchedule, DeviceStep, Index, KernelCall, take
 from ..distributed.comm import P2PHandle, start_p2p
 from ..distributed.mesh import UspMesh
 from ..kernels import Kernel, Softmax
@@ -59,6 +59,27 @@ class RingCall:
     heads: list[tuple[slice, slice]]
 
 
+class _Rows:
+    """dout_THE, q_THD, out_THE and lse_HT by rows. Steps that read the same slice of rows get the same views."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors, self._views = tensors, dict[tuple[int, int], list[Tensor]]()
+
+    def at(self, rows: Index) -> Sequence[Tensor]:
+        if rows is EVERY:
+            return self._tensors
+        if not isinstance(rows, slice):
+            return self._taken(rows)
+        edges = rows.start, rows.stop
+        if edges not in self._views:
+            self._views[edges] = self._taken(rows)
+        return self._views[edges]
+
+    def _taken(self, rows: Index) -> list[Tensor]:
+        *by_row, lse_HT = self._tensors
+        return [*(x[rows] for x in by_row), lse_HT[:, rows]]
+
+
 class Block(NamedTuple):
     """Keys and values that a step computes with.
 
@@ -78,8 +99,8 @@ def ring_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the keys of all ring ranks: out_THE and its log-sum-exp lse_HT."""
     if _needs_no_merge(sinks_H, call):
-        with annotate(TILES):
-            return call.kernel.forward(q_THD, k_TGD, v_TGE, call.work.stages[0].calls[0].segments, call.softmax)
+        segments = call.work.stages[0].calls[0].segments
+        return annotate(TILES, call.kernel.forward, q_THD, k_TGD, v_TGE, segments, call.softmax)
     merged = OnlineSoftmax(q_THD, v_TGE.shape[2], call.work, exact=sinks_H is not None)
     for stage, block in _arrivals(k_TGD, v_TGE, call):
         _tiles_forward(stage, q_THD, block(), merged, call)
@@ -103,12 +124,11 @@ def ring_backward(
     call: RingCall,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, in the dtype they were summed in, and of the sinks, given the final output and lse."""
-    rows = (dout_THE, q_THD, out_THE, lse_HT)
-    if _needs_no_merge(sinks_H, call):
-        segments = call.work.stages[0].calls[0].segments
-        with annotate(TILES):
-            return (*call.kernel.backward(dout_THE, q_THD, k_TGD, v_TGE, *rows[2:], segments, call.softmax), None)
     work = call.work
+    if _needs_no_merge(sinks_H, call):
+        rest = (out_THE, lse_HT, work.stages[0].calls[0].segments, call.softmax)
+        return *annotate(TILES, call.kernel.backward, dout_THE, q_THD, k_TGD, v_TGE, *rest), None
+    rows = _Rows(dout_THE, q_THD, out_THE, lse_HT)
     dq, dk, dv = GradientSum(q_THD, work.rows), GradientSum(k_TGD, work.keys), GradientSum(v_TGE, work.keys)
     arriving_gradients: Callable[[], None] | None = None
     for stage, block in _arrivals(k_TGD, v_TGE, call):
@@ -134,52 +154,45 @@ def _needs_no_merge(sinks_H: Tensor | None, call: RingCall) -> bool:
 def _tiles_forward(stage: DeviceStep, q_THD: Tensor, block: Block, merged: OnlineSoftmax, call: RingCall) -> None:
     """Compute the tiles of a step and merge them."""
     for part in stage.calls:
-        q_rows, k_rows, v_rows = q_THD[part.rows], block.k[part.keys], block.v[part.keys]
+        q_rows, k_rows, v_rows = take(q_THD, part.rows), take(block.k, part.keys), take(block.v, part.keys)
         for h, g in call.heads:
-            with annotate(TILES):
-                out, lse = call.kernel.forward(q_rows[:, h], k_rows[:, g], v_rows[:, g], part.segments, call.softmax)
-            with annotate(MERGE):
-                merged.add(out, lse, part, h)
-            del out, lse  # before the next ones are made
+            operands = (q_rows, k_rows, v_rows) if h is EVERY else (q_rows[:, h], k_rows[:, g], v_rows[:, g])
+            out, lse = annotate(TILES, call.kernel.forward, *operands, part.segments, call.softmax)
+            annotate(MERGE, merged.add, out, lse, part, h)
+            del operands, out, lse  # before the next ones are made
         del q_rows, k_rows, v_rows
 
 
 def _tiles_backward(
     stage: DeviceStep,
-    rows: tuple[Tensor, ...],
+    rows: _Rows,
     block: Block,
     sums: tuple[GradientSum, GradientSum, GradientSum],
     call: RingCall,
 ) -> None:
-    """Add the gradients of a step's tiles to `sums` (of dq, dk, dv); `rows` = dout, q, out, lse."""
-    dout_THE, q_THD, out_THE, lse_HT = rows
+    """Add the gradients of a step's tiles to `sums` (of dq, dk, dv)."""
+
+    def add(grads: tuple[Tensor, Tensor, Tensor], part: KernelCall, h: slice, g: slice) -> None:
+        dq, dk, dv = grads
+        sums[0].add(dq, part.rows, h, is_first_write=part.first_write_q)
+        sums[1].add(dk, part.keys, g, is_first_write=part.first_write_k, unique_keys=part.unique_keys)
+        sums[2].add(dv, part.keys, g, is_first_write=part.first_write_k, unique_keys=part.unique_keys)
+
     for part in stage.calls:
-        at = part.rows
-        dout_rows, q_rows, out_rows, lse_rows = dout_THE[at], q_THD[at], out_THE[at], lse_HT[:, at]
-        k_rows, v_rows = block.k[part.keys], block.v[part.keys]
+        dout_rows, q_rows, out_rows, lse_rows = rows.at(part.rows)
+        k_rows, v_rows = take(block.k, part.keys), take(block.v, part.keys)
         for h, g in call.heads:
-            with annotate(TILES):
-                dq, dk, dv = call.kernel.backward(
-                    dout_rows[:, h],
-                    q_rows[:, h],
-                    k_rows[:, g],
-                    v_rows[:, g],
-                    out_rows[:, h],
-                    lse_rows[h],
-                    part.segments,
-                    call.softmax,
-                )
-            with annotate(MERGE):
-                sums[0].add(dq, at, h, is_first_write=part.first_write_q)
-                sums[1].add(dk, part.keys, g, is_first_write=part.first_write_k, unique_keys=part.unique_keys)
-                sums[2].add(dv, part.keys, g, is_first_write=part.first_write_k, unique_keys=part.unique_keys)
-            del dq, dk, dv
+            if h is EVERY:
+                operands = (dout_rows, q_rows, k_rows, v_rows, out_rows, lse_rows)
+            else:
+                operands = (dout_rows[:, h], q_rows[:, h], k_rows[:, g], v_rows[:, g], out_rows[:, h], lse_rows[h])
+            grads = annotate(TILES, call.kernel.backward, *operands, part.segments, call.softmax)
+            annotate(MERGE, add, grads, part, h, g)
+            del operands, grads
         del dout_rows, q_rows, out_rows, lse_rows, k_rows, v_rows
 
 
-def _partial_gradients(
-    stage: DeviceStep, rows: tuple[Tensor, ...], block: Block, dq: GradientSum, call: RingCall
-) -> Tensor:
+def _partial_gradients(stage: DeviceStep, rows: _Rows, block: Block, dq: GradientSum, call: RingCall) -> Tensor:
     """dK, dV of the keys that arrived, summed in the message that is sent to their owner; dQ is added to `dq`.
 
     Where one kernel call reads all of the keys, their gradients overwrite the received message.
@@ -207,7 +220,7 @@ def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Iterator[tuple[De
 
 def _start(stage: DeviceStep, k_TGD: Tensor, v_TGE: Tensor, mesh: UspMesh) -> Callable[[], Block]:
     """Send the key and value rows that `send_rank` needs, packed side by side; receive those that this rank needs."""
-    packed = _pack(k_TGD[stage.send], v_TGE[stage.send])
+    packed = _pack(take(k_TGD, stage.send), take(v_TGE, stage.send))
     arriving = packed.new_empty(stage.num_received, packed.shape[1])
     pending = _exchange(mesh, (packed, stage.send_rank), (arriving, stage.recv_rank))
     held = [arriving]  # emptied when taken, so that the block lives no longer than its tiles
@@ -249,8 +262,9 @@ def _pack(k_KGD: Tensor, v_KGE: Tensor) -> Tensor:
 
 def _unpack(packed: Tensor, k_TGD: Tensor, v_TGE: Tensor) -> tuple[Tensor, Tensor]:
     """Views on the keys and values in a packed message, with the widths of `k_TGD` and `v_TGE`."""
-    k, v = packed.split([k_TGD.shape[1:].numel(), v_TGE.shape[1:].numel()], dim=1)
-    return k.unflatten(1, k_TGD.shape[1:]), v.unflatten(1, v_TGE.shape[1:])
+    number, (_, heads, width), (_, _, value_width) = packed.shape[0], k_TGD.shape, v_TGE.shape
+    k, v = packed.split_with_sizes([heads * width, heads * value_width], dim=1)
+    return k.view(number, heads, width), v.view(number, heads, value_width)
 
 
 def _sink_gradient(dout_THE: Tensor, out_THE: Tensor, lse_HT: Tensor, sinks_H: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..batch.device_schedule import DeviceSchedule, Index, KernelCall, WriteCounts
+from ..batch.device_schedule import EVERY, NONE, DeviceSchedule, Index, KernelCall, WriteCounts
 from ..kernels import accumulation_dtype
 
 
@@ -34,21 +34,25 @@ class OnlineSoftmax:
         if self._out is None and call.first_write_q and _is_whole(out, call.rows, self._shape, self._dtype):
             self._out, self._lse = out, lse
             return
-        out_THE, lse_HT = self.result()
-        out_THE, lse_HT, rows = out_THE[:, heads], lse_HT[heads], call.rows
+        (out_THE, lse_HT), rows = self.result(), call.rows
+        if heads is not EVERY:
+            out_THE, lse_HT = out_THE[:, heads], lse_HT[heads]
         if call.first_write_q:
             _put(out_THE, rows, out)
-            lse_HT[:, rows] = lse
+            _put(lse_HT.t(), rows, lse.t())
             return
-        old_out, old_lse = out_THE[rows], lse_HT[:, rows]
+        old_out, old_lse = (out_THE, lse_HT) if rows is EVERY else (out_THE[rows], lse_HT[:, rows])
         # The new keys' share of the total weight. exp(-inf - x) = 0 makes the first tile of a row a plain copy.
-        weight_THE = torch.sigmoid(lse - old_lse).T[..., None]
-        total = torch.logaddexp(old_lse, lse)
-        if old_out.dtype == self._acc and isinstance(rows, slice):
+        weight_THE = torch.sigmoid(lse - old_lse).t().unsqueeze(2)
+        if not isinstance(rows, slice):
+            lse_HT[:, rows] = torch.logaddexp(old_lse, lse)
+            out_THE[rows] = torch.lerp(old_out.to(self._acc), out.to(self._acc), weight_THE).to(self._dtype)
+            return
+        torch.logaddexp(old_lse, lse, out=old_lse)
+        if self._dtype == self._acc:
             old_out.lerp_(out.to(self._acc), weight_THE)
         else:
-            out_THE[rows] = torch.lerp(old_out.to(self._acc), out.to(self._acc), weight_THE).to(self._dtype)
-        lse_HT[:, rows] = total
+            old_out.copy_(torch.lerp(old_out.to(self._acc), out.to(self._acc), weight_THE))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """out_THE, in the dtype it is kept in, and lse_HT; rows that no tile has reached are 0 and -inf."""
@@ -57,7 +61,7 @@ class OnlineSoftmax:
             self._out = self._like.new_empty(self._shape, dtype=self._dtype)
             self._lse = self._like.new_empty(self._shape[1::-1], dtype=self._acc)
             _fill_(self._out, rows_to_zero, 0.0)
-            _fill_(self._lse.T, rows_to_zero, float("-inf"))
+            _fill_(self._lse.t(), rows_to_zero, float("-inf"))
         return self._out, self._lse
 
 
@@ -74,15 +78,18 @@ class GradientSum:
 
     def add(self, part: Tensor, rows: Index, heads: slice, *, is_first_write: bool, unique_keys: bool = True) -> None:
         """Add `part` to these rows and heads. is_first_write: nothing has been added to them before."""
-        started = self._total is not None or self._into is not None
-        if is_first_write and not started and _is_whole(part, rows, self.like.shape, self._dtype):
-            self._total = part
-            return
-        total = self._started()[:, heads]
+        total = self._total
+        if total is None:
+            if is_first_write and self._into is None and _is_whole(part, rows, self.like.shape, self._dtype):
+                self._total = part
+                return
+            total = self._started()
+        if heads is not EVERY:
+            total = total[:, heads]
         if is_first_write:
             _put(total, rows, part)
         elif isinstance(rows, slice):
-            total[rows].add_(part)
+            (total if rows is EVERY else total[rows]).add_(part)
         elif unique_keys:
             total[rows] = total[rows].add_(part)
         else:
@@ -111,11 +118,16 @@ def _is_whole(part: Tensor, rows: Index, shape: tuple[int, ...], dtype: torch.dt
 
 def _put(target: Tensor, rows: Index, value: Tensor) -> None:
     """target[rows] = value, in the target's dtype (torch does not convert what it scatters)."""
-    target[rows] = value if isinstance(rows, slice) else value.to(target.dtype)
+    if isinstance(rows, slice):
+        (target if rows is EVERY else target[rows]).copy_(value)
+    else:
+        target[rows] = value.to(target.dtype)
 
 
 def _fill_(x: Tensor, rows: Index, value: float) -> None:
     """x[rows] = value, without a scalar that has to be copied to the device."""
+    if rows is NONE:
+        return
     if isinstance(rows, slice):
         x[rows].fill_(value)
     else:

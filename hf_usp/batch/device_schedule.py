@@ -19,6 +19,9 @@ from ..sharding.tiles import Tiles, group_by_window
 
 Index = slice | Tensor
 
+# Recognised by identity, so that no view is made of what is whole and nothing is filled that is empty.
+EVERY, NONE = slice(None), slice(0, 0)
+
 
 @dataclass(frozen=True, eq=False)
 class WriteCounts:
@@ -117,17 +120,18 @@ class _WriteTracker:
 
     def summary(self, device: torch.device) -> WriteCounts:
         edges = np.flatnonzero(np.diff(np.concatenate(([0], self.rows_to_zero, [0])).astype(np.int8)))
-        return WriteCounts(int(self.parts.max(initial=0)), _index(edges.reshape(-1, 2), device))
+        intervals = edges.reshape(-1, 2)
+        return WriteCounts(int(self.parts.max(initial=0)), _index(intervals, len(self.parts), device))
 
 
 def make_device_schedule(plan: RingSchedule, device: torch.device) -> DeviceSchedule:
     """Copy a plan's integers to `device`."""
     rows, keys = _WriteTracker(plan.num_tokens), _WriteTracker(plan.num_tokens)
-    stages = []
+    stages: list[DeviceStep] = []
     for i, step in enumerate(plan.steps):
         reached = _WriteTracker(step.num_received) if i else keys
         calls = tuple(_call(tiles, rows, reached, device) for tiles in group_by_window(step.tiles))
-        send = _index(step.send_intervals, device)
+        send = _index(step.send_intervals, plan.num_tokens, device)
         of_keys = reached.summary(device)
         stages.append(
             DeviceStep(step.recv_rank, step.send_rank, send, step.num_sent, step.num_received, calls, of_keys)
@@ -135,9 +139,8 @@ def make_device_schedule(plan: RingSchedule, device: torch.device) -> DeviceSche
     for step in plan.steps:
         keys.parts[expand_intervals(step.send_intervals)] += 1
     every = [call for stage in stages for call in stage.calls]
-    whole = slice(0, plan.num_tokens)
     alone = all(stage.num_sent == 0 and stage.num_received == 0 for stage in stages)
-    is_single_call = alone and len(every) == 1 and every[0].rows == whole and every[0].keys == whole
+    is_single_call = alone and len(every) == 1 and every[0].rows is EVERY and every[0].keys is EVERY
     return DeviceSchedule(plan.num_tokens, tuple(stages), is_single_call, rows.summary(device), keys.summary(device))
 
 
@@ -150,8 +153,8 @@ def _call(tiles: Tiles, rows: _WriteTracker, keys: _WriteTracker, device: torch.
     of_rows, of_keys = np.stack([tiles.q0, tiles.q1], axis=1), np.stack([tiles.k0, tiles.k1], axis=1)
     by_start = of_keys[np.argsort(of_keys[:, 0], kind="stable")]
     return KernelCall(
-        rows=_index(of_rows, device),
-        keys=_index(of_keys, device),
+        rows=_index(of_rows, len(rows.parts), device),
+        keys=_index(of_keys, len(keys.parts), device),
         first_write_q=rows.is_first_write(of_rows),
         first_write_k=keys.is_first_write(of_keys),
         unique_keys=bool((by_start[1:, 0] >= by_start[:-1, 1]).all()),
@@ -166,12 +169,16 @@ def _call(tiles: Tiles, rows: _WriteTracker, keys: _WriteTracker, device: torch.
     )
 
 
-def _index(intervals: IntArray, device: torch.device) -> Index:
-    """Rows of these intervals, in their order: a slice where they are consecutive, else their numbers."""
+def _index(intervals: IntArray, num_rows: int, device: torch.device) -> Index:
+    """Rows of these intervals, in their order: a slice where they are consecutive, else their numbers.
+
+    `EVERY` for all of `num_rows`, `NONE` for none.
+    """
     if len(intervals) == 0:
-        return slice(0, 0)
+        return NONE
     if (intervals[1:, 0] == intervals[:-1, 1]).all():
-        return slice(int(intervals[0, 0]), int(intervals[-1, 1]))
+        start, stop = int(intervals[0, 0]), int(intervals[-1, 1])
+        return EVERY if (start, stop) == (0, num_rows) else slice(start, stop)
     return torch.from_numpy(expand_intervals(intervals)).to(device)
 
 
@@ -183,5 +190,12 @@ def expand_intervals(intervals: IntArray) -> IntArray:
 
 
 def head_runs(runs: Sequence[tuple[int, int, int, int]]) -> list[tuple[slice, slice]]:
-    """Query-head and kv-head slices of the uniform runs of a `HeadShare`."""
+    """Query-head and kv-head slices of the uniform runs of a `HeadShare`; one run is all of its heads."""
+    if len(runs) == 1:
+        return [(EVERY, EVERY)]
     return [(slice(q0, q1), slice(k0, k1)) for q0, q1, k0, k1 in runs]
+
+
+def take(x: Tensor, index: Index) -> Tensor:
+    """x[index]: the tensor itself for `EVERY`, a view for another slice."""
+    return x if index is EVERY else x[index]

@@ -37,10 +37,12 @@ class P2PHandle:
 
     @translate_connection_errors
     def wait(self) -> None:
-        with annotate(WAIT):
-            for work in self._works:
-                work.wait()
+        annotate(WAIT, self._wait)
         self._works, self._sent = (), ()
+
+    def _wait(self) -> None:
+        for work in self._works:
+            work.wait()
 
 
 @translate_connection_errors
@@ -51,16 +53,16 @@ def start_p2p(group: Group, sends: Sequence[tuple[Tensor, int]], receives: Seque
     """
     ops = [dist.P2POp(dist.isend, tensor, peer, group) for tensor, peer in sends if tensor.numel()]
     ops += [dist.P2POp(dist.irecv, tensor, peer, group) for tensor, peer in receives if tensor.numel()]
-    with annotate(EXCHANGE):
-        return P2PHandle(dist.batch_isend_irecv(ops) if ops else (), [tensor for tensor, _ in sends])
+    works = annotate(EXCHANGE, dist.batch_isend_irecv, ops) if ops else ()
+    return P2PHandle(works, [tensor for tensor, _ in sends])
 
 
 @translate_connection_errors
 def all_to_all(send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: Group) -> Tensor:
-    """Exchange slices of a flat tensor: slice i of `send` goes to group rank i, slice j of the result came from j."""
-    received = send.new_empty(sum(receive_sizes))
-    with annotate(EXCHANGE):
-        dist.all_to_all_single(received, send, list(receive_sizes), list(send_sizes), group=group)
+    """Exchange slices of the first dim: slice i of `send` goes to group rank i, slice j of the result came from j."""
+    received = send.new_empty(sum(receive_sizes), *send.shape[1:])
+    sizes = list(receive_sizes), list(send_sizes)
+    annotate(EXCHANGE, dist.all_to_all_single, received, send, *sizes, group=group)
     return received
 
 
