@@ -1,4 +1,4 @@
-"""Documents -> token ids -> packed rows -> batches: TRL packs, Transformers flattens, `datasets` keeps the files."""
+"""Documents -> token ids -> packed rows -> batches: TRL packs, `datasets` keeps the files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from datasets import Features, IterableDataset, List, Value, config
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 from texts import TextError, Tokenizer
-from transformers import DataCollatorWithFlattening
 from trl import pack_dataset
 
+from hf_usp.batch.shard import IGNORED
 from hf_usp.utils.validation import check_positive_int
 
 TOKENS_AT_ONCE = 2**27  # packed together, in memory: about 1,000 rows of 131,072 tokens, of which the last is not full
+PADDING_DOCUMENT = 256  # longest document of padding
 TOKEN_IDS = Features({"input_ids": List(Value("int32"))})
 
 
@@ -81,20 +83,38 @@ def load_rows(
 
 @dataclass
 class Collator:
-    """All documents of a batch in one row, which restart `position_ids` and predict no first token.
+    """Rows of a batch, filled up on the right. No row's first token, no document's and no padding is a target.
 
     Attributes:
-        packed: rows hold several documents and list their `seq_lengths`.
-        cu_seq_lens: describe documents by `cu_seq_lens_q` as well, for models that take it.
+        packed: rows hold several documents and list their `seq_lengths`; `position_ids` restart with each.
+        cu_seq_lens: describe packed documents by `cu_seq_lens_q` as well, for models that take it.
     """
 
     packed: bool
     cu_seq_lens: bool
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Tensors [1, tokens of all rows], from `DataCollatorWithFlattening`, which takes one document at a time."""
-        documents: list[dict[str, Any]] = []
+        """Tensors [rows, tokens of the longest]; `cu_seq_lens` [documents + 1] of the flattened batch.
+
+        Padding of packed rows is short documents, which cost little attention, instead of an attention mask.
+        """
+        longest = max(len(row["input_ids"]) for row in rows)
+        batch: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": [], "position_ids": [], "attention_mask": []}
         for row in rows:
-            ends: Any = np.cumsum(row["seq_lengths"])[:-1] if self.packed else []
-            documents += [{"input_ids": ids} for ids in np.split(np.asarray(row["input_ids"]), ends)]
-        return DataCollatorWithFlattening(return_flash_attn_kwargs=self.cu_seq_lens)(documents)
+            ids = np.asarray(row["input_ids"], dtype=np.int64)
+            missing = longest - len(ids)
+            documents = row["seq_lengths"] if self.packed else [len(ids)]
+            positions = np.concatenate([*map(np.arange, documents), np.arange(missing) % PADDING_DOCUMENT])
+            mask = np.arange(longest) < len(ids)
+            ids = np.pad(ids, (0, missing))
+            values = (ids, np.where(mask & (positions > 0), ids, IGNORED), positions, mask.astype(np.int64))
+            for column, value in zip(batch.values(), values, strict=True):
+                column.append(value)
+        del batch["attention_mask" if self.packed else "position_ids"]
+        tensors: dict[str, Any] = {name: torch.from_numpy(np.stack(column)) for name, column in batch.items()}
+        if self.packed and self.cu_seq_lens:
+            starts = (tensors["position_ids"].flatten() == 0).nonzero().flatten()
+            edges = torch.nn.functional.pad(starts, (0, 1), value=len(rows) * longest).to(torch.int32)
+            tensors |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), edges)
+            tensors |= dict.fromkeys(("max_length_q", "max_length_k"), int(edges.diff().max()))
+        return tensors

@@ -34,6 +34,7 @@ PRELOAD = [
     "accelerate",
     "datasets",
     "peft",
+    "trl.data_utils",
     "hf_usp",
 ]
 TIMEOUT = 120.0

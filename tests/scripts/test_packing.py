@@ -1,4 +1,4 @@
-"""scripts/packing.py: every token once, documents apart, built by one process; TRL, Transformers and datasets do it."""
+"""scripts/packing.py: every token once, documents apart, built by one process; TRL and datasets do it."""
 
 from __future__ import annotations
 
@@ -48,15 +48,22 @@ def test_trl_keeps_every_token_and_splits_only_what_does_not_fit(
     assert sorted(pieces) == expected
 
 
-def test_the_collator_restarts_positions_and_predicts_no_first_token() -> None:
+def test_the_collator_keeps_rows_and_documents_apart() -> None:
     rows = list(pack_dataset(tokens_of([5, 4, 3]), 8, "bfd_split", {"keep_in_memory": True}))
     batch = packing.Collator(packed=True, cu_seq_lens=True)(rows)
-    assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4, 9, 10, 11, 5, 6, 7, 8]]
-    assert batch["labels"].tolist() == [[-100, 1, 2, 3, 4, -100, 10, 11, -100, 6, 7, 8]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]
-    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 5, 8, 12]
-    unpacked = packing.Collator(packed=False, cu_seq_lens=False)(list(tokens_of([2, 3])))
-    assert unpacked["position_ids"].tolist() == [[0, 1, 0, 1, 2]] and "cu_seq_lens_q" not in unpacked
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4, 9, 10, 11], [5, 6, 7, 8, 0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 1, 2, 3, 4, -100, 10, 11], [-100, 6, 7, 8, *[-100] * 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3] * 2]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 5, 8, 12, 16]
+    assert batch["max_length_q"] == batch["max_length_k"] == 5 and "attention_mask" not in batch
+    long = [{"input_ids": range(700), "seq_lengths": [700]}, {"input_ids": [1, 2], "seq_lengths": [2]}]
+    padding = packing.Collator(packed=True, cu_seq_lens=False)(long)["position_ids"][1, 2:]
+    assert padding.tolist() == [i % 256 for i in range(698)]
+
+    unpacked = packing.Collator(packed=False, cu_seq_lens=True)(list(tokens_of([2, 3])))
+    assert unpacked["labels"].tolist() == [[-100, 1, -100], [-100, 3, 4]]
+    assert unpacked["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert set(unpacked) == {"input_ids", "labels", "attention_mask"}
     with pytest.raises(KeyError, match="seq_lengths"):  # documents would see each other
         packing.Collator(packed=True, cu_seq_lens=True)([{"input_ids": rows[0]["input_ids"]}])
 
