@@ -98,7 +98,7 @@ def test_the_report_says_degrees_tokens_steps_balance_bytes_and_kernel(capsys: p
         "from 2: 1 tile(s), 25%",
         "all ranks: ring 1.7 GiB = 0.75 of the unpruned 2.2 GiB",
         "ulysses 160.0 MiB = 1.00 of the least possible; 9 message(s), 4 all-to-all(s)",
-        "eager: ",
+        "on this machine's cpu: cpu_flash, the first choice on this device",
     ):
         assert expected in text, expected
 

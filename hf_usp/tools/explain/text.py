@@ -134,7 +134,7 @@ def _kernel(case: Case) -> list[str]:
     softmax = Softmax(case.head_dim**-0.5)
     choices = kernel_report(Request(device, DTYPES[case.dtype], case.head_dim, case.head_dim, softmax))
     first, *others = choice_lines(choices)
-    return [f"{first}; on this machine's {device.type}", *others]
+    return [f"on this machine's {device.type}: {first}", *others]
 
 
 def _left_out(it: Explanation) -> list[str]:
