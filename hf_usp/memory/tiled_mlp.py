@@ -37,12 +37,23 @@ TRIED = 8  # tokens of the trial
 
 
 class TiledForward:
-    """`forward` of one module, in chunks of `chunk` tokens; bound to the module like any method."""
-
-    __name__ = "forward"
+    """`forward` of one module, in chunks of `chunk` tokens."""
 
     def __init__(self, stock: Forward, chunk: int) -> None:
         self.stock, self.chunk, self.tried = stock, chunk, False
+
+    def __call__(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        """The module's output for hidden states of any leading shape."""
+        raise NotImplementedError
+
+    def bind(self, module: nn.Module) -> None:
+        """Replace `module.forward` by a method: a real function, of which torch.compile wants to know the file."""
+
+        def forward(module: nn.Module, hidden: Tensor) -> Tensor:
+            return self(module, hidden)
+
+        forward.tiled = self  # type: ignore[attr-defined]
+        module.forward = MethodType(forward, module)
 
     def in_chunks(self, module: nn.Module, hidden: Tensor, chunk: int) -> Tensor:
         """The module's output for hidden states of any leading shape, `chunk` of their rows at a time."""
@@ -108,7 +119,7 @@ def tile_mlps(model: PreTrainedModel, chunk: int) -> list[nn.Module]:
             first = next(mlp.parameters())
             few_TD = torch.linspace(-1, 1, TRIED * width, device=first.device, dtype=first.dtype).view(1, TRIED, width)
             ours.check(mlp, few_TD.sin())
-        mlp.forward = MethodType(ours, mlp)
+        ours.bind(mlp)
     return mlps
 
 
@@ -120,15 +131,22 @@ def _is_whole(weight: nn.Parameter) -> bool:
 def untile(model: nn.Module) -> None:
     """MLPs and norms are as they were before."""
     for module in model.modules():
-        if chunked(module):
-            stock = module.__dict__.pop("forward").__func__.stock
+        tiled = tiled_forward(module)
+        if tiled is not None:
+            stock = tiled.stock
+            del module.forward
             if type(module).forward is not stock:
                 module.forward = MethodType(stock, module)
 
 
+def tiled_forward(module: nn.Module) -> TiledForward | None:
+    """What computes a module in chunks; None for other modules."""
+    return getattr(module.__dict__.get("forward"), "tiled", None)  # methods have the attributes of their functions
+
+
 def chunked(module: nn.Module, kind: type[TiledForward] = TiledForward) -> bool:
     """Whether a module computes in chunks."""
-    return isinstance(getattr(module.__dict__.get("forward"), "__func__", None), kind)
+    return isinstance(tiled_forward(module), kind)
 
 
 def stock_forward(module: nn.Module) -> Forward | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +76,7 @@ def tile_norms(model: PreTrainedModel, chunk: int) -> list[nn.Module]:
             if stock is None or found is not None:
                 _tell(type(norm).__name__, found or "")
                 continue
-            norm.forward = MethodType(TiledNorm(stock, chunk, width), norm)
+            TiledNorm(stock, chunk, width).bind(norm)
         tiled.append(norm)
     return tiled
 

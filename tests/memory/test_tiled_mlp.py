@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_usp
 from hf_usp.integrations.transformers import apply_memory_options
-from hf_usp.memory.tiled_mlp import TiledMLP, chunked, tile_mlps, untile
+from hf_usp.memory.tiled_mlp import TiledMLP, chunked, tile_mlps, tiled_forward, untile
 from hf_usp.memory.tiled_norm import TiledNorm
 
 from ..harness import compare, one_process, run_trainer, step
@@ -57,7 +57,7 @@ def test_equal_to_the_stock_model(family: str) -> None:
         assert mine.state_dict().keys() == model.state_dict().keys()
     with torch.no_grad():
         assert model(**batch).loss.item() == pytest.approx(loss, rel=1e-6)
-    assert all(x.__dict__["forward"].__func__.found is None for x in model.modules() if chunked(x, TiledNorm))
+    assert all(tiled_forward(x).found is None for x in model.modules() if chunked(x, TiledNorm))
     assert (in_chunks(model, 5, TiledMLP), in_chunks(model, 5, TiledNorm)) == (2, norms)  # not twice
     untile(model)
     assert not any(chunked(module) for module in model.modules())
