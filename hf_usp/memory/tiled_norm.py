@@ -14,7 +14,6 @@ Shape suffixes: T tokens, D width.
 from __future__ import annotations
 
 import logging
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,9 @@ logger = logging.getLogger(__name__)
 class TiledNorm(TiledForward):
     """`forward` of one norm, in chunks of as many values as `chunk` hidden states of `width` have."""
 
-    def __init__(self, stock: Forward, chunk: int, width: int) -> None:
+    def __init__(self, stock: Forward, chunk: int, width: int, told: set[str]) -> None:
         super().__init__(stock, chunk)
-        self.width = width
+        self.width, self.told = width, told
         self.found: str | None = None  # what the trial found
 
     @torch.compiler.disable
@@ -47,7 +46,7 @@ class TiledNorm(TiledForward):
             self.found = self._try_rows(norm, rows.detach().flatten(0, -2)[None, :TRIED])
         found = self.found or _hooked(norm)
         if found is not None:
-            _tell(type(norm).__name__, found)
+            _tell(norm, found, self.told)
             return self.stock(norm, hidden)
         out = self.in_chunks(norm, rows, chunk)
         return out.permute(*(order.index(i) for i in range(len(order))), -1)
@@ -66,7 +65,7 @@ def tile_norms(model: PreTrainedModel, chunk: int) -> list[nn.Module]:
     """
     mlps = [module for module in model.modules() if chunked(module, TiledMLP)]
     inside = {inner for mlp in mlps for inner in mlp.modules()}
-    width, tiled = model.config.get_text_config().hidden_size, []
+    width, tiled, told = model.config.get_text_config().hidden_size, [], set[str]()
     for norm in model.modules():
         if norm in inside or not _is_norm(norm):
             continue
@@ -74,9 +73,9 @@ def tile_norms(model: PreTrainedModel, chunk: int) -> list[nn.Module]:
             stock = stock_forward(norm)
             found = _unsuited(norm, stock)
             if stock is None or found is not None:
-                _tell(type(norm).__name__, found or "")
+                _tell(norm, found or "", told)
                 continue
-            TiledNorm(stock, chunk, width).bind(norm)
+            TiledNorm(stock, chunk, width, told).bind(norm)
         tiled.append(norm)
     return tiled
 
@@ -104,7 +103,9 @@ def _hooked(norm: nn.Module) -> str | None:
     return None
 
 
-@cache
-def _tell(kind: str, found: str) -> None:
-    """Once a process for each kind of norm."""
-    logger.info("usp: %s computes all tokens at once, mlp_chunk_size or not: it %s", kind, found)
+def _tell(norm: nn.Module, found: str, told: set[str]) -> None:
+    """Once a model for each kind of norm."""
+    message = f"{type(norm).__name__} computes all tokens at once, mlp_chunk_size or not: it {found}"
+    if message not in told:
+        told.add(message)
+        logger.info("usp: %s", message)
