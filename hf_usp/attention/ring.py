@@ -76,8 +76,8 @@ class _Rows:
         return self._views[edges]
 
     def _taken(self, rows: Index) -> list[Tensor]:
-        *by_row, lse_HT = self._tensors
-        return [*(x[rows] for x in by_row), lse_HT[:, rows]]
+        *per_row, lse_HT = self._tensors
+        return [*(x[rows] for x in per_row), lse_HT[:, rows]]
 
 
 class Block(NamedTuple):
