@@ -181,7 +181,8 @@ def gather_heads_scatter_seq(out_ThE: Tensor, heads: Heads) -> Tensor:
     message_UBLX = out_ThE.flatten(1).unflatten(0, (batch, degree, -1)).transpose(0, 1).contiguous()
     if heads.copies is not None:
         received_UBLX = all_to_all(message_UBLX, [1] * degree, [1] * degree, heads.mesh.ulysses_group)
-        return received_UBLX.unflatten(3, (-1, width)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        # One head a rank would be a view without a copy; models view the output as [B, L, H * E].
+        return received_UBLX.unflatten(3, (-1, width)).permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
     length = message_UBLX.shape[2]
     sizes = [batch * length * share.num_query * width for share in heads.shares]
     sent = [batch * length * heads.mine.num_query * width] * degree

@@ -50,7 +50,16 @@ def exchanged(heads: ulysses.Heads) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "degree, heads, kv_heads, copies",
-    [(2, 8, 8, 1), (2, 8, 1, 2), (4, 8, 2, 2), (3, 24, 12, 1), (8, 24, 4, 2), (3, 8, 2, None), (4, 6, 2, None)],
+    [
+        (2, 8, 8, 1),
+        (4, 4, 4, 1),
+        (2, 8, 1, 2),
+        (4, 8, 2, 2),
+        (3, 24, 12, 1),
+        (8, 24, 4, 2),
+        (3, 8, 2, None),
+        (4, 6, 2, None),
+    ],
     ids=str,
 )
 def test_equal_shares_move_as_any_do(
@@ -70,6 +79,7 @@ def test_equal_shares_move_as_any_do(
             found.append((exchanged(call), wire.sent))
         (results, sent), (expected, expected_sent) = found
         assert len(sent) == len(expected_sent) == 4
+        assert results[1].is_contiguous(), "models view the output as [B, L, H * E]"
         for (message, *sizes), (expected_message, *expected_sizes) in zip(sent, expected_sent, strict=True):
             assert torch.equal(message, expected_message) and sizes == expected_sizes
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

@@ -168,9 +168,6 @@ def refusal(how: str) -> str:
     elif how == "choices":
         model = transformers.BertForMultipleChoice._from_config(model.config, attn_implementation="usp")
         batch = {"input_ids": batch["input_ids"][:, None].expand(-1, 3, -1), "labels": torch.tensor([0, 2])}
-    else:
-        del batch["labels"]
-        batch["num_items_in_batch"] = torch.tensor(2)
     with pytest.raises(hf_usp.UspError) as error:
         prepare(model, 2, 2)(**batch)
     return str(error.value)
@@ -183,12 +180,31 @@ def refusal(how: str) -> str:
         ("albert", "logits"),
         ("tensor", "BertModel gets the tensor.* hint"),
         ("choices", "fails on a short random batch"),
-        ("outside", "num_items_in_batch without labels"),
     ],
 )
 def test_what_is_not_exact_is_refused(four_ranks: Ranks, how: str, words: str) -> None:
     for message in four_ranks.run(refusal, how):
         assert re.search(words, message), message
+
+
+def loss_outside() -> float:
+    """Relative error of the gradients of a loss by hand of a classifier's logits, which every rank has in full."""
+    models = [head_model("bert sequence", attention) for attention in ("usp", "eager")]
+    batch = head_batch("bert sequence", "right")
+    labels = batch.pop("labels")
+    prepared = prepare(models[0], 2, 2)
+    for model, extra in ((prepared, {"num_items_in_batch": torch.tensor(2)}), (models[1], {})):
+        torch.nn.functional.cross_entropy(model(**batch, **extra).logits, labels).backward()
+    error = 0.0
+    for parameter, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        if other.grad is not None:
+            dist.all_reduce(parameter.grad)
+            error = max(error, relative(parameter.grad / dist.get_world_size(), other.grad, 1e-2))
+    return error
+
+
+def test_a_loss_by_hand_of_a_head_s_logits(four_ranks: Ranks) -> None:
+    assert max(four_ranks.run(loss_outside)) < 1e-4
 
 
 def pooled_features() -> float:
