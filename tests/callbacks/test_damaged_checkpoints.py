@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,10 @@ def dies_before_its_random_state(folder: str) -> None:
 
         def save(self: Trainer, output_dir: str) -> None:
             if output_dir.endswith(SAVED[1]):
+                # Not before rank 0 has saved its part: a message of the last step could be lost with this process.
+                end = time.monotonic() + 20
+                while not (Path(output_dir) / checkpoint.STATE).exists() and time.monotonic() < end:
+                    time.sleep(0.02)
                 os._exit(9)
             stock(self, output_dir)
 
