@@ -13,11 +13,10 @@ HEAD = """# hf_usp changes these objects
 `python -m tests.integrations.what_we_change` writes this page from `MODEL_CHANGES`
 (`hf_usp/integrations/transformers.py`) and `ACCELERATOR_CHANGES` (`hf_usp/integrations/accelerate.py`).
 
-Nothing in torch, Transformers, Accelerate or any other library stays patched globally; one function of TRL is ours while a
-trainer scores completions (below). Importing hf_usp registers the name
-`"usp"` with `AttentionInterface` and `AttentionMaskInterface`, and the operators `torch.ops.hf_usp.*`. The first device
-mesh of a process sets `sys.excepthook`: an exception that ends this rank is told to the others, then the hook that was
-there before is called.
+Nothing in torch, Transformers, Accelerate or any other library stays patched globally; one function of TRL is ours
+while a trainer scores completions (below). Importing hf_usp registers the name `"usp"` with `AttentionInterface` and
+`AttentionMaskInterface`, and the operators `torch.ops.hf_usp.*`. The first device mesh of a process sets
+`sys.excepthook`: an exception that ends this rank is told to the others, then the hook that was there before is called.
 
 `print(hf_usp.describe(model))` prints the traits of a model and the changes that are in place.
 
