@@ -34,7 +34,6 @@ PRELOAD = [
     "accelerate",
     "datasets",
     "peft",
-    "trl.data_utils",
     "hf_usp",
 ]
 TIMEOUT = 120.0

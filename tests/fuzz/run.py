@@ -28,7 +28,7 @@ PLAN: dict[str, tuple[int, float, bool]] = {
     "plan": (1000, 240, False),
     "explain": (1000, 240, False),
     "check": (100, 240, True),
-    "finetune": (300, 600, True),
+    "finetune": (300, 600, False),
 }
 
 
