@@ -38,7 +38,7 @@ from notes import machine_notes  # noqa: E402
 import hf_usp  # noqa: E402
 from hf_usp.batch.layout import make_layout  # noqa: E402
 from hf_usp.batch.shard import shard_tensor  # noqa: E402
-from hf_usp.planner.hardware import Link, Machine  # noqa: E402
+from hf_usp.planner.hardware import Link, Machine, Rate  # noqa: E402
 from hf_usp.planner.roofline import attention  # noqa: E402
 from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep  # noqa: E402
 from hf_usp.sharding.heads import split_heads  # noqa: E402
@@ -268,10 +268,8 @@ def prediction(way: str, tokens: int, megabits: int, found: dict[str, float]) ->
         1e9,
         4e9,
         (Link(2, found["loopback"], latency=1e-3), Link(4, link, shared=link, latency=1e-3)),
+        {"measured": Rate(1.0, 1.0, 1.0)},
         1,
-        attention=1.0,
-        backward=1.0,
-        causal=1.0,
         full_ramp=0.0,
         causal_ramp=0.0,
         tail=0.0,

@@ -13,6 +13,7 @@ from ..sharding.degrees import choose_ulysses_degree
 from .hardware import Machine
 from .request import USABLE, PlanRequest, shape_of, size_of, text_config, with_nodes_of
 from .search import best_inside
+from .workload import TrainingStep
 
 # Of a row that nobody gave the length of. Ring transfers of common models and GPUs are about to hide there.
 TOKENS_A_RANK = 8192
@@ -37,7 +38,8 @@ def choose_degree(
         return choose_ulysses_degree(cp_size, max(1, heads // tp_size), max(1, kv_heads // tp_size), inside)
     tokens = tokens or TOKENS_A_RANK * cp_size
     machine = with_nodes_of(machine, node)
-    what = PlanRequest(str(config.model_type), shape, machine, tokens, ranks, machine.memory * USABLE)
+    like = TrainingStep(1, kernel=next(iter(machine.kernels)))
+    what = PlanRequest(str(config.model_type), shape, machine, tokens, ranks, machine.memory * USABLE, like=like)
     best = best_inside(what, tp_size, cp_size)
     degrees = best.degrees
     return degrees.ulysses, (

@@ -4,20 +4,27 @@ Kinds do not all have their largest size at once: without accumulation gradients
 is looked at in some moments, and its peak is that of the largest:
 
     loss          all kept activations and the logits; gradients of earlier steps, where they are accumulated
+    final norm    its backward: all kept activations, the head's gradient
     top layer     its backward: all kept activations, what one layer's backward makes, the head's gradient
+    second layer  the last but one in the backward: what is offloaded of the bottom layer is on its way back
     bottom layer  its backward: almost all gradients, one layer's activations
     gradients     all of them, and the one that is about to be added
+    evaluation    a forward without gradients
 
-A layer's backward has two moments, as what its MLP makes is gone when its attention runs.
+A layer's backward has three moments: that of its MLP; of the norm before the MLP, whose temporaries are in fp32; of
+attention. `hf-usp plan --simulate` runs the real program at real sizes, and these formulas are tested against it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from .hardware import WORKSPACES
 from .workload import Degrees, ModelShape, TrainingStep
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+LENGTHWISE = 32  # bytes a token of ids, labels and positions, in int64
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,11 @@ class Memory:
 
     Attributes:
         moments: moment -> kind -> bytes.
+        host: bytes of host memory.
     """
 
     moments: dict[str, dict[str, float]]
+    host: float = 0.0
 
     @property
     def kinds(self) -> dict[str, float]:
@@ -68,66 +77,216 @@ def mlp_tokens(job: TrainingStep, local: float) -> float:
     return local if job.mlp_chunk_size is None else min(local, job.mlp_chunk_size)
 
 
-def memory(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Memory:
-    """Bytes of one rank in the moments of a step.
+@dataclass(frozen=True)
+class _Parts:
+    """Bytes of the tensors of one layer on one rank.
 
-    A layer keeps, per token: two norms (their input in fp32, normalised and scaled), q, k, v, the output and its
-    log-sum-exp, and four tensors of the MLP; its backward makes three of the MLP's width and two of the hidden one.
-    An MLP in chunks keeps none of the four: its backward makes all seven for the tokens of a chunk, and holds the
-    gradients of its weights, summed in fp32, beside what a chunk adds to them.
-    Logits: log-softmax of the tokens at hand in fp32 and two gradients. In chunks the logits themselves, too, and the
-    gradient of the head, summed in fp32, and what a chunk adds to it where that is in a lower precision. Under tensor
-    parallelism plans of Transformers gather full logits on every rank; in chunks they stay apart. Meanwhile the last
-    norm keeps what each norm does, and a loss in chunks collects the gradient of its output.
+    Attributes:
+        hidden: a hidden state.
+        wide: the same in fp32.
+        norm: what a norm keeps: its input in fp32, normalised, scaled.
+        chain: temporaries of a norm's backward.
+        attention: what attention keeps: queries, keys, values, output, log-sum-exp; under ulysses the message of heads
+            that arrived, the output by heads and by tokens.
+        core: of attention's backward, what is kept included.
+        ahead: of attention's forward, queries, keys and values included.
+        mlp: what an MLP keeps.
+        mlp_back: of an MLP's backward.
+        mlp_ahead: of an MLP's forward without gradients.
+        summed: gradients of an MLP's weights, summed in fp32 over chunks.
+        always: rotary tables, ids, labels, positions.
     """
-    local = job.rows * job.tokens / degrees.cp
-    shards, element = param_shards(degrees, job), job.element
-    spread = element / (degrees.tp * shards)
-    mlp = model.intermediate * model.active / degrees.tp
-    width = model.head_dim * (2 * model.heads + 2 * max(model.kv_heads, degrees.ulysses * degrees.tp)) / degrees.tp
-    layer = local * (2 * model.hidden * (4 + 2 * element) + width * element + 4 * model.heads / degrees.tp)
-    at_once = mlp_tokens(job, local)
-    layer += 4 * at_once * mlp * element if at_once == local else 0.0
-    backward = (2 * local * model.hidden + (3 if at_once == local else 7) * at_once * mlp) * element
-    summed = model.active_mlp_params * (4 + element) / degrees.tp if at_once < local else 0.0
-    kept = local * model.hidden * element if job.checkpointing else layer
-    again = layer if job.checkpointing else 0.0
-    all_kept = kept if job.offload and job.checkpointing else kept * model.layers
-    head = model.hidden * model.vocab
-    logits = 12 * local * model.vocab
-    if job.loss_chunk_size is not None:
-        logits = min(local, job.loss_chunk_size) * model.vocab * (12 + element) / degrees.tp
-        logits += head * (4 + (element if element < 4 else 0)) / degrees.tp
-    last_norm = local * model.hidden * (4 + (2 if job.loss_chunk_size is None else 3) * element)
-    whole = max(model.layer_params, head) / degrees.tp * element if shards > 1 else 0.0
-    gathered, scattered = 2 * whole, 3 * whole  # one at work, one that comes; in the backward gradients that go
-    attention = _attention_buffers(model, degrees, job, local)
-    every, top = model.params * spread, head * spread
-    above = top + (model.layers - 1) * model.layer_params * spread
 
-    def moment(gradients: float, activations: float, logits: float, buffers: float) -> dict[str, float]:
-        lasting = {"weights": model.params * spread, "optimizer": model.params * job.optimizer / (degrees.tp * shards)}
-        made = {"activations": activations, "logits": logits, "buffers": buffers}
-        return {kind: {**lasting, "gradients": gradients, **made}[kind] for kind in KINDS}
+    hidden: float
+    wide: float
+    norm: float
+    chain: float
+    attention: float
+    core: float
+    ahead: float
+    mlp: float
+    mlp_back: float
+    mlp_ahead: float
+    summed: float
+    always: float
 
-    earlier = every if job.accumulate else 0.0
-    added = head * spread if job.accumulate else 0.0
-    return Memory(
-        {
-            "loss": moment(earlier, all_kept + last_norm, logits, gathered),
-            "top layer, MLP": moment(max(earlier, top) + summed, all_kept + again + backward, 0.0, scattered),
-            "top layer, attention": moment(max(earlier, top), all_kept + again, 0.0, scattered + attention),
-            "bottom layer, MLP": moment(max(earlier, above) + summed, kept + again + backward, 0.0, scattered),
-            "bottom layer, attention": moment(max(earlier, above), kept + again, 0.0, scattered + attention),
-            "gradients": moment(every + added, 0.0, 0.0, scattered),
+    def kept(self, job: TrainingStep) -> float:
+        """Of a layer, until its backward."""
+        return self.hidden if job.checkpointing else 2 * self.norm + self.attention + self.mlp
+
+    def backward(self, job: TrainingStep) -> dict[str, tuple[float, bool]]:
+        """Moments of a layer's backward: what is alive of it, and whether its MLP's gradients are being summed.
+
+        The gradient of its output is there, and its first norm; of a checkpointed layer its input, unless that is
+        offloaded: nothing but the norm needs it, which keeps it in fp32.
+        """
+        around = self.hidden + self.norm + (self.hidden if job.checkpointing and not job.offload else 0.0)
+        if job.checkpointing and not job.offload and job.element == 4:
+            around -= self.wide  # the same tensor
+        return {
+            "MLP": (around + self.attention + self.norm + self.mlp_back, True),
+            "norm": (around + self.attention + self.wide + self.chain, False),
+            "attention": (around + self.core, False),
         }
+
+
+def _parts(model: ModelShape, degrees: Degrees, job: TrainingStep) -> _Parts:
+    """A norm's backward makes five fp32 tensors; where the layer is in fp32 itself, one of them is the residual's
+    gradient already. An MLP keeps four tensors of its width and its backward has six; in chunks it keeps none and has
+    seven for the tokens of a chunk, or four and the gradients of all weights that a chunk adds, beside the gradient of
+    its input."""
+    local, element = job.rows * job.tokens / degrees.cp, job.element
+    hidden, wide = local * model.hidden * element, local * model.hidden * 4
+    inner = local * model.intermediate * model.active * element / degrees.tp
+    share = mlp_tokens(job, local) / local
+    whole, added = share == 1, model.active_mlp_params * element / degrees.tp
+    attention, core, ahead = _attention(model, degrees, job, local)
+    return _Parts(
+        hidden=hidden,
+        wide=wide,
+        norm=wide + 2 * hidden,
+        chain=5 * wide if element < 4 else 4 * wide,
+        attention=attention,
+        core=core,
+        ahead=ahead,
+        mlp=4 * inner if whole else 0.0,
+        mlp_back=6 * inner if whole else hidden + max(7 * inner * share + added / 3, 4 * inner * share + added),
+        mlp_ahead=3 * inner * share + hidden,
+        summed=0.0 if whole else model.active_mlp_params * 4 / degrees.tp,
+        always=local * (2 * model.head_dim * element + LENGTHWISE),
     )
 
 
-def _attention_buffers(model: ModelShape, degrees: Degrees, job: TrainingStep, local: float) -> float:
-    """Two blocks of others' keys and values, the fp32 sums, and a message of the head exchange."""
-    token = local * model.head_dim / degrees.tp
-    kv_heads = max(model.kv_heads, degrees.ulysses * degrees.tp)
-    ring = token * (2 * 2 * kv_heads * job.element + 4 * model.heads) if degrees.ring > 1 else 0.0
-    exchange = token * 2 * (model.heads + 2 * kv_heads) * job.element if degrees.ulysses > 1 else 0.0
-    return ring + exchange
+def _attention(model: ModelShape, degrees: Degrees, job: TrainingStep, local: float) -> tuple[float, float, float]:
+    """What attention keeps; its backward and its forward, what is kept and the gradient of the output included.
+
+    A ring of three and more sums outputs and gradients in fp32. It holds two blocks of keys and values, the gradients
+    of two, and the results of a tile; a kernel's workspace is that of a tile: all queries and half of the keys, or
+    half of the queries and all keys.
+    """
+    token = local * model.head_dim * job.element / degrees.tp
+    q, kv = token * model.heads, 2 * token * max(model.kv_heads, degrees.ulysses * degrees.tp)
+    lse, fp32 = 4 * local * model.heads / degrees.tp, max(1.0, 4 / job.element)
+    shared_by, workspace = model.heads / max(model.kv_heads, degrees.ulysses * degrees.tp), WORKSPACES[job.kernel]
+
+    def work(of_q: float, of_kv: float) -> float:
+        return workspace.bytes(of_q * q / job.element, of_kv * kv / job.element, shared_by)
+
+    norms = (4 / job.element + 1) * (q + kv / 2) if model.head_norms else 0.0  # input in fp32, normalised
+    kept = (2 * q if degrees.ulysses == 1 else 3 * q) + kv + lse + norms
+    at_hand = 2 * q + kv + lse + norms  # attention's own: by heads
+    tile = max(work(1, 0.5), work(0.5, 1))
+    if degrees.ring == 1:
+        back, ahead = q + kv + work(1, 1), q
+    elif degrees.ring == 2:
+        back, ahead = q + kv + max(q + kv, 0.5 * q + 2 * kv) + tile, 1.5 * q + 1.5 * kv
+    else:
+        back, ahead = fp32 * (q + kv) + q + 4 * kv + tile, fp32 * 1.5 * q + 0.5 * q + 2.5 * kv
+    core = at_hand + q + back
+    rope = 4 * q + kv
+    if degrees.ulysses > 1:
+        core, ahead = max(core, kept + 2 * q), max(ahead + q + kv, 3 * q)
+    return kept, core, max(rope, q + kv + ahead)
+
+
+@dataclass(frozen=True)
+class _States:
+    """What lasts from step to step; bytes of one rank.
+
+    Attributes:
+        weights: all weights.
+        optimizer: state of the optimizer.
+        gradient: of one parameter's gradient, once it is spread.
+        host: the same states, where they are in host memory.
+    """
+
+    weights: float
+    optimizer: float
+    gradient: float
+    host: float = 0.0
+
+    @classmethod
+    def of(cls, model: ModelShape, degrees: Degrees, job: TrainingStep) -> _States:
+        shards = param_shards(degrees, job)
+        copies = job.shard_params and job.element < 4 and job.optimizer == 12
+        each = 1 / (degrees.tp * shards)
+        weight, optimizer = (4, 8) if copies else (job.element, job.optimizer)
+        states = model.params * each * (weight + optimizer)
+        if job.offload_states:
+            return cls(0.0, 0.0, 0.0, states + model.params * each * weight)
+        return cls(model.params * each * weight, model.params * each * optimizer, each * weight)
+
+
+def _logits(model: ModelShape, degrees: Degrees, job: TrainingStep) -> float:
+    """Log-softmax of the tokens at hand in fp32 and two gradients.
+
+    In chunks the logits themselves, too, and the gradient of the head, summed in fp32, and what a chunk adds to it
+    where that is in a lower precision. Under tensor parallelism plans of Transformers gather full logits on every
+    rank; in chunks they stay apart.
+    """
+    local, element = job.rows * job.tokens / degrees.cp, job.element
+    if job.loss_chunk_size is None:
+        return 12 * local * model.vocab
+    of_chunk, head = min(local, job.loss_chunk_size) * model.vocab, model.hidden * model.vocab
+    added = head * element + 2 * of_chunk * element if element < 4 else 0.0
+    return (4 * head + max(of_chunk * (12 + element), added)) / degrees.tp
+
+
+def memory(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Memory:
+    """Bytes of one rank in the moments of a step.
+
+    Weights are in `element` bytes. With 12 bytes of optimizer state, 2-byte weights and FSDP2 they are the fp32 copies
+    that Accelerate keeps and gathers in bf16, and gradients are in fp32, too.
+    """
+    part, states = _parts(model, degrees, job), _States.of(model, degrees, job)
+    gathered = job.element / degrees.tp if job.offload_states or param_shards(degrees, job) > 1 else 0.0
+    layer, head = model.layer_params * gathered, model.hidden * model.vocab * gathered
+    of_head, every = model.hidden * model.vocab * states.gradient, model.params * states.gradient
+    earlier = every if job.accumulate else 0.0
+    away = job.checkpointing and job.offload
+    all_kept = 0.0 if away else part.kept(job) * model.layers
+
+    at_head = (2 if job.loss_chunk_size is None else 3) * part.hidden  # normalised, scaled, in chunks the gradient
+
+    def moment(gradients: float, activations: float, buffers: float, logits: float = 0.0) -> dict[str, float]:
+        sizes = (states.weights, max(earlier, gradients), states.optimizer, activations + part.always, logits, buffers)
+        return dict(zip(KINDS, sizes, strict=True))
+
+    moments = {
+        "loss": moment(0.0, all_kept + part.wide + at_head, head, _logits(model, degrees, job)),
+        "final norm": moment(0.0 if head else of_head, all_kept + 6 * part.wide, 2 * head),
+        "gradients": moment(every + (of_head if job.accumulate else 0.0), part.hidden, 3 * head),
+        "evaluation": moment(0.0, 2 * part.hidden + max(part.ahead, part.mlp_ahead) + part.hidden, 2 * layer),
+    }
+    for place, (others, gradients, moving) in _places(model, part, job, states, layer, head).items():
+        for name, (activations, of_mlp) in part.backward(job).items():
+            summed = part.summed if of_mlp else model.mlp_params * job.element / degrees.tp
+            moments[f"{place}, {name}"] = moment(gradients + summed, others + activations, moving)
+    return Memory(moments, states.host + (model.layers * _pinned(part.hidden) if away else 0.0))
+
+
+def _places(
+    model: ModelShape, part: _Parts, job: TrainingStep, states: _States, layer: float, head: float
+) -> dict[str, tuple[float, float, float]]:
+    """Place of a layer -> what is kept of others, gradients that are there, parameters and gradients under way.
+
+    A layer that computes is gathered, the next one and the gradients of the one before are under way; beside the top
+    layer these are the head's, beside the bottom one the embedding's.
+    """
+    kept, below = part.kept(job), model.layers - 1
+    of_layer, of_head = (size * states.gradient for size in (model.layer_params, model.hidden * model.vocab))
+    embedding = 0.0 if model.tied else head
+    places = {
+        "top layer": (kept * below, of_head, 2 * layer + head),
+        "bottom layer": (0.0, of_head + below * of_layer, 2 * layer + embedding),
+    }
+    if job.checkpointing and job.offload:
+        places["top layer"] = (min(kept, kept * below), *places["top layer"][1:])
+        if below > 1:
+            places["second layer"] = (kept, of_head + (below - 1) * of_layer, 3 * layer)
+    return places
+
+
+def _pinned(size: float) -> float:
+    """Bytes of a buffer in pinned memory: torch rounds it up to a power of two."""
+    return 2.0 ** math.ceil(math.log2(size))

@@ -19,6 +19,11 @@ from .workload import ModelShape, TrainingStep
 
 # Of a GPU's memory: the rest goes to the CUDA context, NCCL and fragmentation.
 USABLE = 0.92
+USABLE_HOST = 0.85  # of a node's host memory: the rest goes to processes, data loaders and the page cache
+# Where AdamW keeps its state: bytes a parameter, an fp32 copy of the weights included; whether all is in host memory.
+OPTIMIZERS = {"fp32": (12, False), "bf16": (4, False), "cpu": (12, True)}
+# Families that normalise queries and keys head by head; their configs do not say so.
+HEAD_NORMS = {"qwen3", "qwen3_moe", "qwen3_next", "gemma3", "gemma3_text", "gemma3n_text", "olmo2", "olmo3", "exaone4"}
 MOST_SIZE = 1 << 32  # of whatever a config counts
 MOST_TOKENS, MOST_GPUS, MOST_ROWS, MOST_IN_A_NODE = 1 << 31, 1 << 17, 1 << 16, 1 << 10
 
@@ -39,8 +44,8 @@ class PlanRequest:
         most_tp: largest tensor-parallel degree; None: no limit.
         allow_offload: also consider checkpoints in host memory.
         mlp_chunk_size: also consider MLPs in chunks of so many tokens.
-        optimizer: bytes a parameter of optimizer state.
-        like: step whose ring and accumulation (relay, gradients, overlap, accumulate) are planned for.
+        like: step whose other fields (kernel, optimizer, ring, accumulation) are planned for.
+        host_budget: bytes of host memory that a rank may use.
     """
 
     name: str
@@ -54,8 +59,8 @@ class PlanRequest:
     most_tp: int | None = None
     allow_offload: bool = False
     mlp_chunk_size: int | None = None
-    optimizer: int = 12
     like: TrainingStep = TrainingStep(1)
+    host_budget: float = math.inf
 
     @property
     def node(self) -> int:
@@ -71,12 +76,15 @@ def request(
     machine: str,
     gpus_per_node: int | None = None,
     memory_gb: float | None = None,
+    host_memory_gb: float | None = None,
     rows: int = 1,
     documents: tuple[int, ...] = (),
     most_tp: int | None = None,
     allow_offload: bool = False,
     mlp_chunk_size: int | None = None,
     accumulate: bool = False,
+    optimizer: str = "fp32",
+    kernel: str | None = None,
 ) -> PlanRequest:
     """Check every number, find model and machine. Raises `UspConfigError`, naming what is wrong."""
     check_positive_int(most=MOST_TOKENS, required=True, tokens=tokens)
@@ -84,12 +92,36 @@ def request(
     check_positive_int(most=MOST_ROWS, required=True, rows=rows)
     check_positive_int(most=MOST_IN_A_NODE, gpus_per_node=gpus_per_node, tp=most_tp)
     check_positive_int(most=MOST_TOKENS, mlp_chunk_size=mlp_chunk_size)
-    if memory_gb is not None and not (math.isfinite(memory_gb) and 0 < memory_gb <= 100_000):
+    _check_words(model, documents, optimizer)
+    found = _with_memory(find_machine(machine, gpus_per_node), memory_gb, host_memory_gb)
+    if gpus > found.ranks_per_node and gpus % found.ranks_per_node:
         raise UspConfigError(
-            f"memory = {memory_gb} GB",
-            rule="it is in gigabytes of one device, more than 0 and at most 100,000",
-            remedy="pass --memory 80, say, or leave it out to take the machine's",
+            f"{gpus} GPUs on nodes of {found.ranks_per_node}",
+            rule="several nodes are full ones",
+            remedy=f"choose {gpus // found.ranks_per_node * found.ranks_per_node} GPUs, or pass --gpus-per-node",
         )
+    found.rate(kernel)
+    size, on_host = OPTIMIZERS[optimizer]
+    kernel = next(iter(found.kernels)) if kernel is None else kernel
+    like = TrainingStep(1, accumulate=accumulate, optimizer=size, offload_states=on_host, kernel=kernel)
+    return PlanRequest(
+        model,
+        read_model(model),
+        found,
+        tokens,
+        gpus,
+        found.memory * USABLE,
+        rows,
+        documents,
+        most_tp,
+        allow_offload,
+        mlp_chunk_size,
+        like,
+        found.host_memory * USABLE_HOST / min(found.ranks_per_node, gpus),
+    )
+
+
+def _check_words(model: str, documents: tuple[int, ...], optimizer: str) -> None:
     if not model.isprintable():
         raise UspConfigError(
             f"a model {model!r}",
@@ -103,30 +135,25 @@ def request(
             rule="every document has a token",
             remedy="give --documents lengths of 1 or more",
         )
-    found = find_machine(machine, gpus_per_node)
-    if memory_gb is not None:
-        found = replace(found, memory=memory_gb * 1e9)
-    if gpus > found.ranks_per_node and gpus % found.ranks_per_node:
+    if optimizer not in OPTIMIZERS:
         raise UspConfigError(
-            f"{gpus} GPUs on nodes of {found.ranks_per_node}",
-            rule="several nodes are full ones",
-            remedy=f"choose {gpus // found.ranks_per_node * found.ranks_per_node} GPUs, or pass --gpus-per-node",
+            f"optimizer = {optimizer!r:.100}",
+            rule=f"the state of AdamW is one of {', '.join(OPTIMIZERS)}",
+            remedy="pass --optimizer fp32, say (16 bytes a parameter in all)",
         )
-    shape = read_model(model)
-    return PlanRequest(
-        model,
-        shape,
-        found,
-        tokens,
-        gpus,
-        found.memory * USABLE,
-        rows,
-        documents,
-        most_tp,
-        allow_offload,
-        mlp_chunk_size,
-        like=TrainingStep(1, accumulate=accumulate),
-    )
+
+
+def _with_memory(machine: Machine, device: float | None, host: float | None) -> Machine:
+    """The same machine with other memory, in gigabytes: of a GPU, and of a node's host."""
+    for option, size in (("memory", device), ("host-memory", host)):
+        if size is not None and not (math.isfinite(size) and 0 < size <= 100_000):
+            raise UspConfigError(
+                f"{option} = {size} GB",
+                rule="it is in gigabytes, more than 0 and at most 100,000",
+                remedy=f"pass --{option} 80, say, or leave it out to take the machine's",
+            )
+    machine = machine if device is None else replace(machine, memory=device * 1e9)
+    return machine if host is None else replace(machine, host_memory=host * 1e9)
 
 
 def find_machine(name: str, gpus_per_node: int | None = None) -> Machine:
@@ -158,12 +185,16 @@ def _measured(path: str) -> Machine:
             check_number(bandwidth=link["bandwidth"], latency=link["latency"])
         links = tuple(Link(link["ranks"], link["bandwidth"], None, link["latency"]) for link in content["links"])
         # The roofline asks for the peak and knows what long products reach of it.
-        share = MACHINES["cpu"].matmul
+        like = "cpu" if name.startswith("cpu") else "h100-nvlink"
+        share, rates = MACHINES["cpu"].matmul, MACHINES[like].kernels.items()
         return replace(
-            MACHINES["cpu" if name.startswith("cpu") else "h100-nvlink"],
+            MACHINES[like],
             name=printable(name),
             flops=content["matmul_flops"] / share,
             memory=float(content["memory"]),
+            kernels={
+                kernel: replace(rate, source=f"unknown there, taken to be {like}'s share") for kernel, rate in rates
+            },
             memory_bandwidth=content["memory_bandwidth"],
             links=_far_enough(links),
         )
@@ -280,6 +311,7 @@ def shape_of(config: Any) -> ModelShape:
         active=(get("num_experts_per_tok") or 1) if experts > 1 else 1,
         window=window if sliding else None,
         sliding_layers=sliding if window else 0,
+        head_norms=text.model_type in HEAD_NORMS or bool(get("use_qk_norm")),
     )
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..sharding.heads import split_heads
 from ..sharding.schedule import ring_per_node, shifts
@@ -103,7 +104,11 @@ class Prediction:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilization: needed operations over peak operations."""
+        """Model FLOPs utilization: needed operations over peak operations.
+
+        As the field counts it (PaLM, arXiv 2204.02311, appendix B) and the training report does: three times the
+        forward; what a flash backward recomputes does not count.
+        """
         return self.flops / self.seconds / self.peak_flops
 
 
@@ -131,7 +136,7 @@ def predict(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Mac
         linear += 2 * local * model.active_mlp_params * model.layers / degrees.tp
     linear /= machine.flops * machine.matmul
     areas = sum(count * mask_area(job.tokens, window) for window, count in kinds)
-    attention_flops = job.rows * 3.5 * 4 * areas * model.heads * model.head_dim / (degrees.cp * degrees.tp)
+    attention_flops = job.rows * 3 * 4 * areas * model.heads * model.head_dim / (degrees.cp * degrees.tp)
     compute = total("tiles") + total("merges") + linear
     return Prediction(
         attention=total("tiles") + total("merges"),
@@ -140,7 +145,7 @@ def predict(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Mac
         ring=total("ring_exposed"),
         tensor_parallel=_tensor_parallel(model, degrees, job, machine, local) * (1 + again) / 2,
         data_parallel=max(0.0, _data_parallel(model, degrees, job, machine) - compute),
-        offload=max(0.0, _offloaded(model, job, local) * 2 / machine.host_bandwidth - compute),
+        offload=_offload(model, degrees, job, machine, compute),
         ring_hidden=total("ring") - total("ring_exposed"),
         flops=3 * (layer_flops + head_flops) + attention_flops,
         tokens=job.rows * job.tokens * degrees.dp_shard * degrees.dp_replicate,
@@ -173,8 +178,9 @@ def attention(
     own, other, foreign, hops = _areas(job.tokens, ring, window)
     flops = (10.0 if backward else 4.0) * job.rows * heads * model.head_dim
     length, blocks = min(rows, window or rows), job.rows * heads * rows
-    tiles = machine.tile(flops * own, length, blocks, causal=True, backward=backward)
-    step = machine.tile(flops * other, length, blocks, causal=False, backward=backward) if hops else 0.0
+    tile = partial(machine.tile, length=length, rows=blocks, kernel=job.kernel, backward=backward)
+    tiles = tile(flops * own, causal=True)
+    step = tile(flops * other, causal=False) if hops else 0.0
     merge = _merged_bytes(heads, kv_heads, job, backward) * rows * model.head_dim * job.rows / machine.memory_bandwidth
     block = 2 * kv_heads * foreign * row_bytes
     returned = block * job.gradients / job.element if backward else 0.0
@@ -273,5 +279,16 @@ def _data_parallel(model: ModelShape, degrees: Degrees, job: TrainingStep, machi
     return inside + 2 * machine.ring_collective(size / shards, outside, degrees.tp * shards)
 
 
-def _offloaded(model: ModelShape, job: TrainingStep, local: float) -> float:
-    return local * model.hidden * job.element * model.layers if job.checkpointing and job.offload else 0.0
+def _offload(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Machine, compute: float) -> float:
+    """Seconds that copies to host memory and back take longer than all computation; and AdamW on the host.
+
+    States in host memory: weights come twice and gradients go once, in fp32; the step reads and writes 28 bytes a
+    parameter.
+    """
+    local, moved, host = job.rows * job.tokens / degrees.cp, 0.0, 0.0
+    if job.checkpointing and job.offload:
+        moved += 2 * local * model.hidden * job.element * model.layers
+    if job.offload_states:
+        mine = model.params / (degrees.tp * param_shards(degrees, job))
+        moved, host = moved + 12 * mine, 28 * mine
+    return max(0.0, moved / machine.host_bandwidth - compute) + host / machine.host_bandwidth

@@ -8,7 +8,7 @@ from itertools import product
 
 from ..errors import UspConfigError
 from ..sharding.degrees import even_degrees
-from .memory_model import Memory
+from .memory_model import Memory, memory
 from .request import PlanRequest
 from .roofline import Prediction, mask_area, predict
 from .workload import Degrees, TrainingStep
@@ -26,16 +26,24 @@ class Candidate:
         job: the step with these options.
         prediction: seconds and bytes.
         budget: bytes that a run may use.
+        host_budget: bytes of host memory that it may use.
     """
 
     degrees: Degrees
     job: TrainingStep
     prediction: Prediction
     budget: float
+    host_budget: float
+
+    @property
+    def need(self) -> float:
+        """Bytes over what there is, on the device or on the host, where more is missing."""
+        of = self.prediction.memory
+        return max(of.total / self.budget, of.host / self.host_budget)
 
     @property
     def fits(self) -> bool:
-        return self.prediction.memory.total <= self.budget
+        return self.need <= 1
 
     @property
     def savings(self) -> str:
@@ -46,6 +54,8 @@ class Candidate:
     def limit(self) -> str:
         """The largest part of memory (if it does not fit) or time."""
         it = self.prediction
+        if not self.fits and it.memory.total <= self.budget:
+            return f"host memory: {it.memory.host / 1e9:.0f} GB"
         if not self.fits:
             kinds = it.memory.at_peak
             largest = max(kinds, key=lambda kind: kinds[kind])
@@ -80,7 +90,7 @@ def ranked(what: PlanRequest) -> list[Candidate]:
 def worth(candidate: Candidate) -> tuple[bool, float]:
     """Sort key of candidates, best first; among equals the smallest ulysses degree comes first."""
     it = candidate.prediction
-    return not candidate.fits, -it.tokens_per_second if candidate.fits else it.memory.total
+    return not candidate.fits, -it.tokens_per_second if candidate.fits else candidate.need
 
 
 def best_inside(what: PlanRequest, tp: int, cp: int) -> Candidate:
@@ -113,12 +123,13 @@ def best_way(what: PlanRequest, degrees: Degrees) -> Candidate:
     fitting = [way for way in ways if way.fits]
     if fitting:
         return min(fitting, key=lambda way: way.prediction.seconds)
-    return min(ways, key=lambda way: way.prediction.memory.total)
+    return min(ways, key=lambda way: way.need)
 
 
 def jobs(what: PlanRequest) -> Iterator[TrainingStep]:
     """The ways to save memory, those that save less first."""
-    plain = replace(what.like, tokens=what.tokens, rows=what.rows, optimizer=what.optimizer, shard_params=what.gpus > 1)
+    sharded = what.gpus > 1 or what.like.offload_states  # FSDP2 on one GPU, too
+    plain = replace(what.like, tokens=what.tokens, rows=what.rows, shard_params=sharded)
     mlps = (None, what.mlp_chunk_size) if what.mlp_chunk_size else (None,)
     kept = ((False, False), (True, False), (True, True)) if what.allow_offload else ((False, False), (True, False))
     for mlp, loss, (checkpointing, offload) in product(mlps, (None, LOSS_CHUNK), kept):
@@ -129,7 +140,7 @@ def _candidate(what: PlanRequest, degrees: Degrees, job: TrainingStep) -> Candid
     it = predict(what.model, degrees, job, what.machine)
     if what.documents:
         it = _packed(what, it)
-    return Candidate(degrees, job, it, what.budget)
+    return Candidate(degrees, job, it, what.budget, what.host_budget)
 
 
 def _packed(what: PlanRequest, it: Prediction) -> Prediction:
@@ -157,7 +168,10 @@ def longest(what: PlanRequest, degrees: Degrees) -> int:
     """The longest row, in multiples of 1,024 tokens, whose best way fits this split; 0 where none does."""
 
     def fits(tokens: int) -> bool:
-        return best_way(replace(what, tokens=tokens, documents=()), degrees).fits
+        found = (memory(what.model, degrees, replace(job, tokens=tokens)) for job in ways)
+        return any(it.total <= what.budget and it.host <= what.host_budget for it in found)
+
+    ways = list(jobs(what))[::-1]  # those that save most first
 
     if not fits(1024):
         return 0
@@ -170,13 +184,19 @@ def longest(what: PlanRequest, degrees: Degrees) -> int:
     return low * 1024
 
 
+def longest_of_all(what: PlanRequest) -> tuple[int, Degrees]:
+    """The longest row over all splits, and its split; that which ranks first for a short row may be none that reaches
+    far."""
+    return max(((longest(what, degrees), degrees) for degrees in splits(what)), key=lambda found: found[0])
+
+
 def check_possible(what: PlanRequest, found: list[Candidate]) -> None:
     """Refuse an impossible budget: how much is missing, and the nearest thing that fits."""
     if found[0].fits:
         return
     best = found[0]
-    missing = best.prediction.memory.total - what.budget
-    reach = max(longest(what, candidate.degrees) for candidate in found)
+    need = best.prediction.memory
+    reach, _ = longest_of_all(what)
     ways = [f"rows of {reach:,} tokens fit"] if reach else []
     factor = 2
     while factor <= MOST_FACTOR:
@@ -187,17 +207,20 @@ def check_possible(what: PlanRequest, found: list[Candidate]) -> None:
             ways.append(f"{more.gpus} GPUs hold {what.tokens:,} tokens")
             break
         factor *= 2
+    needs = f"{need.total / 1e9:.1f} GB a rank of {what.budget / 1e9:.1f} GB, "
+    needs += f"{(need.total - what.budget) / 1e9:.1f} GB too much ({_by_kind(need)})"
+    if need.total <= what.budget:
+        needs = f"{need.host / 1e9:.1f} GB of host memory a rank of {what.host_budget / 1e9:.1f} GB"
     raise UspConfigError(
-        f"{what.tokens:,} tokens on {what.gpus} x {what.machine.name}: the smallest split needs "
-        f"{best.prediction.memory.total / 1e9:.1f} GB a rank of {what.budget / 1e9:.1f} GB, {missing / 1e9:.1f} GB too "
-        f"much ({_by_kind(best.prediction.memory)})",
-        rule="weights, gradients, optimizer, activations, logits and buffers fit into the memory of one rank",
+        f"{what.tokens:,} tokens on {what.gpus} x {what.machine.name}: the smallest split needs {needs}",
+        rule="weights, gradients, optimizer, activations, logits and buffers fit into the memory of one rank, what is "
+        "offloaded into its share of the host's",
         remedy="; ".join(ways) or "a smaller model, or LoRA: not even 1,024 tokens fit",
     )
 
 
-def _by_kind(memory: Memory) -> str:
-    return ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in memory.at_peak.items())
+def _by_kind(need: Memory) -> str:
+    return ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in need.at_peak.items())
 
 
 def _divisors(number: int) -> list[int]:

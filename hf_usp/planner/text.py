@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from .request import PlanRequest
-from .search import Candidate, longest
+from .search import Candidate, longest, longest_of_all
 
 MOST = 12
 
@@ -17,7 +17,9 @@ def table(what: PlanRequest, found: list[Candidate]) -> str:
     node = f", {what.node} a node" if what.gpus > what.node else ""
     lines = [
         f"{what.name}: {what.model.params / 1e9:.2f} B parameters, rows of {what.tokens:,} tokens, {what.gpus} x "
-        f"{what.machine.name}{node}, {what.budget / 1e9:.0f} GB usable a rank",
+        f"{what.machine.name}{node}, {what.budget / 1e9:.0f} GB usable a rank, "
+        f"{what.host_budget / 1e9:.0f} GB of the host",
+        _kernel(what),
         "",
         f"{'tp':>3} {'ulysses':>7} {'ring':>4} {'data':>4} {'step':>9} {'exposed':>8} {'tokens/s':>10} {'MFU':>6} "
         f"{'memory':>9}  saving memory by; limited by",
@@ -39,8 +41,22 @@ def table(what: PlanRequest, found: list[Candidate]) -> str:
         f"memory of the best, GB a rank, each kind at its largest (peak: {best.prediction.memory.peak}):  "
         + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in best.prediction.memory.kinds.items()),
     ]
-    lines.append(f"the longest row of this split: {longest(what, best.degrees):,} tokens")
+    if best.prediction.memory.host:
+        lines.append(f"host memory of the best: {best.prediction.memory.host / 1e9:.0f} GB a rank")
+    reach, d = longest_of_all(what)
+    lines.append(
+        f"the longest row of this split: {longest(what, best.degrees):,} tokens; of any: {reach:,} (tp {d.tp}, ulysses "
+        f"{d.ulysses}, ring {d.ring}, data {d.dp_shard})"
+    )
     return "\n".join(lines)
+
+
+def _kernel(what: PlanRequest) -> str:
+    """The attention kernel that is assumed, and who measured its rate."""
+    rate = what.machine.rate(what.like.kernel)
+    source = f" ({rate.source})" if rate.source else ""
+    backward = f"{rate.full * rate.backward:.0%} backward"
+    return f"attention by {what.like.kernel}: {rate.full:.0%} of the peak, {backward}{source}"
 
 
 def accelerate_config(what: PlanRequest, best: Candidate, path: str = "plan.yaml") -> str:
@@ -52,12 +68,12 @@ def accelerate_config(what: PlanRequest, best: Candidate, path: str = "plan.yaml
     line.append(f"scripts/finetune.py {' '.join(map(quote, flags(what, best)))}")
     shared = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_GPU" if best.degrees.tp > 1 or what.gpus == 1 else "FSDP",
+        "distributed_type": "FSDP" if best.job.shard_params and best.degrees.tp == 1 else "MULTI_GPU",
         "num_machines": nodes,
         "num_processes": what.gpus,
         "machine_rank": 0,
         "gpu_ids": "all",
-        "mixed_precision": "bf16",
+        "mixed_precision": "bf16" if what.like.optimizer == 12 else "'no'",
         "main_training_function": "main",
     }
     if nodes > 1:
@@ -69,6 +85,8 @@ def accelerate_config(what: PlanRequest, best: Candidate, path: str = "plan.yaml
             "  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n  fsdp_cpu_ram_efficient_loading: true\n"
             "  fsdp_state_dict_type: SHARDED_STATE_DICT\n"
         )
+        if best.job.offload_states:
+            text += "  fsdp_offload_params: true\n"
         if best.job.offload:
             text += "  fsdp_activation_checkpointing: false\n"
     return text
@@ -78,7 +96,7 @@ def flags(what: PlanRequest, best: Candidate) -> list[str]:
     """Of scripts/finetune.py."""
     d = best.degrees
     given = [
-        "--bf16",
+        *(["--bf16"] if what.like.optimizer == 12 else ["--dtype", "bfloat16"]),
         "--model_name_or_path",
         what.name,
         "--train_file",
@@ -126,6 +144,7 @@ def as_json(what: PlanRequest, found: list[Candidate]) -> dict[str, Any]:
                 "memory_at_peak": it.memory.at_peak,
                 "peak": it.memory.peak,
                 "memory_total": it.memory.total,
+                "host_memory": it.memory.host,
                 "limit": candidate.limit,
             }
         )
@@ -137,8 +156,11 @@ def as_json(what: PlanRequest, found: list[Candidate]) -> dict[str, Any]:
         "gpus": what.gpus,
         "gpus_per_node": what.node,
         "budget": what.budget,
+        "host_budget": what.host_budget,
+        "kernel": {"name": what.like.kernel, **asdict(what.machine.rate(what.like.kernel))},
         "documents": list(what.documents),
         "longest": longest(what, best.degrees),
+        "longest_of_all": longest_of_all(what)[0],
         "flags": flags(what, best),
         "splits": rows,
     }

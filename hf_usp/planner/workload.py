@@ -27,6 +27,7 @@ class ModelShape:
         active: MLPs that a token uses.
         window: keys that a sliding layer sees; None: no window.
         sliding_layers: layers that have the window.
+        head_norms: whether queries and keys are normalised, head by head.
     """
 
     layers: int
@@ -41,11 +42,17 @@ class ModelShape:
     active: int = 1
     window: int | None = None
     sliding_layers: int = 0
+    head_norms: bool = False
 
     @property
     def layer_params(self) -> int:
         """Parameters of one layer."""
-        return self._attention_params + 3 * self.hidden * self.intermediate * self.experts
+        return self._attention_params + self.mlp_params
+
+    @property
+    def mlp_params(self) -> int:
+        """Parameters of one layer's MLP, of all experts."""
+        return 3 * self.hidden * self.intermediate * self.experts
 
     @property
     def params(self) -> int:
@@ -106,12 +113,15 @@ class TrainingStep:
         shard_params: FSDP over dp_shard x cp ranks; otherwise every rank holds all parameters.
         checkpointing: layers keep their input only and are computed twice.
         offload: inputs of checkpointed layers are kept in host memory.
+        offload_states: weights, their gradients and the optimizer's state are kept in host memory.
         loss_chunk_size: tokens whose logits exist at once; None: all.
         mlp_chunk_size: tokens whose MLP activations exist at once; None: all.
         gradients: bytes of an element of dK and dV while they are sent.
         relay: a ring that passes full blocks on and merges in separate operators, as other libraries do.
         overlap: a step's transfer runs while tiles are computed.
         accumulate: gradients of earlier rows exist from the start.
+        kernel: attention kernel, one of `hf_usp.planner.hardware.WORKSPACES`; None: the machine's first, without
+            workspace.
     """
 
     tokens: int
@@ -121,12 +131,14 @@ class TrainingStep:
     shard_params: bool = True
     checkpointing: bool = False
     offload: bool = False
+    offload_states: bool = False
     loss_chunk_size: int | None = None
     mlp_chunk_size: int | None = None
     gradients: int = 2
     relay: bool = False
     overlap: bool = True
     accumulate: bool = False
+    kernel: str | None = None
 
 
 def check(model: ModelShape, degrees: Degrees, job: TrainingStep) -> None:

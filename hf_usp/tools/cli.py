@@ -128,6 +128,9 @@ def _add_plan(verbs: Any) -> None:
     add("--machine", default="h100-nvlink", help="a preset (an unknown name lists them), or the file of hf-usp check")
     add("--gpus-per-node", type=int, default=none, help="default: the machine's")
     add("--memory", type=float, default=none, metavar="GB", help="of one GPU (default: the machine's)")
+    add("--host-memory", type=float, default=none, metavar="GB", help="of one node (default: the machine's)")
+    add("--kernel", default=none, help="attention kernel: fa2, fa3, fa4 or cudnn (default: the machine's first)")
+    add("--optimizer", default="fp32", help="state of AdamW: fp32, bf16, or cpu (weights and state in host memory)")
     add("--rows", type=int, default=1, help="rows of a data-parallel replica in one step")
     add("--documents", type=_lengths, default=none, metavar="N,N,...", help="lengths that rows are packed from")
     add("--tp", type=int, default=none, help="largest tensor-parallel size (default: a node)")
@@ -157,6 +160,9 @@ def _plan(options: argparse.Namespace) -> None:
         rows=options.rows,
         gpus_per_node=given.get("gpus_per_node"),
         memory_gb=given.get("memory"),
+        host_memory_gb=given.get("host_memory"),
+        kernel=given.get("kernel"),
+        optimizer=options.optimizer,
         most_tp=given.get("tp"),
         documents=given.get("documents", ()),
         allow_offload=options.offload,

