@@ -6,17 +6,19 @@ Wall time on shared cores is noise; these figures repeat. Counted per rank, forw
 from __future__ import annotations
 
 import time
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_usp.tools.live_bytes import LiveBytes
 
 COPIES = {"clone", "copy_", "cat", "stack", "_to_copy", "index_select", "repeat_interleave"}
 
@@ -144,42 +146,8 @@ def watched_transfers() -> Iterator[Transfers]:
         dist.batch_isend_irecv = issue
 
 
-class Peak(TorchDispatchMode):
-    """Largest number of bytes of tensors alive at once, of those made while it watches; of DTensors the own part.
-
-    known: tensors that are there already, whose views are nothing new.
-    """
-
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self.known = {storage._cdata: storage for storage in (local_part(x).untyped_storage() for x in known)}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                storage = local_part(tensor).untyped_storage()
-                place = storage._cdata
-                if place not in self.alive:
-                    self.alive[place] = weakref.ref(storage)
-                    weakref.finalize(storage, self.alive.pop, place, None)
-        # FSDP2 gives storages up, and takes them again, by their size.
-        there = {place: ref() for place, ref in self.alive.items() if place not in self.known}
-        self.peak = max(self.peak, sum(x.nbytes() for x in there.values() if x is not None and x.data_ptr()))
-        return result
-
-    @property
-    def there(self) -> int:
-        """Bytes of what is known, once where tensors share a storage."""
-        return sum(storage.nbytes() for storage in self.known.values())
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, what a collective on its way will have written; another tensor as it is."""
-    local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return getattr(local, "elem", local)
+# Largest number of bytes of tensors alive at once, of those made while it watches.
+Peak = partial(LiveBytes, inventory=False)
 
 
 def count(step: Callable[[], Tensor], gradient: Tensor, repeats: int) -> Counts:

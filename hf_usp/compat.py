@@ -21,6 +21,9 @@ from packaging.version import Version
 from torch.distributed import distributed_c10d
 from torch.utils import _python_dispatch, checkpoint
 
+# The base of what sees every operator.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
 # Leaves of nested lists, dicts and model outputs. Go once `torch.utils.pytree` is there (pytorch/pytorch#65761).
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
@@ -152,6 +155,18 @@ def write_count(tensor: torch.Tensor) -> int:
 def storage_identity(tensor: torch.Tensor) -> int:
     """The address of a tensor's storage object. `data_ptr` does not distinguish empty storages."""
     return tensor.untyped_storage()._cdata
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, what a collective under way will have written: read without an operator."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    return getattr(local, "elem", local)
+
+
+def fake_tensors() -> Any:
+    """torch's module of fake tensors, which have shapes and no memory, and the process group "fake", registered."""
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")  # not needed to import hf_usp
+    return importlib.import_module("torch._subclasses.fake_tensor")
 
 
 def scheduler_steps(scheduler: Any) -> int:

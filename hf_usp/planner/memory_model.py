@@ -12,7 +12,8 @@ is looked at in some moments, and its peak is that of the largest:
     evaluation    a forward without gradients
 
 A layer's backward has three moments: that of its MLP; of the norm before the MLP, whose temporaries are in fp32; of
-attention. `hf-usp plan --simulate` runs the real program at real sizes, and these formulas are tested against it.
+attention. MLPs in chunks have norms in chunks with them. `hf-usp plan --simulate` runs the real program at real sizes,
+and these formulas are tested against it.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ class _Parts:
 
     Attributes:
         hidden: a hidden state.
-        wide: the same in fp32.
-        norm: what a norm keeps: its input in fp32, normalised, scaled.
-        chain: temporaries of a norm's backward.
+        norm: what a norm keeps: its input in fp32, normalised, scaled; in chunks its input and output.
+        norm_back: of its backward.
+        of_input: of the input of a checkpointed layer, beside what its first norm keeps.
         attention: what attention keeps: queries, keys, values, output, log-sum-exp; under ulysses the message of heads
             that arrived, the output by heads and by tokens.
         core: of attention's backward, what is kept included.
@@ -98,9 +99,9 @@ class _Parts:
     """
 
     hidden: float
-    wide: float
     norm: float
-    chain: float
+    norm_back: float
+    of_input: float
     attention: float
     core: float
     ahead: float
@@ -114,43 +115,45 @@ class _Parts:
         """Of a layer, until its backward."""
         return self.hidden if job.checkpointing else 2 * self.norm + self.attention + self.mlp
 
-    def backward(self, job: TrainingStep) -> dict[str, tuple[float, bool]]:
+    def backward(self) -> dict[str, tuple[float, bool]]:
         """Moments of a layer's backward: what is alive of it, and whether its MLP's gradients are being summed.
 
-        The gradient of its output is there, and its first norm; of a checkpointed layer its input, unless that is
-        offloaded: nothing but the norm needs it, which keeps it in fp32.
+        The gradient of its output is there, and its first norm.
         """
-        around = self.hidden + self.norm + (self.hidden if job.checkpointing and not job.offload else 0.0)
-        if job.checkpointing and not job.offload and job.element == 4:
-            around -= self.wide  # the same tensor
+        around = self.hidden + self.norm + self.of_input
         return {
             "MLP": (around + self.attention + self.norm + self.mlp_back, True),
-            "norm": (around + self.attention + self.wide + self.chain, False),
+            "norm": (around + self.attention + self.norm_back, False),
             "attention": (around + self.core, False),
         }
 
 
 def _parts(model: ModelShape, degrees: Degrees, job: TrainingStep) -> _Parts:
-    """A norm's backward makes five fp32 tensors; where the layer is in fp32 itself, one of them is the residual's
-    gradient already. An MLP keeps four tensors of its width and its backward has six; in chunks it keeps none and has
-    seven for the tokens of a chunk, or four and the gradients of all weights that a chunk adds, beside the gradient of
-    its input."""
+    """A norm's backward makes five fp32 tensors beside its input in fp32; in a layer in fp32 one of them is the
+    residual's gradient already. In chunks these are of a chunk, beside its input and the gradients of both
+    sides. An MLP keeps four tensors of its width and its backward has six; in chunks it keeps none and has six of a
+    chunk, or four and the gradients of all weights that a chunk adds, beside the gradient of its input.
+
+    Nothing but the first norm needs the input of a checkpointed layer, but where it is not offloaded the checkpoint
+    holds it as well.
+    """
     local, element = job.rows * job.tokens / degrees.cp, job.element
     hidden, wide = local * model.hidden * element, local * model.hidden * 4
     inner = local * model.intermediate * model.active * element / degrees.tp
     share = mlp_tokens(job, local) / local
     whole, added = share == 1, model.active_mlp_params * element / degrees.tp
+    of_chunk = max(6 * inner * share + hidden * share + added / 3, 4 * inner * share + added)
     attention, core, ahead = _attention(model, degrees, job, local)
     return _Parts(
         hidden=hidden,
-        wide=wide,
-        norm=wide + 2 * hidden,
-        chain=5 * wide if element < 4 else 4 * wide,
+        norm=wide + 2 * hidden if whole else 2 * hidden,
+        norm_back=(6 if element < 4 else 5) * wide if whole else 3 * hidden + share * (6 * wide + hidden),
+        of_input=hidden if job.checkpointing and not job.offload and whole and element < 4 else 0.0,
         attention=attention,
         core=core,
         ahead=ahead,
         mlp=4 * inner if whole else 0.0,
-        mlp_back=6 * inner if whole else hidden + max(7 * inner * share + added / 3, 4 * inner * share + added),
+        mlp_back=6 * inner if whole else hidden + of_chunk,
         mlp_ahead=3 * inner * share + hidden,
         summed=0.0 if whole else model.active_mlp_params * 4 / degrees.tp,
         always=local * (2 * model.head_dim * element + LENGTHWISE),
@@ -172,7 +175,9 @@ def _attention(model: ModelShape, degrees: Degrees, job: TrainingStep, local: fl
     def work(of_q: float, of_kv: float) -> float:
         return workspace.bytes(of_q * q / job.element, of_kv * kv / job.element, shared_by)
 
-    norms = (4 / job.element + 1) * (q + kv / 2) if model.head_norms else 0.0  # input in fp32, normalised
+    # Of norms of heads: the input in fp32 and the normalised values, in chunks the input.
+    of_norm = 4 / job.element + 1 if mlp_tokens(job, local) == local else 1.0
+    norms = of_norm * (q + kv / 2) if model.head_norms else 0.0
     kept = (2 * q if degrees.ulysses == 1 else 3 * q) + kv + lse + norms
     at_hand = 2 * q + kv + lse + norms  # attention's own: by heads
     tile = max(work(1, 0.5), work(0.5, 1))
@@ -183,6 +188,8 @@ def _attention(model: ModelShape, degrees: Degrees, job: TrainingStep, local: fl
     else:
         back, ahead = fp32 * (q + kv) + q + 4 * kv + tile, fp32 * 1.5 * q + 0.5 * q + 2.5 * kv
     core = at_hand + q + back
+    if of_norm > 1 and model.head_norms:  # the backward of the queries' norm
+        core = max(core, 6 * fp32 * q + 2.5 * kv)
     rope = 4 * q + kv
     if degrees.ulysses > 1:
         core, ahead = max(core, kept + 2 * q), max(ahead + q + kv, 3 * q)
@@ -246,20 +253,21 @@ def memory(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Memory:
     away = job.checkpointing and job.offload
     all_kept = 0.0 if away else part.kept(job) * model.layers
 
-    at_head = (2 if job.loss_chunk_size is None else 3) * part.hidden  # normalised, scaled, in chunks the gradient
+    at_head = part.norm + (0.0 if job.loss_chunk_size is None else part.hidden)  # in chunks the gradient, too
+    final = max(part.norm_back, 6 / 5 * part.norm_back if job.element == 4 and part.mlp else 0.0)  # no residual's
 
     def moment(gradients: float, activations: float, buffers: float, logits: float = 0.0) -> dict[str, float]:
         sizes = (states.weights, max(earlier, gradients), states.optimizer, activations + part.always, logits, buffers)
         return dict(zip(KINDS, sizes, strict=True))
 
     moments = {
-        "loss": moment(0.0, all_kept + part.wide + at_head, head, _logits(model, degrees, job)),
-        "final norm": moment(0.0 if head else of_head, all_kept + 6 * part.wide, 2 * head),
+        "loss": moment(0.0, all_kept + at_head, head, _logits(model, degrees, job)),
+        "final norm": moment(0.0 if head else of_head, all_kept + final, 2 * head),
         "gradients": moment(every + (of_head if job.accumulate else 0.0), part.hidden, 3 * head),
         "evaluation": moment(0.0, 2 * part.hidden + max(part.ahead, part.mlp_ahead) + part.hidden, 2 * layer),
     }
     for place, (others, gradients, moving) in _places(model, part, job, states, layer, head).items():
-        for name, (activations, of_mlp) in part.backward(job).items():
+        for name, (activations, of_mlp) in part.backward().items():
             summed = part.summed if of_mlp else model.mlp_params * job.element / degrees.tp
             moments[f"{place}, {name}"] = moment(gradients + summed, others + activations, moving)
     return Memory(moments, states.host + (model.layers * _pinned(part.hidden) if away else 0.0))
@@ -271,13 +279,13 @@ def _places(
     """Place of a layer -> what is kept of others, gradients that are there, parameters and gradients under way.
 
     A layer that computes is gathered, the next one and the gradients of the one before are under way; beside the top
-    layer these are the head's, beside the bottom one the embedding's.
+    layer these are the head's (beside the next one a layer's), beside the bottom one the embedding's.
     """
     kept, below = part.kept(job), model.layers - 1
     of_layer, of_head = (size * states.gradient for size in (model.layer_params, model.hidden * model.vocab))
     embedding = 0.0 if model.tied else head
     places = {
-        "top layer": (kept * below, of_head, 2 * layer + head),
+        "top layer": (kept * below, of_head, 2 * layer + max(head, layer if below > 1 else 0.0)),
         "bottom layer": (0.0, of_head + below * of_layer, 2 * layer + embedding),
     }
     if job.checkpointing and job.offload:

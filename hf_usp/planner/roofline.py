@@ -132,9 +132,13 @@ def predict(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Mac
     layer_flops = 2 * local * model.active_layer_params * model.layers / degrees.tp
     head_flops = 2 * local * model.hidden * model.vocab / degrees.tp
     linear = (2 + again) * layer_flops + 3 * head_flops
-    if mlp_tokens(job, local) < local:  # once more, in the backward
+    in_chunks = mlp_tokens(job, local) < local
+    if in_chunks:  # once more, in the backward
         linear += 2 * local * model.active_mlp_params * model.layers / degrees.tp
     linear /= machine.flops * machine.matmul
+    if in_chunks:  # every chunk adds to gradients in fp32: read, read and written
+        added = (8 + job.element) * model.active_mlp_params * model.layers / degrees.tp
+        linear += added * local / mlp_tokens(job, local) / machine.memory_bandwidth
     areas = sum(count * mask_area(job.tokens, window) for window, count in kinds)
     attention_flops = job.rows * 3 * 4 * areas * model.heads * model.head_dim / (degrees.cp * degrees.tp)
     compute = total("tiles") + total("merges") + linear

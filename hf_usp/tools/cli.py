@@ -137,6 +137,7 @@ def _add_plan(verbs: Any) -> None:
     add("--offload", action="store_true", help="consider checkpoints in host memory, too")
     add("--mlp-chunk-size", type=int, default=none, metavar="N", help="consider MLPs in chunks of N tokens, too")
     add("--accumulate", action="store_true", help="gradients of several steps are added up: they are never freed")
+    add("--simulate", action="store_true", help="run the best split's step at its real size without memory: live bytes")
     add("--config", default=none, metavar="FILE", help="save the Accelerate config here (.yaml)")
     add("--picture", default=none, metavar="FILE", help="save memory against length here (.png, .svg or .pdf)")
     add("--json", action="store_true", help="print JSON and nothing else")
@@ -185,7 +186,15 @@ def _plan(options: argparse.Namespace) -> None:
     found = ranked(what)
     check_possible(what, found)
     yaml = accelerate_config(what, found[0], config or "plan.yaml")
-    text = json.dumps(as_json(what, found), indent=1) if options.json else f"{table(what, found)}\n\n{yaml}"
+    simulated, told = {}, ""
+    if options.simulate:
+        from ..planner.request import read_config
+        from .simulate import as_bytes, report, simulate
+
+        live = simulate(read_config(options.model), found[0].degrees, found[0].job)
+        simulated, told = {"simulated": as_bytes(live)}, f"\n{report(live)}\n"
+    text = json.dumps(as_json(what, found) | simulated, indent=1)
+    text = text if options.json else f"{table(what, found)}\n{told}\n{yaml}"
     print(printable(text))
     if config is not None:
         Path(config).write_text(yaml, encoding="utf-8")
