@@ -1,8 +1,8 @@
 """Ranks that stay alive over many tests: start-up costs seconds, a test milliseconds.
 
 `Ranks(n).run(function, *args)` runs `function(*args)` on n processes of one gloo group and returns their results, or
-raises with the traceback of the first rank that failed. A rank that does not answer in time takes the whole pool down;
-the next call starts a fresh one. Functions must be importable from the test module (no closures).
+raises with the traceback of the first rank that failed, or names a rank that died, whoever noticed it first. A rank that
+does not answer in time takes the whole pool down; the next call starts a fresh one. Functions must be importable from the test module (no closures).
 """
 
 from __future__ import annotations
@@ -57,26 +57,28 @@ class Ranks:
         for pipe in self._pipes:
             pipe.send((function, args, keywords))
         results: dict[int, Any] = {}
-        failure, left = None, timeout
+        failure, left = "", timeout
+        died = ""
         while len(results) < self.size:
             ready = wait([p for r, p in enumerate(self._pipes) if r not in results], timeout=left)
             if not ready:
                 missing = [r for r in range(self.size) if r not in results]
                 self.stop()
-                raise RankError(failure or f"ranks {missing} did not answer within {timeout} s")
+                raise RankError(died or failure or f"ranks {missing} did not answer within {timeout} s")
             for pipe in ready:
                 rank = self._pipes.index(pipe)
                 try:
                     ok, value = pipe.recv()
                 except EOFError:
                     ok, value = False, "the process died"
+                    died = died or f"rank {rank} of {self.size}: {value}"
                 results[rank] = value
                 if not ok:
                     # The others may wait for this rank in a collective.
                     failure, left = failure or f"rank {rank} of {self.size}: {value}", GRACE
         if failure:
             self.stop()
-            raise RankError(failure)
+            raise RankError(died or failure)
         return [results[rank] for rank in range(self.size)]
 
     def reset(self) -> None:

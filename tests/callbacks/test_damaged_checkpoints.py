@@ -87,7 +87,7 @@ def dies_before_its_random_state(folder: str) -> None:
 
 
 def test_a_rank_that_dies_while_it_saves(two_ranks: Ranks, tmp_path: Path) -> None:
-    with pytest.raises(RankError):  # of rank 1, which died, or of rank 0, which lost it: whichever is heard first
+    with pytest.raises(RankError, match="rank 1 of 2: the process died"):
         two_ranks.run(dies_before_its_random_state, str(tmp_path))
     assert (tmp_path / SAVED[1] / checkpoint.STATE).exists()
     assert checkpoint.get_last_complete_checkpoint(tmp_path) == str(tmp_path / SAVED[0])
