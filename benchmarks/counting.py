@@ -1,4 +1,4 @@
-"""What an attention call does, counted: bytes on the wire, messages, launched mask area, copies, saved bytes, CPU time.
+"""Work of an attention call, counted: bytes on the wire, messages, launched mask area, copies, saved bytes, CPU time.
 
 Wall time on shared cores is noise; these figures repeat. Counted per rank, forward and backward apart.
 """

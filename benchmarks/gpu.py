@@ -1,4 +1,4 @@
-"""What one GPU can tell about the whole: kernels, tiles, a virtual ring, launches, the longest step. Ten minutes.
+"""One GPU's word about the whole: kernels, tiles, a virtual ring, launches, the longest step. Ten minutes.
 
     python benchmarks/gpu.py                       # or: make gpu (after the checks of every kernel)
     python benchmarks/gpu.py --device cpu --small  # a rehearsal of the same code without a GPU, under a minute

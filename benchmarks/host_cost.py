@@ -55,7 +55,7 @@ PACKAGE = str(Path(hf_usp.__file__).parent)
 
 @dataclass
 class HostCounts:
-    """What the host did for one layer; these repeat.
+    """The host's work for one layer; these counts repeat.
 
     Attributes:
         calls: Python functions entered, those of torch included.
@@ -180,7 +180,7 @@ def measure(ring: int, ulysses: int, repeats: int) -> dict[str, Any]:
 
 
 def predict(rows: list[dict[str, Any]]) -> None:
-    """What each mesh costs if a step of the ring and an exchange of heads cost what they do on two ranks."""
+    """The cost of each mesh if a step of the ring and an exchange of heads cost what they do on two ranks."""
     by_mesh = {row["mesh"]: row for row in rows}
     for name in ("operators", "cpu_us"):
         alone, heads, step = (by_mesh[mesh][name] for mesh in SMALLEST)

@@ -1,4 +1,4 @@
-"""What stands at the top of every result file: command, machine, versions."""
+"""The lines at the top of every result file: command, machine, versions."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ Every way trains the same model on the same rows; the losses say whether they tr
 wall time of the fastest step, CPU seconds those of the busiest process in it, memory the largest resident set of a
 process over what it had before the model. `cp`: Accelerate's cp_size (torch, FSDP2). `sp`: its sp_backend="deepspeed".
 Both expect GPUs; so that they run at all, Accelerate is told in their processes that the gloo run is a GPU run.
-What then still fails stands in the table with its error. Writes results/train_step-<date>.md, .json and .png.
+A way that still fails stands in the table with its error. Writes results/train_step-<date>.md, .json and .png.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def take_for_gpus() -> None:
 
 
 def arguments_of(way: str, world: int, ulysses: int, steps: int, folder: str) -> Any:
-    """What differs between the ways."""
+    """The differences between the ways."""
     from accelerate import ParallelismConfig
     from transformers import TrainingArguments
 

@@ -28,7 +28,7 @@ class _Arrived:
 
 
 class Mailbox:
-    """What every virtual rank has sent to every other, in order. `keep`: messages are kept (not while timing)."""
+    """Messages of every virtual rank to every other, in order. `keep`: messages are kept (not while timing)."""
 
     def __init__(self) -> None:
         self.rank, self.way, self.keep = 0, "", True

@@ -27,7 +27,7 @@ from .utils.validation import check_positive_int, check_switches, size_from_envi
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
 
-# What a config has beside the sizes of its axes, by the names of the constructor's parameters.
+# Options of a config beside the sizes of its axes, by the names of the constructor's parameters.
 OPTIONS = (
     "ulysses_degree",
     "sequence_order",

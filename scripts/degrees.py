@@ -103,7 +103,7 @@ class ContextParallelArguments:
         )
 
     def distributed_config(self) -> DistributedConfig | None:
-        """What `from_pretrained` takes to split layers while it loads; FSDP2 over all other processes."""
+        """The argument by which `from_pretrained` splits layers while it loads; FSDP2 over all other processes."""
         ranks = self.tensor_model_parallel_size
         if ranks == 1:
             return None

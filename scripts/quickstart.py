@@ -34,7 +34,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run left behind: one loss and gradient norm per step, and how long everything took."""
+    """The record of a finished run: one loss and gradient norm per step, and how long everything took."""
 
     losses: list[float]
     grad_norms: list[float]

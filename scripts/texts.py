@@ -22,7 +22,7 @@ class TextError(UspError):
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; every tokenizer of Transformers fits."""
+    """The methods needed of a tokenizer; every tokenizer of Transformers fits."""
 
     @property
     def eos_token_id(self) -> int | None: ...

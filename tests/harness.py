@@ -143,7 +143,7 @@ def relative(mine: Tensor, theirs: Tensor, floor: float = 1e-6) -> float:
 
 
 def prepare(model: Any, ring: int, ulysses: int) -> Any:
-    """What `Accelerator.prepare` does to a model."""
+    """Do to a model as `Accelerator.prepare` does."""
     mesh = hf_usp.UspMesh.build(ring_degree=ring, ulysses_degree=ulysses)
     return hf_usp.apply_context_parallel(model, mesh)
 

@@ -1,8 +1,9 @@
 """Ranks that stay alive over many tests: start-up costs seconds, a test milliseconds.
 
 `Ranks(n).run(function, *args)` runs `function(*args)` on n processes of one gloo group and returns their results, or
-raises with the traceback of the first rank that failed, or names a rank that died, whoever noticed it first. A rank that
-does not answer in time takes the whole pool down; the next call starts a fresh one. Functions must be importable from the test module (no closures).
+raises with the traceback of the first rank that failed, or names a rank that died, whoever noticed it first. A
+rank that does not answer in time takes the whole pool down; the next call starts a fresh one. Functions must be
+importable from the test module (no closures).
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
-# What a process was like when it started.
+# State of this process when it started.
 _STARTED: dict[str, Any] = {}
 
 

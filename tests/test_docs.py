@@ -119,6 +119,16 @@ def test_old_names_are_gone(path: Path) -> None:
 @pytest.mark.parametrize(
     "path", [x for x in TOLD if x.suffix in (".md", ".py")], ids=lambda p: p.relative_to(ROOT).as_posix()
 )
+def test_no_sentence_begins_with_what(path: Path) -> None:
+    """House English: the subject comes first. Questions and headings may."""
+    text = path.read_text(encoding="utf-8")
+    begins = re.finditer(r'(?:"""|^[ \t]*# |[.!;] |[.!]\n(?:[ \t]*# )?|^)What (?![^.:;]*\?)[^\n]*', text, re.M)
+    assert not [match.group() for match in begins]
+
+
+@pytest.mark.parametrize(
+    "path", [x for x in TOLD if x.suffix in (".md", ".py")], ids=lambda p: p.relative_to(ROOT).as_posix()
+)
 def test_files_that_are_named_exist(path: Path) -> None:
     for name in re.findall(r"(?<![\w/.-])((?:\w+/)*\w+\.py)\b", path.read_text(encoding="utf-8")):
         if name.startswith(("hf_usp/", "tests/", "scripts/")) or path.parent.parts[-1:] == ("docs",):

@@ -67,7 +67,7 @@ def alone() -> hf_usp.UspMesh:
 
 
 SHAPE = ModelShape(layers=2, hidden=8, intermediate=8, heads=2, kv_heads=2, head_dim=4, vocab=8)
-# What is done -> what the remedy says.
+# The deed -> what the remedy says.
 CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "window": (lambda: attend(sliding_window=0), "sliding_window=1 or more"),
     "widths": (lambda: attend(keys=(1, 8, 2, 6)), "full heads"),

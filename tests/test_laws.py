@@ -45,7 +45,7 @@ INTEGERS = {
     "planner.roofline",
     "planner.workload",
 }
-# Package -> ours that may import it. What is not listed here is free everywhere.
+# Package -> ours that may import it. A package that is not listed here is free everywhere.
 ONLY_IN = {
     "torch": set(LAYER) - {"errors", "sharding", "planner"},
     "torch.distributed": {"compat", "distributed", "integrations", "tools"},
@@ -321,7 +321,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def fresh_import() -> dict:
-    """What `import hf_usp` did to a fresh process."""
+    """The effects of `import hf_usp` on a fresh process."""
     foreign, loaded, waiting = set(), {""}, [""]
     while waiting:  # what `import hf_usp` loads, of ours
         found = {target for target, _ in imports(MODULES[waiting.pop()]) if target is not None} - loaded

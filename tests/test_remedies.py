@@ -32,7 +32,7 @@ from .tiny import HYBRID, batch_of, rows, tiny_model
 
 
 class Case(NamedTuple):
-    """What is refused, and the same with the remedy followed. `followed` may compare: it returns a difference."""
+    """A refused call, and the same with the remedy followed. `followed` may compare: it returns a difference."""
 
     refused: Callable[[], Any]
     followed: Callable[[], Any]
@@ -353,7 +353,7 @@ TWO_RANKS: dict[str, Case] = {
 
 
 def follow(words: str) -> str:
-    """What is wrong with a case, or nothing."""
+    """The fault of a case, or nothing."""
     case = {**TWO_RANKS, **ONE_PROCESS}[words]
     said = words.replace("{NAME!r}", "'usp'")
     message = "nothing was refused"
@@ -495,7 +495,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "read the stream with num_workers=1": ("integrations/test_data_loader.py", '"dataloader_num_workers": 1'),
 }
 OPTION = re.compile(r"\b[a-z_]+=|[a-z](?<!len)\(|\b(leave|set) (out )?[a-z]+_[a-z_]+|hf_usp\.")
-# What is typed on the command line is followed in tests/tools and tests/scripts.
+# Remedies for the command line are followed in tests/tools and tests/scripts.
 COMMANDS = {"tools", *(f"planner/{name}.py" for name in ("plot", "request", "search", "text", "hardware"))}
 ROOT = Path(hf_usp.__file__).parent
 

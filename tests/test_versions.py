@@ -1,4 +1,4 @@
-"""What is installed is a row of docs/versions.md, and a run says which part of the supported range it covers."""
+"""The installed releases are a row of docs/versions.md, and a run says which part of the supported range it covers."""
 
 from __future__ import annotations
 

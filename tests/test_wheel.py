@@ -49,7 +49,7 @@ def test_a_wheel_installs_and_starts_in_a_bare_environment(tmp_path: Path) -> No
     venv.create(bare, with_pip=False, symlinks=True)
     run(*pip, "--python", bare, "install", "--no-deps", "--no-index", "-q", wheel, cwd=tmp_path)
     (site,) = bare.glob("lib/python*/site-packages")
-    # What the wheel depends on is lent by this environment; its own editable hf_usp is not followed from there.
+    # The wheel's dependencies are lent by this environment; its own editable hf_usp is not followed from there.
     (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = bare / "bin" / "python"
     where = "import importlib.util; print(importlib.util.find_spec('hf_usp').origin)"

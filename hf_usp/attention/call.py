@@ -30,7 +30,7 @@ from .ulysses import Heads, gather_seq_scatter_heads, gather_seq_scatter_heads_b
 # Queries, keys and values [B, L, heads, width], and one sink per query head or None.
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 KeptInputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-# What the backward needs besides the inputs: the message of heads that arrived (None: they are the inputs'), the
+# Kept for the backward besides the inputs: the message of heads that arrived (None: they are the inputs'), the
 # output over all tokens of the ring shard, its log-sum-exp. None of them shares memory with an input.
 Kept = tuple[Tensor | None, Tensor, Tensor]
 

@@ -1,7 +1,7 @@
 """The geometry of one sharded batch: which rank holds which token, and which tokens form a document.
 
-A layout never changes. It memoises what follows from it, such as the schedule of each mask. What changes during a
-forward is in its `ForwardContext` (`context.py`).
+A layout never changes. It memoises what follows from it, such as the schedule of each mask. State that changes
+during a forward is in its `ForwardContext` (`context.py`).
 """
 
 from __future__ import annotations

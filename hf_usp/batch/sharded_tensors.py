@@ -2,7 +2,7 @@
 
 One object carries the context: the handle, a tensor of one number with the context as an attribute. It goes through
 compiled graphs and operators: another batch is another value, not another graph, and the backward gets the handle of
-its own forward. What a model hands to its layers holds the handle:
+its own forward. The tensors that a model hands to its layers hold the handle:
 
 - `ContextMask`: the local padding mask, which the model hands to its mask function.
 - `ShardedMask`: the result of the mask function, which the model hands to every layer.

@@ -25,7 +25,7 @@ RECORD = "ResumeGuard"  # under which the Trainer keeps the state of that callba
 ZIPS = (".pt", ".pth", ".bin")
 SUMMED = 64 << 20  # bytes up to which the checksums inside a zip archive are compared
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What parsers raise for files that are damaged.
+# Errors that parsers raise for files that are damaged.
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, zipfile.BadZipFile)
 
 

@@ -160,7 +160,7 @@ def all_gather_objects(thing: Any) -> list[Any]:
 
 @translate_connection_errors
 def broadcast_object(thing: Any, source: int, group: Group) -> Any:
-    """What the global rank `source` of a group passes, on every rank of it. For small things that can be pickled."""
+    """Broadcast a small object that can be pickled from the global rank `source` to every rank of a group."""
     box = [thing]
     dist.broadcast_object_list(box, src=source, group=group)
     return box[0]

@@ -80,7 +80,7 @@ class _LossOverParts(torch.autograd.Function):
     ) -> Tensor:
         count, kept_T = logits_TN.shape[1], labels_T != ignored
         mine_T = kept_T & (labels_T >= part.start) & (labels_T < part.start + count)
-        # What is no entry of any rank stays out of range, for `gather` to complain.
+        # An index that is no entry of any rank stays out of range, for `gather` to complain.
         theirs_T = ~mine_T & (labels_T >= 0) & (labels_T < part.entries)
         at_T1 = (labels_T - part.start).masked_fill(theirs_T | ~kept_T, 0)[:, None]
         own_T = logits_TN.gather(1, at_T1)[:, 0].masked_fill(~mine_T, 0) if count else logits_TN.sum(1)

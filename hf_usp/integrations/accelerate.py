@@ -182,7 +182,7 @@ class AcceleratorPatch:
             self.stock["backward"](*args, **kwargs)
 
     def adopt(self, caller: Any, args: Sequence[Any]) -> None:
-        """What belongs to this accelerator without passing `prepare`, as the trainer shows that asks for `prepare`.
+        """Take in models that belong to this accelerator without passing `prepare`, as the trainer that calls shows.
 
         Its models get the hooks. TRL wraps reference, teacher and reward models in `prepare_deepspeed` and
         `prepare_fsdp`, and computes log-probabilities of a reference with the model before it is prepared.

@@ -80,7 +80,7 @@ def _lengths(edges: tuple[int, ...]) -> list[int]:
 
 @dataclass(frozen=True)
 class Request:
-    """What a kernel is asked to compute, as far as it can be known before there are segments.
+    """The call that a kernel is asked to compute, as far as it can be known before there are segments.
 
     Attributes:
         device: of the tensors.

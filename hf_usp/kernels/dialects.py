@@ -1,4 +1,4 @@
-"""What each FlashAttention asks of its caller, one row each: FA2 (package and torch's own build), FA3, FA4.
+"""The calling conventions of each FlashAttention, one row each: FA2 (package and torch's own build), FA3, FA4.
 
 Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads, D key width, E value width.
 

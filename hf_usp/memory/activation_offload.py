@@ -93,7 +93,7 @@ class ActivationOffloader:
             self.streams[device] = module.Stream(device)
         return module, self.streams[device]
 
-    # What a test without such a device puts in the place of one.
+    # A test without such a device puts others in the place of these.
 
     def is_far(self, tensor: Tensor) -> bool:
         """Whether a tensor is outside CPU memory."""

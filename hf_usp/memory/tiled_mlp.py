@@ -17,6 +17,7 @@ Shape suffixes: T tokens, D width.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
@@ -36,15 +37,15 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 TRIED = 8  # tokens of the trial
 
 
-class TiledForward:
+class TiledForward(ABC):
     """`forward` of one module, in chunks of `chunk` tokens."""
 
     def __init__(self, stock: Forward, chunk: int) -> None:
         self.stock, self.chunk, self.tried = stock, chunk, False
 
+    @abstractmethod
     def __call__(self, module: nn.Module, hidden: Tensor) -> Tensor:
         """The module's output for hidden states of any leading shape."""
-        raise NotImplementedError
 
     def bind(self, module: nn.Module) -> None:
         """Replace `module.forward` by a method: a real function, of which torch.compile wants to know the file."""
@@ -62,7 +63,7 @@ class TiledForward:
         return out_TD.view(*hidden.shape[:-1], -1)
 
     def try_out(self, module: nn.Module, few_TD: Tensor) -> str | None:
-        """What shows that the module is not token by token: a few tokens together, and in two parts."""
+        """Find what shows that the module is not token by token: a few tokens together, and in two parts."""
         self.tried = True
         cut = -(-few_TD.shape[1] // 3)
         with torch.no_grad():
@@ -140,7 +141,7 @@ def untile(model: nn.Module) -> None:
 
 
 def tiled_forward(module: nn.Module) -> TiledForward | None:
-    """What computes a module in chunks; None for other modules."""
+    """The object that computes a module in chunks; None for other modules."""
     return getattr(module.__dict__.get("forward"), "tiled", None)  # methods have the attributes of their functions
 
 

@@ -48,7 +48,7 @@ from .pickling import NotSaved
 PER_TOKEN_OUTPUTS = ("logits", "last_hidden_state", "hidden_states")
 # Inputs that a model around its body prepares, one entry per token, [B, S, ...].
 PREPARED = ("per_layer_inputs",)
-# What reaches a body and is of no concern there: they belong to the loss of the model around it.
+# Inputs that reach a body and are of no concern there: they belong to the loss of the model around it.
 OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
 
 

@@ -33,7 +33,7 @@ class DirectForwardCalls:
         names = list(signature.parameters)
 
         def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-            # What has passed the hooks carries its layout, or is none of their business.
+            # A batch that has passed the hooks carries its layout, or is none of their business.
             batch = {**dict(zip(names, args, strict=False)), **kwargs}
             if context_of(*batch.values()) is not None:
                 return plain.__func__(model, *args, **kwargs) if own else plain(*args, **kwargs)

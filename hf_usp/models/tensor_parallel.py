@@ -17,7 +17,7 @@ from .pickling import NotSaved
 
 # Of gradients in these dtypes FSDP2 divides what no other rank shares twice (torch 2.11 to 2.13).
 DIVIDED_TWICE = (torch.float16, torch.float64)
-# What Transformers does with a vocabulary head: its rows spread and its logits gathered; or nothing.
+# Plans of Transformers for a vocabulary head: its rows spread and its logits gathered; or nothing.
 BY_ROWS = ("colwise_gather_output", "colwise_rep")
 WHOLE = (None, "replicate")
 

@@ -161,7 +161,7 @@ def _parts(model: ModelShape, degrees: Degrees, job: TrainingStep) -> _Parts:
 
 
 def _attention(model: ModelShape, degrees: Degrees, job: TrainingStep, local: float) -> tuple[float, float, float]:
-    """What attention keeps; its backward and its forward, what is kept and the gradient of the output included.
+    """Bytes that attention keeps; its backward and its forward, the kept bytes and the output's gradient included.
 
     A ring of three and more sums outputs and gradients in fp32. It holds two blocks of keys and values, the gradients
     of two, and the results of a tile; a kernel's workspace is that of a tile: all queries and half of the keys, or
@@ -198,7 +198,7 @@ def _attention(model: ModelShape, degrees: Degrees, job: TrainingStep, local: fl
 
 @dataclass(frozen=True)
 class _States:
-    """What lasts from step to step; bytes of one rank.
+    """Bytes of one rank that last from step to step.
 
     Attributes:
         weights: all weights.

@@ -167,7 +167,7 @@ def _swap_chunks(chunks: Chunks, load: MaskLoad, tries: int) -> Chunks:
         """Excess of the ranks of `give` [G, T] when they get chunks `take` for them."""
         largest = np.maximum(rest[give][:, None], need[take][None])
         fetched = (largest @ foreign[give][:, :, None])[..., 0]
-        # What they take they hold; all of them miss it now.
+        # They hold the tiles that they take; all of them miss these now.
         taken = take[:, None] + len(owner) * np.arange(load.batch)
         fetched -= largest[:, np.arange(len(take))[:, None], taken].sum(2)
         there = held[owner[give]][:, None] + area[take] - area[give][:, None]

@@ -213,7 +213,7 @@ def backward_twice(degrees: tuple[int, int]) -> bool:
 
 @pytest.mark.parametrize("degrees", [(4, 1), (2, 2), (1, 4)], ids=str)
 def test_a_retained_graph_is_kept(four_ranks: Ranks, degrees: tuple[int, int]) -> None:
-    """What attention keeps is freed in its backward, but not under retain_graph."""
+    """Tensors that attention keeps are freed in its backward, but not under retain_graph."""
     assert all(four_ranks.run(backward_twice, degrees))
 
 

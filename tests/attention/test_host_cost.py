@@ -1,4 +1,4 @@
-"""What a layer costs the host, counted on a fake process group without kernels: Python calls and operators, no seconds.
+"""The host's cost of a layer, counted on a fake process group without kernels: Python calls and operators, no seconds.
 
 The bounds are 5 % above what was counted when they were written (`results/host_cost-*.md`).
 """

@@ -59,7 +59,7 @@ def pieces(mask: Mask, order: str, ring: int, device: torch.device) -> Iterator[
 
 
 def virtual_ring(kernel: Kernel, data: Data, mask: Mask, order: str, ring: int, softmax: Softmax) -> Result:
-    """What `ring` ranks compute together, rank by rank: forward, merge, then backward from the final statistics."""
+    """The result of `ring` ranks together, rank by rank: forward, merge, then backward from the final statistics."""
     q, k, v, dout = data
     acc = accumulation_dtype(q.dtype)
     sums = torch.zeros_like(dout, dtype=acc)

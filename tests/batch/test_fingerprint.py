@@ -93,7 +93,7 @@ def test_bytes_of_any_tensor() -> None:
 
 
 def refused(case: str) -> str:
-    """What a rank says of a batch that is another one on rank 1."""
+    """The message of a rank about a batch that is another one on rank 1."""
     rank, mesh = torch.distributed.get_rank(), hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1)
     batch: dict[str, Any] = {"input_ids": torch.tensor([[5, 9, 9, 5]])}
     order = "zigzag" if case == "order" and rank else "auto"

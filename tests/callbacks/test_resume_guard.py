@@ -36,7 +36,7 @@ def test_data_that_is_not_skipped(two_ranks: Ranks, tmp_path: Path) -> None:
         assert largest_difference(mine["weights"], reference["weights"]) < 2e-5
 
 
-# What changed -> the words of the refusal.
+# The change -> the words of the refusal.
 OTHER: dict[str, tuple[dict[str, Any], str]] = {
     "more rows": ({"count": 15}, "number of rows 14, here 15"),
     "other rows": ({"first": 1}, "checksum of sixteen rows"),
@@ -49,7 +49,7 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def refusal(folder: str, saved: str, case: str) -> tuple[str, str]:
-    """What ends this rank; the ranks meet afterwards, so none is left waiting."""
+    """The error that ends this rank; the ranks meet afterwards, so none is left waiting."""
     try:
         train(folder, True, saved, **OTHER[case][0])
         ended = ("", "nothing was refused")

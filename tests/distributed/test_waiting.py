@@ -21,7 +21,7 @@ from ..tiny import batch_of, tiny_model
 
 
 class Heard(logging.Handler):
-    """What the logger of `hf_usp.distributed.waiting` says, at the level that shows by default."""
+    """The log of `hf_usp.distributed.waiting`, at the level that shows by default."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

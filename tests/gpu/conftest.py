@@ -8,7 +8,7 @@ import torch
 from hf_usp.kernels import KERNELS, Kernel, Request, Softmax
 
 SOFTMAX = Softmax(0.125)
-# What torch carries has to run; the packages are optional.
+# Kernels that torch carries have to run; the packages are optional.
 TORCHS = ("cuda_flash", "efficient", "blockwise")
 OPTIONAL = ("flash_attn", "fa3", "fa4", "cudnn")
 

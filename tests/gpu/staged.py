@@ -97,7 +97,7 @@ class Staged(dist.ProcessGroup):
     ) -> Arriving:
         return self._into(output, lambda host: self.gloo.alltoall_base(host, input.cpu(), arriving, leaving))
 
-    # What torch 2.13 calls them.
+    # Their names in torch 2.13.
     all_gather_single, reduce_scatter_single, all_to_all_single = _allgather_base, _reduce_scatter_base, alltoall_base
 
     def barrier(self, opts: Any = None) -> Arriving:

@@ -1,4 +1,4 @@
-"""What `test_training.py` runs on a GPU, as far as it goes on CPU: the same processes, cases and comparison."""
+"""The checks of `test_training.py`, as far as it goes on CPU: the same processes, cases and comparison."""
 
 from __future__ import annotations
 

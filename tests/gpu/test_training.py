@@ -15,7 +15,7 @@ from .training import CASES, MESHES, compare, train
 pytestmark = pytest.mark.gpu
 
 
-# What is not installed is not collected as a check: `scripts/gpu_check.py` lists it with its reason.
+# A package that is not installed makes no check: `scripts/gpu_check.py` lists it with its reason.
 CHECKS = [
     pytest.param(n, marks=pytest.mark.skipif(bool(c.missing()), reason=f"not installed: {', '.join(c.missing())}"))
     for n, c in CASES.items()

@@ -1,4 +1,4 @@
-"""What a training step does only on a GPU: the stock Trainer on two processes that share it, beside one process.
+"""Parts of a step that run only on a GPU: the stock Trainer on two processes that share it, beside one process.
 
 The cases are data, and the device is an argument: those that can run on CPU are rehearsed there (`test_rehearsal.py`).
 """

@@ -84,7 +84,7 @@ def picture(model: Any, accelerator: Any, *others: Any) -> dict[str, Any]:
 
 
 def applied_and_removed(family: str) -> list[str]:
-    """What differs after everything was applied, used and removed."""
+    """Differences after everything was applied, used and removed."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
     from torch.utils.data import DataLoader

@@ -60,7 +60,7 @@ def test_adapters_on_quantized_weights_equal_one_process(two_ranks: Ranks, tmp_p
     for degrees in ((2, 1), (2, 2)):
         for mine in two_ranks.run(train, mesh, degrees, bits, base):
             compare(mine, reference, EVALUATION)
-    # What the mesh saved is continued on the mesh and in one process.
+    # The mesh's checkpoint is continued on the mesh and in one process.
     reference = train(str(tmp_path / "again"), None, bits, base, mesh)
     for mine in two_ranks.run(train, str(tmp_path / "on"), (2, 1), bits, base, mesh):
         compare(mine, reference, EVALUATION)

@@ -1,4 +1,4 @@
-"""What hf_usp gives trainers that sample completions: chunks of prompts, statistics, random numbers, `once`."""
+"""Services for trainers that sample completions: chunks of prompts, statistics, random numbers, `once`."""
 
 from __future__ import annotations
 

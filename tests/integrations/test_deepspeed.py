@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO 1, 2 and 3 around the mesh, through the Trainer and through Accelerate, on the CPU.
 
-What needs a GPU or compiles kernels is not here but in `tests/gpu`: fp16 with its loss scale, fused and offloaded Adam.
+Cases that need a GPU or compile kernels are in `tests/gpu`: fp16 with its loss scale, fused and offloaded Adam.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _steps(model: Any, optimizer: Any, batches: Any, accelerator: Any = None) ->
         # Every row has another number of labels: a loss that is a mean over ranks needs the common count.
         everything = torch.tensor([row["labels"] for row in rows(4, 33)])
         items = (everything[:, 1:] != -100).sum()
-        # What the Trainer does: a loss over the tokens of all processes counts once for each of `num_processes`.
+        # As the Trainer does: a loss over the tokens of all processes counts once for each of `num_processes`.
         loss = model(**tensors, num_items_in_batch=items, use_cache=False).loss
         loss = loss * (1 if accelerator is None else accelerator.num_processes)
         (torch.Tensor.backward if accelerator is None else accelerator.backward)(loss)

@@ -1,7 +1,7 @@
 """Liger's fused loss under sharding: a forward of its shape, on plain torch (its kernels are Triton's).
 
 Liger replaces the forward of a causal language model by one that in training computes the loss from hidden states and
-the weight of the head, without logits. What it must do with a share of a batch is to take `shift_labels` and
+the weight of the head, without logits. With a shard of a batch it must take `shift_labels` and
 `num_items_in_batch`; versions that do are exact, and the self-check finds those that do not.
 """
 

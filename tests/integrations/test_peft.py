@@ -50,7 +50,7 @@ def test_adapters_equal_one_process(four_ranks: Ranks, tmp_path: Path, adapter: 
         compare(mine, reference)
     assert (tmp_path / "mesh" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "mesh" / "model.safetensors").exists()
-    # What the mesh saved is continued on the mesh and in one process.
+    # The mesh's checkpoint is continued on the mesh and in one process.
     reference = train(str(tmp_path / "again"), None, adapter, mesh)
     for mine in four_ranks.run(train, str(tmp_path / "on"), MESH, adapter, mesh):
         compare(mine, reference)

@@ -144,7 +144,7 @@ def oracle(data: Data, allowed_TK: Tensor, softmax: Softmax) -> Result:
 
 
 def plain(data: Data, allowed_TK: Tensor, softmax: Softmax) -> Result:
-    """What plain torch computes in the dtype of the data: the yardstick for low precision."""
+    """The result of plain torch in the dtype of the data: the yardstick for low precision."""
     q, k, v = (x.detach().clone().requires_grad_() for x in data[:3])
     groups = q.shape[1] // k.shape[1]
     scores = torch.einsum("thd,khd->htk", q, k.repeat_interleave(groups, 1)) * softmax.scale

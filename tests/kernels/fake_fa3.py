@@ -35,7 +35,7 @@ BACKWARD = (
     "float softcap=0.0, bool deterministic=False, int sm_margin=0) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# What releases before had no default for.
+# Arguments without a default in earlier releases.
 OLDER = (r"(Tensor(?:\(\w+!\))?\? (?!scheduler)\w+|int\? \w+|float\? \w+|bool is_causal)=(?:None|False)", r"\1")
 _LIBRARIES: list[Library] = []
 

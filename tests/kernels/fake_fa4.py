@@ -31,7 +31,7 @@ BACKWARD = (
     "aux_scalars=None block_sparse_tensors=None dlse=None"
 )
 B30 = " scheduler_metadata=None seqlen_k_per_split=None disable_scheduler_metadata=False"
-# What flash-attn 2.8.3 puts into the same folder: no variable lengths in the backward.
+# The file of flash-attn 2.8.3 in the same folder: no variable lengths in the backward.
 OLD_FORWARD = (
     "q k v cu_seqlens_q=None cu_seqlens_k=None seqused_q=None seqused_k=None page_table=None softmax_scale=None "
     "causal=False softcap=None window_size_left=None window_size_right=None learnable_sink=None m_block_size=128 "

@@ -1,9 +1,9 @@
 """A variable-length call of FlashAttention 2, 3 or 4 on the CPU: its checks, its host arithmetic, the definition.
 
 Written from what the real code does between its arguments and the launch: `flash_api.cpp` of flash-attn 2.7 and 2.8 and
-of torch 2.11 to 2.13, `hopper/flash_api.cpp`, `flash_attn/cute/interface.py` of flash-attn-4 4.0.0b30 and b36. What it
-checks raises. Its silent assumptions (alignment, dense log-sum-exp, upper bounds that are upper bounds) raise here as
-well, or one is done to the memory as the real code would do it.
+of torch 2.11 to 2.13, `hopper/flash_api.cpp`, `flash_attn/cute/interface.py` of flash-attn-4 4.0.0b30 and b36. A
+violated check raises. Its silent assumptions (alignment, dense log-sum-exp, upper bounds that are upper bounds) raise
+here as well, or one is done to the memory as the real code would do it.
 
 Shape suffixes: T packed query rows, K packed key rows, H query heads, G kv heads, D the common width.
 """

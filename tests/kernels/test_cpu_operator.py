@@ -123,7 +123,7 @@ def test_the_stride_of_the_last_dim_is_ignored() -> None:
 
 
 def test_a_gradient_of_stride_zero() -> None:
-    """What `out.sum().backward()` hands down."""
+    """The gradient that `out.sum().backward()` hands down."""
     case = Case((9,), (9,))
     data = draw(case, torch.float64)
     data = data._replace(dout=torch.ones((), dtype=torch.float64).expand(data.dout.shape))

@@ -84,7 +84,7 @@ def torchs(patch: Patch, impl: str) -> Kernel:
         patch.setattr(_fa3, "_FA3_CUDA_BWD", operators.bwd)
         functions = _fa3._fa3_flash_attention_forward_impl_default, _fa3._fa3_flash_attention_backward_impl
     else:
-        # What torch 2.13 knows; the test below has the releases that it does not know.
+        # Names that torch 2.13 knows; the test below has the releases that it does not know.
         modules = fake_fa4.release("4.0.0b18" if dialects.is_older("torch", "2.14.0.dev0") else "4.0.0b36")
         patch.setattr(_fa4, "_FA4_MODULE_PATH", "flash_attn.cute.interface")
         patch.setattr(_fa4, "_fa4_import_module", lambda path: modules[path])
@@ -237,7 +237,7 @@ def test_torch_itself_accepts_the_call(dtype: torch.dtype, monkeypatch: Patch) -
 
 
 def test_float32_and_wide_heads_by_the_memory_efficient_operator(monkeypatch: Patch) -> None:
-    """What FlashAttention refuses: float32 is exact to its own precision, width 512 as wide as it is."""
+    """Inputs that FlashAttention refuses: float32 is exact to its own precision, width 512 as wide as it is."""
     kernel = efficient(monkeypatch, "")
     for case in WINDOWS.values():
         data = draw(case, torch.float32)

@@ -268,7 +268,7 @@ def test_a_kernel_of_the_hub_is_downloaded_where_it_is_named_alone(machine: Mach
     assert sys.modules["kernels"].asked == [("kernels-community/flash-attn3", 1)]
 
 
-# What torch was told to use.
+# The implementation that torch was told to use.
 
 
 def test_an_active_implementation_comes_first(machine: Machine) -> None:
@@ -467,7 +467,7 @@ def test_what_would_be_faster_and_how_to_install_it(machine: Machine) -> None:
 
 
 def logged() -> list[str]:
-    """What a rank logs about kernels in two forwards."""
+    """Log lines of a rank about kernels in two forwards."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

@@ -27,7 +27,7 @@ def causal_lm_types() -> list[str]:
 
 
 def subjects() -> list[str]:
-    """What the census looks at: every model type, and "type/variant" for layers that only some checkpoints have."""
+    """The cases of the census: every model type, and "type/variant" for layers that only some checkpoints have."""
     return sorted([*causal_lm_types(), *VARIANTS])
 
 

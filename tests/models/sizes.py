@@ -135,7 +135,7 @@ DOTS3 = {
     "swa_v_head_dim": 16,
 }
 
-# What single families need, and the layer kinds that a family has but its default configuration lacks.
+# Sizes that single families need, and the layer kinds that a family has but its default configuration lacks.
 FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {

@@ -82,7 +82,7 @@ def _row(name: str, verdict: Verdict) -> str:
 
 
 def cells(verdict: Verdict) -> str:
-    """What tests compare with the page: verdict, what documents are packed by, what is random in training."""
+    """The facts that tests compare with the page: verdict, what documents are packed by, what is random in training."""
     return f"{verdict.summary()} | {verdict.packed_by} | {', '.join(verdict.drawn)}"
 
 

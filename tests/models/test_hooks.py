@@ -1,4 +1,4 @@
-"""What a user does with a prepared model besides training it: save, load, generate, prepare again, prepare two."""
+"""Uses of a prepared model besides training it: save, load, generate, prepare again, prepare two."""
 
 from __future__ import annotations
 

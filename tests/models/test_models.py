@@ -243,7 +243,7 @@ def test_softcap_sinks_and_experts(four_ranks: Ranks, family: str, kind: str) ->
 
 
 def packed_verdict(family: str, changes: dict[str, Any], with_edges: bool) -> str:
-    """What a prepared model makes of packed documents."""
+    """The outputs of a prepared model for packed documents."""
     from accelerate import Accelerator
 
     import hf_usp

@@ -101,7 +101,7 @@ def test_without_labels(four_ranks: Ranks) -> None:
 
 
 def refusal(case: str) -> str:
-    """What is said to a model whose auxiliary loss is another, on one rank or all; and to hand-written loops."""
+    """The message to a model whose auxiliary loss is another, on one rank or all; and to hand-written loops."""
     from unittest.mock import patch
 
     import torch.distributed as dist

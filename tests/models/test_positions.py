@@ -83,7 +83,7 @@ def test_positions_of_embeddings(four_ranks: Ranks) -> None:
 
 
 def refusal_without(name: str, family: str) -> str:
-    """What the self-check says when a layer's own count is not put right."""
+    """The self-check's word when a layer's own count is not put right."""
     with patch(f"hf_usp.models.{name}", lambda first, *rest: first if rest else None):
         try:
             prepared(family, **MODELS[family])(**padded("no mask", 1))

@@ -73,7 +73,7 @@ class Replaces(Repacks):
 
 
 def traces() -> list[str]:
-    """What one checked forward leaves behind, beyond what an unchecked one does."""
+    """Objects that one checked forward leaves behind, beyond those that an unchecked one does."""
     left = []
     model = prepared("qwen2")
     inner = model.module

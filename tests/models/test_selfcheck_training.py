@@ -1,4 +1,4 @@
-"""What models do in training mode only: equal to one process, or refused; chance is held still to see it."""
+"""Behaviour of models in training mode only: equal to one process, or refused; chance is held still to see it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SPOILED = {
 
 
 def outcome(family: str, spoil: str, training: bool, changes: dict[str, Any]) -> str:
-    """What the first forward in a mode gives: a refusal's message, or "passed"."""
+    """The result of the first forward in a mode: a refusal's message, or "passed"."""
     model = prepared(family, **changes)
     if spoil:
         mlp = model.module.model.layers[0].mlp

@@ -165,7 +165,7 @@ def test_a_head_in_another_layout_with_the_loss_in_chunks_is_refused(
 
 
 def test_tied_embeddings_that_fsdp_pads_are_refused(four_ranks: Ranks, tmp_path: Path) -> None:
-    """What Transformers alone trains wrong: after a step one of the two has another weight than the other."""
+    """A case that Transformers alone trains wrong: after a step one of the two has another weight than the other."""
     path = saved(tmp_path, "qwen2", tie_word_embeddings=True, vocab_size=66)
     for message in four_ranks.run(refusal, path):
         assert "66 entries under fsdp_size=2, tp_size=2" in message and "pad_to_multiple_of=4" in message

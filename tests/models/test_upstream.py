@@ -1,4 +1,4 @@
-"""What Transformers hands to attention is what we know; a release that adds a mask or a keyword turns this red."""
+"""Transformers hands to attention only what we know; a release that adds a mask or a keyword turns this red."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TRANSLATED: dict[str, tuple[Any, ...]] = {
     "sliding_window_bidirectional_mask_function": (6,),
     "chunked_causal_mask_function": (8, LEFT_PADDING),
 }
-# What these are made of; refused where a model uses them otherwise.
+# Parts of these; refused where a model uses them otherwise.
 PARTS = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay", "blockwise_overlay"}
 # Padding and documents: the layout has them, and our mask function is not asked for them.
 OF_THE_BATCH = {

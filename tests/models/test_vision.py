@@ -139,7 +139,7 @@ def test_images_on_other_meshes(four_ranks: Ranks, degrees: tuple[int, int]) -> 
 
 
 def packed_verdict(family: str, rows: int) -> str:
-    """What a prepared model makes of documents told apart by one or four rows of positions."""
+    """The outputs of a prepared model for documents told apart by one or four rows of positions."""
     model = prepare(vision_model(family, "usp"), 2, 2)
     batch = batch_of("packed") if rows == 1 else vision_batch(family, "packed")
     try:

@@ -1,4 +1,4 @@
-"""What sharding makes of one architecture: exact or refused, in four forms of batches and on three meshes.
+"""The verdict on one architecture: exact or refused, in four forms of batches and on three meshes.
 
 `judge` runs on four ranks at once. The reference is the eager model in one process; each rank computes it for one of
 the forms, so that all of it is computed once. All run in training mode, with what is random there held still. Where
@@ -92,7 +92,7 @@ def judge_here(subject: str, self_check: bool) -> Verdict:
 
     logging.set_verbosity(logging.CRITICAL)
     with warnings.catch_warnings():
-        # What models of Transformers warn about while they are built and run alone is not the subject.
+        # Warnings of models that are built and run alone are not the subject.
         warnings.simplefilter("ignore")
         return _judge_here(subject, self_check)
 
@@ -186,7 +186,7 @@ def _references(reference: Any) -> tuple[Step | None, list[str]]:
 
 
 def attach_to(model: Any, degrees: tuple[int, int], self_check: bool) -> Any:
-    """What `Accelerator.prepare` does to a model, on a mesh of (ring, ulysses) degrees."""
+    """Do to a model as `Accelerator.prepare` does, on a mesh of (ring, ulysses) degrees."""
     from hf_usp.models.hooks import attach_hooks
 
     return attach_hooks(model, mesh_of(*degrees), gather_outputs=True, self_check=self_check)
@@ -209,7 +209,7 @@ def mesh_of(ring: int, ulysses: int) -> Any:
 
 @dataclass
 class Step:
-    """What one forward and backward gave: loss, logits of the tokens that are no padding, gradients by parameter."""
+    """Results of one forward and backward: loss, logits of the tokens that are no padding, gradients by parameter."""
 
     loss: Tensor
     logits: Tensor
@@ -265,7 +265,7 @@ def _relative(mine: Tensor, theirs: Tensor, floor: Tensor | float) -> Tensor:
 
 
 def _found(refusal: Exception) -> str:
-    """What a `UspError` found, without its rule and remedy."""
+    """The finding of a `UspError`, without its rule and remedy."""
     return str(refusal).removeprefix("usp: ").split(". Rule: ")[0]
 
 

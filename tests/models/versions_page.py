@@ -21,7 +21,7 @@ NOTES = {
 
 
 def section(verdicts: dict[str, Verdict], newest_page: str) -> str:
-    """What differs from docs/models.md, in words and as a table."""
+    """Differences from docs/models.md, in words and as a table."""
     rows, here, newest = read(newest_page), versions(), written_with(newest_page)
     rows.pop("architecture", None)
     missing = sorted(set(rows) - set(verdicts))

@@ -228,7 +228,7 @@ def test_bf16_is_as_exact_as_one_process(four_ranks: Ranks) -> None:
 
 
 def deaf_to_states() -> tuple[bool, bool]:
-    """What the self-check finds where a kernel ignores the state it is given, and whether the batch was right."""
+    """Findings of the self-check where a kernel ignores the state it is given, and whether the batch was right."""
     from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
     stock = modeling.torch_chunk_gated_delta_rule
@@ -273,7 +273,7 @@ def test_copies_generation_and_release(four_ranks: Ranks) -> None:
 
 
 def manual_loop() -> tuple[str, float]:
-    """What a loop over `shard` is told, and its error once it has followed."""
+    """The message to a loop over `shard`, and its error once it has followed."""
 
     reference, model = tiny_model("qwen3_next", "eager").train(), tiny_model("qwen3_next", "usp").train()
     share = hf_usp.shard(batch_of("right"), hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=2))

@@ -1,4 +1,4 @@
-"""What recurrent layers exchange: documents whole and in order, and for convolutions the tokens before each run."""
+"""Exchanges of recurrent layers: documents whole and in order, and for convolutions the tokens before each run."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _run(script: str, flags: tuple[str, ...], output: str, environment: dict[str
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> str:
-    """What a run printed, which must have ended well."""
+    """The output of a run, which must have ended well."""
     assert result.returncode == 0, result.stdout
     return result.stdout
 

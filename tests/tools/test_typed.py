@@ -16,7 +16,7 @@ from hf_usp.tools.check.run import run
 from hf_usp.tools.cli import main
 
 LLAMA = {"model_type": "llama"}
-# What differs from a Llama, or the text of a config.json.
+# Differences from a Llama, or the text of a config.json.
 CONFIGS: dict[str, Any] = {
     "a fraction": {"hidden_size": 4096.0},
     "text": {"num_attention_heads": "32"},

@@ -33,7 +33,7 @@ def test_every_autograd_function_is_one_of_them() -> None:
 
 
 def twice() -> dict[str, str]:
-    """What a backward that is to be differentiated again says, through each of our functions."""
+    """The message of a backward that is to be differentiated again, through each of our functions."""
     mesh = hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=2)
     layout = hf_usp.shard(batch_of("plain"), mesh)["usp"]
     q = torch.randn(2, layout.local_length, 4, 8, requires_grad=True)

@@ -1,7 +1,7 @@
 """Deterministic training mode: random functions of torch return the midpoint of their distribution.
 
-So a model's forward in training mode can be compared, sharded and whole. Dropout passes its input on. What is drawn for
-each token (dropout, router noise) differs from one process in a sharded run only as another seed would; what is drawn
+So a model's forward in training mode can be compared, sharded and whole. Dropout passes its input on. Chance drawn for
+each token (dropout, router noise) differs from one process in a sharded run only as another seed would; chance drawn
 once for a whole row or layer (layer drop, stochastic depth) may differ between the ranks that hold the row, and is
 noted.
 """

@@ -3,8 +3,9 @@
 Some modules convert their weights at a forward without gradients, one way, to what is faster in inference: other bytes
 behind the same parameter, and another state beside it (4-bit weights on CPUs with bf16 instructions, for one). Training
 after a check would go on with those. Other bytes and other objects are told by identity; the ones from before still
-exist and return. What was written into the bytes themselves shows in the version that autograd counts; it is lost, and
-noted for a refusal. A module's forward is looked at from inside its other hooks: FSDP and ZeRO gather and free there.
+exist and return. A write into the bytes themselves shows in the version that autograd counts; the old bytes are
+lost, and this is noted for a refusal. A module's forward is looked at from inside its other hooks: FSDP and ZeRO gather
+and free there.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def measured_machine(it: Results) -> dict[str, Any] | None:
     links = []
     for inside, ranks in ((True, min(counts)), (False, it.world)):
         alike = [t for t in it.transfers if t.inside == inside]
-        # What all ranks reach at the same time, which is how they talk in a step: exchanges before pairs.
+        # The rate that all ranks reach at the same time, as they talk in a step: exchanges before pairs.
         chosen = [t for t in alike if t.kind == "all-to-all"] or [t for t in alike if t.kind == "ring"] or alike
         if chosen:
             links.append(
