@@ -8,7 +8,7 @@
 # make book         one sequence of 131,072 tokens on 4 processes, in less memory than it needs in one
 # make fuzz         35,000 random inputs to functions and commands: refused or accepted, never a raw error
 # make faults      one rank broken on purpose at every place of a run, and how the others end: docs/faults.md
-# make gpu          every CUDA kernel against the definition, training against one process, then ten minutes of measurements
+# make gpu          every CUDA kernel against the definition, training against one process, then measurements beside predictions
 
 PYTHON ?= python3
 PIP_FLAGS ?=

@@ -1,11 +1,13 @@
-"""One GPU's word about the whole: kernels, tiles, a virtual ring, launches, the longest step. Ten minutes.
+"""One GPU's word about the whole, in parts, the most wanted first; each has its prediction beside what it measures.
 
-    python benchmarks/gpu.py                       # or: make gpu (after the checks of every kernel)
-    python benchmarks/gpu.py --device cpu --small  # a rehearsal of the same code without a GPU, under a minute
+    python benchmarks/gpu.py                             # all parts, an hour at most; or: make gpu, which checks first
+    python benchmarks/gpu.py --part rates --part memory  # some of them, ten minutes each at most
+    python benchmarks/gpu.py --device cpu --small        # a rehearsal without a GPU, about a minute
 
-Expected on an H100 or H200: a ring of 8 virtual ranks of 8,192 rows costs at most 1 / 0.95 of the single kernel, packed
-1 / 0.90. Writes results/gpu/<date>-<device>-benchmark.json, .md and .png, after every part, so that a run that is cut
-off leaves what it has. Exit code 2: there is no such device.
+Parts: kernels, waits, rates, workspaces, memory, tiles, ring, host, streams, copies, longest. Each writes
+results/gpu/<date>-<device>-<part>.md and .json when it ends, so that a run that is cut off leaves what it has. Columns
+that begin with "predicted" hold figures from before any GPU ran; nan where nothing is predicted. Exit code 2: there is
+no such device.
 """
 
 from __future__ import annotations
@@ -16,245 +18,118 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+import gpu_host  # noqa: E402
+import gpu_kernels  # noqa: E402
+import gpu_memory  # noqa: E402
+from gpu_bench import Bench  # noqa: E402
 from longest import longest_steps  # noqa: E402
 from notes import machine_notes  # noqa: E402
-from virtual_ring import VirtualRing  # noqa: E402
 
-import hf_usp  # noqa: E402
-from hf_usp.batch.layout import MaskSpec, make_layout  # noqa: E402
-from hf_usp.kernels import KERNELS, Request, Segments, Softmax, choose_kernel  # noqa: E402
-from hf_usp.sharding.masks import Documents  # noqa: E402
-
-HEADS, KV_HEADS, WIDTH = 32, 8, 128
+Rows = list[dict[str, Any]]
 
 
-class Bench:
-    """The device, the sizes, and the clock."""
+@dataclass(frozen=True)
+class Part:
+    """One question to a GPU.
 
-    def __init__(self, device: str, small: bool, minutes: float) -> None:
-        self.device, self.small = torch.device(device), small
-        self.heads, self.kv_heads, self.width = (4, 2, 64) if small else (HEADS, KV_HEADS, WIDTH)
-        self.repeats = 1 if small else 5
-        self.end = time.monotonic() + 60 * minutes
-        self.kernel = choose_kernel(self.device, torch.bfloat16, self.width, Softmax(1.0)).name
+    Attributes:
+        title: the figures.
+        expected: the prediction in words, and what another result would mean.
+        measure: the rows of its table.
+    """
 
-    def left(self) -> float:
-        """Seconds left."""
-        return self.end - time.monotonic()
-
-    def tensors(self, rows: int, keys: int | None = None) -> list[Tensor]:
-        """q, k, v, dout in bf16, [L, heads, D]."""
-        torch.manual_seed(0)
-        lengths = ((rows, self.heads), (keys or rows, self.kv_heads), (keys or rows, self.kv_heads), (rows, self.heads))
-        return [torch.randn(n, h, self.width, device=self.device).bfloat16() for n, h in lengths]
-
-    def seconds(self, step: Callable[[], Any]) -> float:
-        """Of the device, smallest of the repeats after one that warms up."""
-        step()
-        times = []
-        for _ in range(self.repeats):
-            if self.device.type == "cuda":
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                step()
-                end.record()
-                torch.cuda.synchronize()
-                times.append(begin.elapsed_time(end) / 1e3)
-            else:
-                start = time.perf_counter()
-                step()
-                times.append(time.perf_counter() - start)
-        return min(times)
+    title: str
+    expected: str
+    measure: Callable[[Bench], Rows]
 
 
-def segments(edges_q: list[int], edges_k: list[int], right: int, device: torch.device) -> Segments:
-    """One call without a window."""
-    cu = (torch.tensor(edges, dtype=torch.int32, device=device) for edges in (edges_q, edges_k))
-    return Segments(tuple(edges_q), tuple(edges_k), -1, right, *cu)
-
-
-def both_ways(name: str, tensors: list[Tensor], what: Segments) -> list[Tensor]:
-    """out, lse, dq, dk, dv of one kernel."""
-    q, k, v, dout = tensors
-    kernel, softmax = KERNELS[name], Softmax(q.shape[2] ** -0.5)
-    out, lse = kernel.forward(q, k, v, what, softmax)
-    return [out, lse, *kernel.backward(dout, q, k, v, out, lse, what, softmax)]
-
-
-def kernels_against_eager(bench: Bench) -> list[dict[str, Any]]:
-    """Error of every kernel that runs here over that of eager in bf16, both against eager in fp32."""
-    rows, found = 512 if bench.small else 2048, []
-    cases = {
-        "causal": segments([0, rows], [0, rows], 0, bench.device),
-        "full": segments([0, rows], [0, rows], -1, bench.device),
-        "packed": segments([0, rows // 7, rows // 2, rows], [0, rows // 7, rows // 2, rows], 0, bench.device),
-    }
-    request = Request(bench.device, torch.bfloat16, bench.width, bench.width, Softmax(1.0))
-    usable = [n for n, k in KERNELS.items() if n != "eager" and k.why_not(request) is None]
-    for case, what in cases.items():
-        tensors = bench.tensors(rows)
-        exact = both_ways("eager", [t.float() for t in tensors], what)
-        plain = both_ways("eager", tensors, what)
-        for name in usable:
-            mine = both_ways(name, tensors, what)
-            triples = zip(("out", "lse", "dq", "dk", "dv"), mine, plain, exact, strict=True)
-            ratios = {n: _error(m, e) / max(_error(p, e), 1e-6) for n, m, p, e in triples}
-            found.append({"kernel": name, "case": case, **ratios})
-    return found
-
-
-def _error(value: Tensor, exact: Tensor) -> float:
-    return float((value.float() - exact).norm() / exact.norm())
-
-
-def tiles(bench: Bench) -> list[dict[str, Any]]:
-    """FLOP/s of a square causal tile and of zigzag's two half tiles, over one plain causal call of the same area."""
-    found = []
-    for rows in (256, 512) if bench.small else (2048, 4096, 8192, 16384, 32768):
-        shapes = {"causal": (rows, rows, 0), "all rows, half the keys": (rows, rows // 2, -1)}
-        shapes |= {"half the rows, all keys": (rows // 2, rows, -1)}
-        plain = plain_call(bench, rows)
-        for shape, sizes in shapes.items():
-            ours = tile_seconds(bench, *sizes)
-            for way, flops in (("forward", 4), ("backward", 10)):
-                # All three shapes cover rows^2 / 2.
-                rate = flops * bench.heads * bench.width * rows * rows / 2 / ours[way] / 1e12
-                share = plain[way] / ours[way]
-                found.append({"rows": rows, "tile": shape, "way": way, "tflops": rate, "share of plain": share})
-    return found
-
-
-def tile_seconds(bench: Bench, q_rows: int, k_rows: int, right: int) -> dict[str, float]:
-    """One kernel call of ours, forward and backward."""
-    what = segments([0, q_rows], [0, k_rows], right, bench.device)
-    softmax, kernel = Softmax(bench.width**-0.5), KERNELS[bench.kernel]
-    q, k, v, dout = bench.tensors(q_rows, k_rows)
-    out, lse = kernel.forward(q, k, v, what, softmax)
-    return {
-        "forward": bench.seconds(lambda: kernel.forward(q, k, v, what, softmax)),
-        "backward": bench.seconds(lambda: kernel.backward(dout, q, k, v, out, lse, what, softmax)),
-    }
-
-
-def plain_call(bench: Bench, rows: int) -> dict[str, float]:
-    """Seconds of torch's scaled_dot_product_attention, causal, forward and backward."""
-    q, k, v, dout = (t.transpose(0, 1)[None] for t in bench.tensors(rows))
-    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-
-    def forward() -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    out = forward()
-    return {
-        "forward": bench.seconds(forward),
-        "backward": bench.seconds(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)),
-    }
-
-
-def virtual_rings(bench: Bench) -> list[dict[str, Any]]:
-    """Tiles and merges of all ranks of a ring, summed, over the single kernel on the whole sequence."""
-    found = []
-    rows = 128 if bench.small else 8192
-    for degree in (2, 4) if bench.small else (2, 4, 8):
-        tokens = rows * degree
-        fifths = [0, *(tokens * i // 11 for i in (1, 2, 4, 7)), tokens]
-        for case, edges in {"causal": [0, tokens], "packed": fifths}.items():
-            if bench.left() < 60:
-                break
-            tensors = bench.tensors(tokens)
-            whole = VirtualRing(edges, 1, tensors, bench.kernel)
-            cut = VirtualRing(edges, degree, tensors, bench.kernel)
-            with whole.mailbox.replacing():
-                expected = whole.settle()
-                alone = [bench.seconds(step) for step in (whole.forward, whole.backward)]
-            with cut.mailbox.replacing():
-                error = max(_error(a, b.float()) for a, b in zip(cut.settle(), expected, strict=True))
-                spent = [bench.seconds(step) for step in (cut.forward, cut.backward)]
-            found.append(
-                {
-                    "ranks": degree,
-                    "rows": rows,
-                    "case": case,
-                    "forward": alone[0] / spent[0],
-                    "backward": alone[1] / spent[1],
-                    "both": sum(alone) / sum(spent),
-                    "difference": error,
-                }
-            )
-    return found
-
-
-def launches(bench: Bench) -> list[dict[str, Any]]:
-    """Host and device time of one attention call of a layer on one rank, forward; and the device's idle share."""
-    found = []
-    mesh = hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1)
-    for rows in (256,) if bench.small else (1024, 4096, 16384):
-        layout = make_layout(Documents.from_bounds([0, rows]), 1, rows, mesh)
-        layout.device_schedule(MaskSpec(), bench.device)
-        q, k, v, _ = (t[None] for t in bench.tensors(rows))
-
-        def layers(count: int = 20, q: Tensor = q, k: Tensor = k, v: Tensor = v, layout: Any = layout) -> None:
-            for _ in range(count):
-                hf_usp.usp_attention(q, k, v, layout)
-
-        device = bench.seconds(layers) / 20
-        start = time.perf_counter()
-        layers()
-        host = (time.perf_counter() - start) / 20
-        busy = _kernel_seconds(layers) / 20 if bench.device.type == "cuda" else device
-        found.append(
-            {"rows": rows, "host_us": host * 1e6, "device_us": device * 1e6, "idle": max(0.0, 1 - busy / device)}
-        )
-    return found
-
-
-def _kernel_seconds(step: Callable[[], Any]) -> float:
-    """Time that kernels ran, without the gaps between them."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
-
-
-PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
-    "Every kernel against eager: error over eager's own in bf16": kernels_against_eager,
-    "A tile against one plain causal call of the same area": tiles,
-    "A virtual ring: the single kernel's time over tiles and merges of all ranks": virtual_rings,
-    "Host and device time of one attention call": launches,
-    "Longest training step": lambda bench: longest_steps(bench.device, bench.small, bench.left),
+# In the order of worth: wrong numbers, then what decides the plans, then what confirms them.
+PARTS: dict[str, Part] = {
+    "kernels": Part(
+        "Every kernel against eager: error over eager's own in bf16",
+        "At most 2, mostly 1. More: that kernel is wrong; name another with `kernel=` and report it.",
+        gpu_kernels.kernels_against_eager,
+    ),
+    "waits": Part(
+        "Waits of the host for the device in a micro-batch",
+        f"{gpu_host.WAITS_OF_A_BATCH} on one rank, the same for 2 layers and for 6. More with more layers: the device "
+        "idles in every layer. torch also counts copies from pageable memory, which are made once a mask and batch.",
+        gpu_host.host_waits,
+    ),
+    "rates": Part(
+        "TFLOP/s of long tiles",
+        "The planner's rates within a tenth at 32,768 rows and more. Others belong into `hf_usp.planner.hardware`.",
+        gpu_kernels.rates,
+    ),
+    "workspaces": Part(
+        "Bytes of a call beside its results, over those of its queries",
+        "The planner's, which were read in sources. Larger: a plan that fits may not.",
+        gpu_kernels.workspaces,
+    ),
+    "memory": Part(
+        "GB at the peak of a step of two layers of Llama 3 8B",
+        "Within 5 % of the simulated step, 10 % of the planner's.",
+        gpu_memory.step_memory,
+    ),
+    "tiles": Part(
+        "A tile against one plain causal call of the same area",
+        "The planner's shares. Lower at 4,096 rows and more: a ring needs longer tiles than planned.",
+        gpu_kernels.tiles,
+    ),
+    "ring": Part(
+        "A virtual ring: the single kernel's time over tiles and merges of all ranks",
+        "At least 0.95, packed 0.90, from 8,192 rows a rank on.",
+        gpu_kernels.virtual_rings,
+    ),
+    "host": Part(
+        "Host and device time of one attention call",
+        "The device is never idle from 4,096 rows on. Idle: the step is bound by the host.",
+        gpu_host.launches,
+    ),
+    "streams": Part(
+        "Messages held while the host runs ahead",
+        "All of them with new buffers, none with two that are used again.",
+        gpu_host.streams,
+    ),
+    "copies": Part(
+        "Copies between the device and page-locked host memory",
+        "At least the planner's rate; it decides whether offloading hides behind attention.",
+        gpu_host.copies,
+    ),
+    "longest": Part(
+        "Longest training step",
+        "Several times as long as plain Transformers.",
+        lambda bench: longest_steps(bench.device, bench.small, bench.left),
+    ),
 }
 
 
-def as_markdown(notes: dict[str, str], parts: dict[str, list[dict[str, Any]]]) -> str:
-    """The whole result."""
+def as_markdown(notes: dict[str, str], part: Part, rows: Rows) -> str:
+    """The whole result of a part."""
 
     def text(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    lines = ["# GPU benchmark", "", *(f"{note}\n" for note in notes.values())]
-    for title, rows in parts.items():
-        lines += [f"## {title}", ""]
-        if not rows:
-            lines += ["Not run: no time left.", ""]
-            continue
-        head = list(rows[0])
-        lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-        lines += ["| " + " | ".join(text(row[key]) for key in head) + " |" for row in rows] + [""]
-    return "\n".join(lines)
+    lines = [f"# {part.title}", "", *(f"{note}\n" for note in notes.values()), f"Predicted: {part.expected}", ""]
+    if not rows:
+        return "\n".join([*lines, "Not run: no time left, or nothing to measure here.", ""])
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(text(row.get(key, "")) for key in head) + " |" for row in rows]
+    return "\n".join([*lines, ""])
 
 
-def draw(parts: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Tiles over their length, and the virtual rings."""
+def draw(rows: Rows, file: Path) -> None:
+    """Rates over the length of a tile, the planner's dotted."""
     try:
         import matplotlib
     except ImportError:
@@ -263,19 +138,15 @@ def draw(parts: dict[str, list[dict[str, Any]]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    titles = list(parts)
-    for tile in dict.fromkeys(row["tile"] for row in parts[titles[1]]):
-        for way, style in (("forward", "-"), ("backward", "--")):
-            own = [row for row in parts[titles[1]] if (row["tile"], row["way"]) == (tile, way)]
-            left.plot([r["rows"] for r in own], [r["tflops"] for r in own], style, marker="o", label=f"{tile}, {way}")
-    left.set(xscale="log", xlabel="rows", ylabel="TFLOP/s", title="tiles")
-    left.legend(fontsize=7, frameon=False)
-    rings = parts[titles[2]]
-    right.bar(range(len(rings)), [row["both"] for row in rings], color="#1b7f5c")
-    right.set_xticks(range(len(rings)), [f"{row['case']}\n{row['ranks']} ranks" for row in rings], fontsize=8)
-    right.axhline(0.95, color="black", linewidth=0.6)
-    right.set(title="single kernel over all tiles and merges", ylim=(0, 1.1))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for axis, way in zip(axes, ("forward", "backward"), strict=True):
+        for kernel, tile in dict.fromkeys((row["kernel"], row["tile"]) for row in rows):
+            own = [row for row in rows if (row["kernel"], row["tile"], row["way"]) == (kernel, tile, way)]
+            lengths = [row["rows"] for row in own]
+            (line,) = axis.plot(lengths, [row["tflops"] for row in own], marker="o", label=f"{kernel}, {tile}")
+            axis.plot(lengths, [row["predicted"] for row in own], ":", color=line.get_color())
+        axis.set(xscale="log", xlabel="rows", ylabel="TFLOP/s", title=f"{way}; dotted: predicted")
+        axis.legend(fontsize=7, frameon=False)
     figure.savefig(file, dpi=120)
 
 
@@ -283,7 +154,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script itself")
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: all of them")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of each part, at most")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -293,24 +165,23 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    bench = Bench(args.device, args.small, args.minutes)
-    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
-    sizes = (
-        f"{bench.heads} query and {bench.kv_heads} kv heads of width {bench.width}, bf16; kernel {bench.kernel}; {name}"
-    )
-    arguments = " --small" * args.small + f" --device {args.device}" * (args.device != "cuda")
-    notes = machine_notes(f"python benchmarks/gpu.py{arguments}") | {"sizes": sizes}
     args.output.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    stem = args.output / f"{date.today().isoformat()}-{slug}-benchmark"
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for title, part in PARTS.items():
-        parts[title] = part(bench) if bench.left() > 20 else []
-        print(f"{title}: done, {bench.left():.0f} s left", flush=True)
-        stem.with_suffix(".md").write_text(as_markdown(notes, parts))
-        stem.with_suffix(".json").write_text(json.dumps(notes | {"parts": parts}, indent=1) + "\n")
-    draw(parts, stem.with_suffix(".png"))
-    print(f"{as_markdown(notes, parts)}\nwritten to {stem}.md, .json and .png")
+    for name in args.part or PARTS:
+        part, bench, start = PARTS[name], Bench(args.device, args.small, args.minutes), time.monotonic()
+        arguments = f" --part {name}" + " --small" * args.small + f" --device {args.device}" * (args.device != "cuda")
+        sizes = f"{bench.heads} query and {bench.kv_heads} kv heads of width {bench.width}, bf16"
+        notes = machine_notes(f"python benchmarks/gpu.py{arguments}")
+        notes["sizes"] = f"{sizes}; kernel {bench.kernel}; {bench.name}"
+        rows = part.measure(bench)
+        text = as_markdown(notes, part, rows)
+        print(f"{text}\n{name}: {time.monotonic() - start:.0f} s\n", flush=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", bench.name.lower()).strip("-")
+        stem = args.output / f"{date.today().isoformat()}-{slug}-{name}"
+        stem.with_suffix(".md").write_text(text, encoding="utf-8")
+        stem.with_suffix(".json").write_text(json.dumps(notes | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        if name == "rates" and rows:
+            draw(rows, stem.with_suffix(".png"))
+    print(f"written to {args.output}")
     return 0
 
 

@@ -61,9 +61,10 @@ def find_documents(
         return _rows_with_padding(attention_mask_BS, starts)
     inside = np.zeros(0, dtype=np.int64)
     if position_ids_BS is not None and position_ids_BS.ndim == 2:
-        steps = (position_ids_BS.diff(dim=1) != 1).expand(batch, -1)
-        row, column = steps.nonzero(as_tuple=True)
-        inside = (row * length + column + 1).cpu().numpy()
+        # A byte for each token is copied: finding the places on the device would make the host wait twice.
+        steps = (position_ids_BS.diff(dim=1) != 1).cpu().numpy()
+        row, column = np.broadcast_to(steps, (batch, length - 1)).nonzero()
+        inside = row * length + column + 1
     if cu_seq_lens is not None:
         edges = cu_seq_lens.cpu().numpy().astype(np.int64)
         if edges[0] != 0 or edges[-1] != batch * length or (np.diff(edges) < 0).any():
@@ -84,7 +85,14 @@ def find_documents(
 
 def _rows_with_padding(attention_mask_BS: Tensor, starts: IntArray) -> Documents:
     mask = attention_mask_BS.bool()
-    if bool((attention_mask_BS != mask).any()):
+    count = mask.sum(1)
+    first = mask.int().argmax(1)
+    last = mask.shape[1] - mask.flip(1).int().argmax(1)
+    last = torch.where(count > 0, last, first)
+    other = (attention_mask_BS != mask).any(1)
+    # One copy: the host waits for the device once.
+    begin, end, visible, numbered = torch.stack([first, last, count, other]).cpu().numpy().astype(np.int64)
+    if numbered.any():
         numbers = attention_mask_BS.unique().tolist()
         raise UspBatchError(
             f"attention_mask with the numbers {', '.join(f'{n:g}' for n in numbers[:9])}",
@@ -94,11 +102,6 @@ def _rows_with_padding(attention_mask_BS: Tensor, starts: IntArray) -> Documents
             "document, padding being one more, with labels of -100; if they may see each other, pass "
             "(attention_mask != 0).long()",
         )
-    count = mask.sum(1)
-    first = mask.int().argmax(1)
-    last = mask.shape[1] - mask.flip(1).int().argmax(1)
-    last = torch.where(count > 0, last, first)
-    begin, end, visible = (x.cpu().numpy().astype(np.int64) for x in (first, last, count))
     holes = np.flatnonzero(end - begin != visible)
     if len(holes):
         raise UspBatchError(

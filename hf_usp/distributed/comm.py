@@ -119,8 +119,8 @@ def verify_same_across_ranks(
     the ranks without an error of their own raise; `begins` as in `all_gather`.
     """
     flag = torch.full_like(fingerprint[:1], error is not None)
-    rows = all_gather(torch.cat([flag, fingerprint]), group, begins=begins).cpu()
-    if bool((rows == rows[0]).all()) and int(rows[0, 0]) == 0:
+    rows = all_gather(torch.cat([flag, fingerprint]), group, begins=begins).tolist()
+    if rows[0][0] == 0 and all(row == rows[0] for row in rows):
         return
     ranks = dist.get_process_group_ranks(group)
     texts: list[str | None] = [None] * len(ranks)
@@ -136,7 +136,7 @@ def verify_same_across_ranks(
                 remedy="follow the remedy in that rank's message; this rank itself found nothing wrong",
             )
         )
-    differing = [str(ranks[i]) for i in range(len(ranks)) if not torch.equal(rows[i], rows[0])]
+    differing = [str(ranks[i]) for i in range(len(ranks)) if rows[i] != rows[0]]
     raise on_every_rank(
         UspBatchError(
             f"the batch of rank(s) {', '.join(differing)} differs from that of rank {ranks[0]} in the same "

@@ -6,6 +6,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -15,6 +16,13 @@ from ..harness import fresh_accelerate
 from ..ranks import Ranks
 
 TIMEOUT = timedelta(seconds=60)  # of the process group of `Ranks`
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_groups_of_other_tests(pools: dict[int, Ranks]) -> None:
+    """Libraries that other tests ran have made groups with times of their own."""
+    for ranks in pools.values():
+        ranks.stop()
 
 
 def counts() -> tuple[int, int, int]:

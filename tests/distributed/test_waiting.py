@@ -86,6 +86,7 @@ def alone() -> tuple[str, float]:
 
 
 def test_the_error_at_the_time_limit_repeats_the_cause(two_ranks: Ranks) -> None:
+    two_ranks.stop()  # other tests have left causes in its store
     (message, took), _ = two_ranks.run(alone)
     two_ranks.stop()  # its group has lost a message
     assert "until the time limit of the group, or the end of a rank, at the start of a sharded forward" in message

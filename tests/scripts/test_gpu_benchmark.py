@@ -21,17 +21,32 @@ def test_without_a_gpu_it_refuses_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_rehearsal(tmp_path: Path) -> None:
+    """Every part runs and leaves its own result, with what was predicted beside what was measured."""
+    import gpu
+
     ended = alone(SCRIPT, "--device", "cpu", "--small", "--output", str(tmp_path))
     assert ended.returncode == 0, ended.stdout
-    found = {path.suffix: path for path in tmp_path.iterdir()}
-    assert set(found) == {".json", ".md", ".png"}
-    kernels, tiles, rings, launches, longest = json.loads(found[".json"].read_text())["parts"].values()
-    assert {row["case"] for row in kernels} == {"causal", "full", "packed"}
-    assert len(tiles) == 12 and len(launches) == 1
-    assert {(row["ranks"], row["case"]) for row in rings} == {(r, c) for r in (2, 4) for c in ("causal", "packed")}
-    assert [row["outcome"] for row in longest] == ["trained"] * 4
-    text = found[".md"].read_text()
-    assert text.count("## ") == 5 and "Not run" not in text
+    rows = {}
+    for name in gpu.PARTS:
+        (found,) = tmp_path.glob(f"*-cpu-{name}.json")
+        rows[name] = json.loads(found.read_text())["rows"]
+        text = found.with_suffix(".md").read_text()
+        assert rows[name] and "Not run" not in text and f"--part {name}" in text and "Predicted: " in text, name
+        assert name in ("host", "longest") or any(key.startswith("predicted") for key in rows[name][0]), name
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+    assert {row["case"] for row in rows["kernels"]} == {"causal", "full", "packed"}
+    assert {row["kernel"] for row in rows["rates"]} == {"cpu_flash", "blockwise"}
+    rings = {(row["ranks"], row["case"]) for row in rows["ring"]}
+    assert rings == {(ranks, case) for ranks in (2, 4) for case in ("causal", "packed")}
+    assert [row["waits"] for row in rows["waits"]] == [row["predicted"] for row in rows["waits"]]
+    assert all(0.9 < row["GB"] / row["predicted (simulated)"] < 1.1 for row in rows["memory"]), rows["memory"]
+    assert [row["outcome"] for row in rows["longest"]] == ["trained"] * 4
+
+
+def test_one_part_alone(tmp_path: Path) -> None:
+    ended = alone(SCRIPT, "--device", "cpu", "--small", "--part", "copies", "--output", str(tmp_path))
+    assert ended.returncode == 0, ended.stdout
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md"]
 
 
 @pytest.mark.parametrize("edges", [[0, 256], [0, 20, 90, 256]], ids=["causal", "packed"])
