@@ -136,7 +136,14 @@ class UspParallelismConfig(ParallelismConfig):
         check_switches(offload_checkpoints=self.offload_checkpoints, self_check=self.self_check)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as problem:
+            raise UspConfigError(
+                f"axes that Accelerate refuses: {problem}",
+                rule="all axes but cp are those of Accelerate's ParallelismConfig",
+                remedy="change the sizes as it says, for example dp_replicate_size to dp_shard_size beside tp_size",
+            ) from problem
         self.cp_size = axis_sizes(self)["cp"] = cp_size
         if self.sp_size > 1:
             raise UspConfigError(

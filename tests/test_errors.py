@@ -110,6 +110,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "labels without a sign": (lambda: sharded({"labels": torch.zeros(1, 8, dtype=torch.uint8)}), "x.long()"),
     "no edges": (lambda: sharded({"cu_seq_lens_q": torch.zeros(0, dtype=torch.int32)}), "DataCollatorWithFlattening"),
     "many ranks": (lambda: explain(Case(1 << 16, 256, 1, 1)), "hf-usp plan takes any"),
+    "axes that Accelerate refuses": (
+        lambda: hf_usp.UspParallelismConfig(tp_size=3, dp_replicate_size=2),
+        "dp_replicate_size to dp_shard_size",
+    ),
     "machine that is none": (lambda: hf_usp.UspParallelismConfig(machine=[]), "hf-usp check"),  # type: ignore[arg-type]
     "check dtype": (lambda: run(CheckOptions(dtype="fp8")), "--dtype bf16"),
     "check timeout": (lambda: run(CheckOptions(timeout=0)), "--timeout"),

@@ -16,6 +16,7 @@ from ..kernels import Segments
 from ..sharding.intervals import IntArray
 from ..sharding.schedule import RingSchedule
 from ..sharding.tiles import Tiles, group_by_window
+from ..utils.upload import upload_fields
 
 Index = slice | Tensor
 
@@ -118,21 +119,21 @@ class _WriteTracker:
             self.rows_to_zero[more > 0] = False
         return first
 
-    def summary(self, device: torch.device) -> WriteCounts:
+    def summary(self) -> WriteCounts:
         edges = np.flatnonzero(np.diff(np.concatenate(([0], self.rows_to_zero, [0])).astype(np.int8)))
         intervals = edges.reshape(-1, 2)
-        return WriteCounts(int(self.parts.max(initial=0)), _index(intervals, len(self.parts), device))
+        return WriteCounts(int(self.parts.max(initial=0)), _index(intervals, len(self.parts)))
 
 
 def make_device_schedule(plan: RingSchedule, device: torch.device) -> DeviceSchedule:
-    """Copy a plan's integers to `device`."""
+    """A plan's integers on `device`, copied there at once."""
     rows, keys = _WriteTracker(plan.num_tokens), _WriteTracker(plan.num_tokens)
     stages: list[DeviceStep] = []
     for i, step in enumerate(plan.steps):
         reached = _WriteTracker(step.num_received) if i else keys
-        calls = tuple(_call(tiles, rows, reached, device) for tiles in group_by_window(step.tiles))
-        send = _index(step.send_intervals, plan.num_tokens, device)
-        of_keys = reached.summary(device)
+        calls = tuple(_call(tiles, rows, reached) for tiles in group_by_window(step.tiles))
+        send = _index(step.send_intervals, plan.num_tokens)
+        of_keys = reached.summary()
         stages.append(
             DeviceStep(step.recv_rank, step.send_rank, send, step.num_sent, step.num_received, calls, of_keys)
         )
@@ -141,20 +142,19 @@ def make_device_schedule(plan: RingSchedule, device: torch.device) -> DeviceSche
     every = [call for stage in stages for call in stage.calls]
     alone = all(stage.num_sent == 0 and stage.num_received == 0 for stage in stages)
     is_single_call = alone and len(every) == 1 and every[0].rows is EVERY and every[0].keys is EVERY
-    return DeviceSchedule(plan.num_tokens, tuple(stages), is_single_call, rows.summary(device), keys.summary(device))
+    schedule = DeviceSchedule(plan.num_tokens, tuple(stages), is_single_call, rows.summary(), keys.summary())
+    return upload_fields(schedule, device)
 
 
-def _call(tiles: Tiles, rows: _WriteTracker, keys: _WriteTracker, device: torch.device) -> KernelCall:
+def _call(tiles: Tiles, rows: _WriteTracker, keys: _WriteTracker) -> KernelCall:
     q_offsets = np.concatenate(([0], np.cumsum(tiles.q1 - tiles.q0)))
     k_offsets = np.concatenate(([0], np.cumsum(tiles.k1 - tiles.k0)))
-    cu_seqlens_q, cu_seqlens_k = (
-        torch.from_numpy(edges.astype(np.int32)).to(device) for edges in (q_offsets, k_offsets)
-    )
+    cu_seqlens_q, cu_seqlens_k = (torch.from_numpy(edges.astype(np.int32)) for edges in (q_offsets, k_offsets))
     of_rows, of_keys = np.stack([tiles.q0, tiles.q1], axis=1), np.stack([tiles.k0, tiles.k1], axis=1)
     by_start = of_keys[np.argsort(of_keys[:, 0], kind="stable")]
     return KernelCall(
-        rows=_index(of_rows, len(rows.parts), device),
-        keys=_index(of_keys, len(keys.parts), device),
+        rows=_index(of_rows, len(rows.parts)),
+        keys=_index(of_keys, len(keys.parts)),
         first_write_q=rows.is_first_write(of_rows),
         first_write_k=keys.is_first_write(of_keys),
         unique_keys=bool((by_start[1:, 0] >= by_start[:-1, 1]).all()),
@@ -169,7 +169,7 @@ def _call(tiles: Tiles, rows: _WriteTracker, keys: _WriteTracker, device: torch.
     )
 
 
-def _index(intervals: IntArray, num_rows: int, device: torch.device) -> Index:
+def _index(intervals: IntArray, num_rows: int) -> Index:
     """Rows of these intervals, in their order: a slice where they are consecutive, else their numbers.
 
     `EVERY` for all of `num_rows`, `NONE` for none.
@@ -179,7 +179,7 @@ def _index(intervals: IntArray, num_rows: int, device: torch.device) -> Index:
     if (intervals[1:, 0] == intervals[:-1, 1]).all():
         start, stop = int(intervals[0, 0]), int(intervals[-1, 1])
         return EVERY if (start, stop) == (0, num_rows) else slice(start, stop)
-    return torch.from_numpy(expand_intervals(intervals)).to(device)
+    return torch.from_numpy(expand_intervals(intervals))
 
 
 def expand_intervals(intervals: IntArray) -> IntArray:

@@ -20,6 +20,7 @@ from ..sharding.load_balance import assign_tokens, over_batch
 from ..sharding.masks import UNLIMITED, Documents, Mask
 from ..sharding.schedule import RingSchedule, make_ring_schedule
 from ..utils.tensors import opaque_to_fsdp
+from ..utils.upload import upload
 from .device_schedule import DeviceSchedule, make_device_schedule
 from .documents import append_padding
 
@@ -151,7 +152,7 @@ class SequenceLayout:
 
         def make() -> tuple[Tensor, int]:
             positions = self.row_positions()
-            index = torch.from_numpy(np.minimum(positions, self.length - 1)).to(device)
+            (index,) = upload([np.minimum(positions, self.length - 1)], device)
             return index, int((positions >= self.length).sum())
 
         return self.memoize(("local_indices", device), make)
@@ -195,4 +196,5 @@ def locate_tokens(positions_K: IntArray, layout: SequenceLayout, device: torch.d
     nth[order] = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
     most = int(counts.max())
     local, places = rows[owners == layout.mesh.rank], owners * most + nth
-    return KeptTokens(torch.from_numpy(local).to(device), torch.from_numpy(places).to(device), most)
+    on_device = upload([local, places], device)
+    return KeptTokens(on_device[0], on_device[1], most)

@@ -183,8 +183,8 @@ class ContextParallelHooks(NotSaved):
             check_outside_loss(model, batch)
         refuse_scaled_noise(model)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-        counts_by_mask = not measured.knows_left_padding and positions is None and mask is not None
-        if counts_by_mask and not bool(mask[:, 0].all()):  # reads the device: only where it matters
+        # It reads the device: last, and only where it matters.
+        if not measured.knows_left_padding and positions is None and mask is not None and not bool(mask[:, 0].all()):
             raise UspModelError(
                 f"left padding without position_ids for {type(model).__name__}",
                 rule="this model counts positions in a way of its own unless it gets position_ids",

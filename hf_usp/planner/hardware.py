@@ -101,6 +101,7 @@ class Machine:
         causal_ramp: keys of a causal tile at which half of the long rate is reached.
         tail: idle time of the last thread blocks of a causal tile, in times of one block; half of it for a full tile.
         launch: seconds that a ring step costs whatever its size.
+        operator: seconds of the host for an operator, Python around it included; 0 where it computes itself.
         host_bandwidth: bytes a second to host memory.
         host_memory: bytes of host memory of a node.
     """
@@ -117,6 +118,7 @@ class Machine:
     causal_ramp: float = 640.0
     tail: float = 1.0
     launch: float = 150e-6
+    operator: float = 8e-6
     host_bandwidth: float = 20e9
     host_memory: float = 2e12
 
@@ -298,6 +300,7 @@ MACHINES: dict[str, Machine] = {
             causal_ramp=0.0,
             tail=0.0,
             launch=500e-6,
+            operator=0.0,
             host_bandwidth=8e9,
             host_memory=64e9,
         ),

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from ..sharding.heads import split_heads
 from ..sharding.schedule import ring_per_node, shifts
 from .hardware import Machine
@@ -73,6 +75,7 @@ class Prediction:
         tokens: tokens of all data-parallel replicas.
         memory: bytes of a rank.
         peak_flops: peak operations a second of one rank.
+        host: seconds that the host takes to launch the step; more than those of the device means that it waits.
     """
 
     attention: float
@@ -87,6 +90,7 @@ class Prediction:
     tokens: int
     memory: Memory
     peak_flops: float
+    host: float
 
     @property
     def seconds(self) -> float:
@@ -112,21 +116,24 @@ class Prediction:
         return self.flops / self.seconds / self.peak_flops
 
 
-def predict(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Machine) -> Prediction:
+def predict(
+    model: ModelShape,
+    degrees: Degrees,
+    job: TrainingStep,
+    machine: Machine,
+    layers: Sequence[tuple[int, Attention, Attention]] | None = None,
+) -> Prediction:
     """Seconds and bytes of one training step (one optimizer step without accumulation).
 
-    Raises `UspConfigError` for sizes that no run has.
+    layers: of `attentions`, which ways to save memory share. Raises `UspConfigError` for sizes that no run has.
     """
     check(model, degrees, job)
     kinds = [(None, model.layers - model.sliding_layers), (model.window, model.sliding_layers)]
-    ahead = [attention(model, degrees, job, machine, window) for window, _ in kinds]
-    back = [attention(model, degrees, job, machine, window, backward=True) for window, _ in kinds]
-    counts = [count for _, count in kinds]
+    layers = attentions(model, degrees, job, machine) if layers is None else layers
     again = 2 if job.checkpointing else 1
 
     def total(name: str) -> float:
-        pairs = zip(ahead, back, counts, strict=True)
-        return sum(count * (again * getattr(f, name) + getattr(b, name)) for f, b, count in pairs)
+        return sum(count * (again * getattr(ahead, name) + getattr(back, name)) for count, ahead, back in layers)
 
     local = job.rows * job.tokens / degrees.cp
     layer_flops = 2 * local * model.active_layer_params * model.layers / degrees.tp
@@ -155,7 +162,29 @@ def predict(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Mac
         tokens=job.rows * job.tokens * degrees.dp_shard * degrees.dp_replicate,
         memory=memory(model, degrees, job),
         peak_flops=machine.flops,
+        host=machine.operator * model.layers * host_operators(degrees, job),
     )
+
+
+def attentions(
+    model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Machine
+) -> list[tuple[int, Attention, Attention]]:
+    """Number of layers, their attention forward and backward: of full layers, and of those with a window."""
+    found = []
+    for window, count in ((None, model.layers - model.sliding_layers), (model.window, model.sliding_layers)):
+        ahead, back = (attention(model, degrees, job, machine, window, backward=b) for b in (False, True))
+        found.append((count, ahead, back))
+    return found
+
+
+def host_operators(degrees: Degrees, job: TrainingStep) -> int:
+    """Operators that the host launches for a layer, forward and backward.
+
+    Counted: a Llama's layer without attention, and an attention call on meshes of up to 64 ranks
+    (`benchmarks/host_cost.py`; it is not repeated when a checkpointed layer is).
+    """
+    of_layer = 70 * (2 if job.checkpointing else 1) + 140
+    return of_layer + 21 + (82 if degrees.ulysses > 1 else 0) + 53 * (degrees.ring - 1)
 
 
 def attention(
@@ -209,13 +238,16 @@ def transfers(degrees: Degrees, machine: Machine, size: float, of_window: int | 
     """
     ring, unit, ranks = degrees.ring, degrees.ulysses * degrees.tp, range(0, degrees.cp * degrees.tp, degrees.tp)
     per_node = 1 if of_window is not None else ring_per_node(ranks, degrees.ulysses, machine.ranks_per_node)
-    seconds = []
-    for far, near in shifts(ring, per_node)[:of_window]:
-        if far:  # either way around; of a node that sends whole nodes further, all ranks cross its edge
-            seconds.append(machine.hop(size, min(far, ring // per_node - far) * per_node * unit, ring * unit))
-        else:
-            seconds.append(machine.hop(size, min(near, per_node - near) * unit, per_node * unit))
-    return seconds
+    far, near = np.array(shifts(ring, per_node)[:of_window], dtype=np.int64).reshape(-1, 2).T
+    # Either way around; of a node that sends whole nodes further, all ranks cross its edge.
+    across = np.minimum(far, ring // per_node - far) * per_node
+    inside = np.minimum(near, per_node - near)
+    distance = np.minimum(np.where(far > 0, across, inside) * unit, machine.ranks_per_node)  # further is not slower
+    seconds = np.empty(len(far))
+    for leaves, span in ((True, ring * unit), (False, per_node * unit)):
+        for steps in np.unique(distance[(far > 0) == leaves]).tolist():
+            seconds[((far > 0) == leaves) & (distance == steps)] = machine.hop(size, steps, span)
+    return seconds.tolist()
 
 
 def exposed_of(stages: Sequence[float], away: Sequence[float], back: Sequence[float] = ()) -> float:

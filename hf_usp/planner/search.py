@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -10,7 +10,7 @@ from ..errors import UspConfigError
 from ..sharding.degrees import even_degrees
 from .memory_model import Memory, memory
 from .request import PlanRequest
-from .roofline import Prediction, mask_area, predict
+from .roofline import Attention, Prediction, attentions, mask_area, predict
 from .workload import Degrees, TrainingStep
 
 LOSS_CHUNK = 2048
@@ -119,7 +119,9 @@ def arrangements(what: PlanRequest, tp: int, cp: int) -> Iterator[Degrees]:
 
 def best_way(what: PlanRequest, degrees: Degrees) -> Candidate:
     """The fastest of the ways to save memory that fits, else the one that needs least."""
-    ways = [_candidate(what, degrees, job) for job in jobs(what)]
+    every = list(jobs(what))
+    layers = attentions(what.model, degrees, every[0], what.machine)
+    ways = [_candidate(what, degrees, job, layers) for job in every]
     fitting = [way for way in ways if way.fits]
     if fitting:
         return min(fitting, key=lambda way: way.prediction.seconds)
@@ -136,8 +138,10 @@ def jobs(what: PlanRequest) -> Iterator[TrainingStep]:
         yield replace(plain, mlp_chunk_size=mlp, loss_chunk_size=loss, checkpointing=checkpointing, offload=offload)
 
 
-def _candidate(what: PlanRequest, degrees: Degrees, job: TrainingStep) -> Candidate:
-    it = predict(what.model, degrees, job, what.machine)
+def _candidate(
+    what: PlanRequest, degrees: Degrees, job: TrainingStep, layers: Sequence[tuple[int, Attention, Attention]]
+) -> Candidate:
+    it = predict(what.model, degrees, job, what.machine, layers)
     if what.documents:
         it = _packed(what, it)
     return Candidate(degrees, job, it, what.budget, what.host_budget)

@@ -43,6 +43,11 @@ def table(what: PlanRequest, found: list[Candidate]) -> str:
     ]
     if best.prediction.memory.host:
         lines.append(f"host memory of the best: {best.prediction.memory.host / 1e9:.0f} GB a rank")
+    if best.prediction.host > best.prediction.seconds:
+        lines.append(
+            f"bound by the host: it takes {best.prediction.host:.2f} s to launch what the device computes in "
+            f"{best.prediction.seconds:.2f} s (predicted); more tokens a rank or a shorter ring use the device"
+        )
     reach, d = longest_of_all(what)
     lines.append(
         f"the longest row of this split: {longest(what, best.degrees):,} tokens; of any: {reach:,} (tp {d.tp}, ulysses "

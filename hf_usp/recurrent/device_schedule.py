@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..batch.layout import SequenceLayout
+from ..utils.upload import upload
 from .schedule import StateSchedule, make_halo_schedule, make_scan_schedule, make_state_schedule
 
 
@@ -64,8 +65,8 @@ def scan_device_schedule(layout: SequenceLayout, device: torch.device) -> tuple[
 
     def make() -> tuple[list[Tensor], Tensor]:
         plan = make_scan_schedule(layout.documents, layout.positions_per_rank(), layout.length, layout.padded)
-        rows = [torch.from_numpy(index).to(device) for index in plan.rows]
-        return rows, torch.from_numpy(plan.back).to(device)
+        *rows, back = upload([*plan.rows, plan.back], device)
+        return rows, back
 
     return layout.memoize(("scan", device), make)
 
@@ -75,9 +76,7 @@ def halo_device_schedule(layout: SequenceLayout, reach: int, device: torch.devic
 
     def make() -> HaloWork:
         plan = make_halo_schedule(layout.documents, layout.positions_per_rank(), layout.mesh.rank, reach)
-        *send, extended, results = (
-            torch.from_numpy(index).to(device) for index in (*plan.send, plan.extended, plan.results)
-        )
+        *send, extended, results = upload([*plan.send, plan.extended, plan.results], device)
         return HaloWork(send, plan.receive, extended, results)
 
     return layout.memoize(("halo", reach, device), make)
@@ -103,13 +102,16 @@ def state_device_schedule(layout: SequenceLayout, device: torch.device) -> State
         edges = np.cumsum([0, *map(len, plan.rows)])
         places = [np.flatnonzero((plan.giving >= a) & (plan.giving < b)) for a, b in pairwise(edges)]
         wanted = [plan.giving[place] - a for place, a in zip(places, edges[:-1], strict=True)]
-        rows, marks, giving, takes = (
-            [torch.from_numpy(index).to(device) for index in indices]
-            for indices in (plan.rows, inside, wanted, plan.takes)
-        )
         in_order = np.argsort(np.concatenate(places))
-        back, back_in_order, taking, order = (
-            torch.from_numpy(index).to(device) for index in (plan.back, in_order, plan.taking, plan.order)
+        *lists, back, back_in_order, taking, order = upload(
+            [*plan.rows, *inside, *wanted, *plan.takes, plan.back, in_order, plan.taking, plan.order], device
+        )
+        kinds = len(plan.rows)
+        rows, marks, giving, takes = (
+            lists[:kinds],
+            lists[kinds : 2 * kinds],
+            lists[2 * kinds : 3 * kinds],
+            lists[3 * kinds :],
         )
         return StateDeviceSchedule(
             rows, marks, back, plan.gives, giving, back_in_order, takes, taking, order, plan.chained.tolist()

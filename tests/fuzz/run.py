@@ -1,6 +1,6 @@
 """`make fuzz`: about 35,000 random inputs, how they ended as a table, kept in `results/`.
 
-python -m tests.fuzz.run [SEED [SHARE]]     SHARE: of the usual numbers of inputs, 1 by default
+python -m tests.fuzz.run [SEED [SHARE [NAME ...]]]     SHARE: of the usual numbers of inputs, 1 by default; names of PLAN
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def table(tallies: dict[str, Tally]) -> str:
     return "\n".join(lines)
 
 
-def main(seed: int = 1, share: float = 1.0) -> int:
+def main(seed: int = 1, share: float = 1.0, *names: str) -> int:
     """Exit status 1 where an input ended in a raw error or a hang."""
     import datasets
 
@@ -62,17 +62,20 @@ def main(seed: int = 1, share: float = 1.0) -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # names such as "out.png" are of this folder
         for name, fuzzer in fuzzers(Path(folder)).items():
+            if names and name not in names:
+                continue
             count, seconds, forked = PLAN[name]
             tallies[name] = try_all(fuzzer, seed, max(1, round(count * share)), seconds, forked)
             print(name, dict(tallies[name].ended), flush=True)
         ran = (Path(folder) / "ran").exists()
     examples = [example for tally in tallies.values() for example in tally.raw.values()]
-    text = f"# Random input, seed {seed}\n\n{table(tallies)}\n\nCode of a model was {'RUN' if ran else 'not run'}.\n"
+    some = f", {', '.join(names)}" * bool(names)
+    text = f"# Random input, seed {seed}{some}\n\n{table(tallies)}\n\nCode of a model was {'RUN' if ran else 'not run'}.\n"
     text += "".join(f"\n    {example}" for example in examples) + ("\n" if examples else "")
     print(text)
-    (ROOT / "results" / f"fuzz-{date.today()}.md").write_text(text, encoding="utf-8")
+    (ROOT / "results" / f"fuzz-{date.today()}{''.join(f'-{name}' for name in names)}.md").write_text(text, encoding="utf-8")
     return int(bool(examples) or ran)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*(kind(text) for kind, text in zip((int, float), sys.argv[1:], strict=False))))
+    sys.exit(main(*(kind(text) for kind, text in zip((int, float), sys.argv[1:], strict=False)), *sys.argv[3:]))

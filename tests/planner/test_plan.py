@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,30 @@ def test_ulysses_stays_inside_a_node_and_data_parallelism_beats_a_split_that_is_
     assert best.degrees.ulysses <= 8
     short = ranked(request(model, tokens=4096, gpus=8, machine="h100-nvlink"))[0]
     assert short.degrees.cp == 1 and short.degrees.dp_shard * short.degrees.tp == 8
+
+
+def test_short_rows_are_bound_by_the_host(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It grows with layers, checkpointing and the ring, not with tokens; the plan says where it decides."""
+    short, longer = (
+        ranked(request(model, tokens=tokens, gpus=8, machine="h100-nvlink"))[0].prediction for tokens in (256, 262144)
+    )
+    assert short.host > short.seconds and longer.host < 0.1 * longer.seconds
+    for tokens, said in (("256", True), ("262144", False)):
+        assert plan(model, "--tokens", tokens, "--gpus", "8", "--machine", "h100-nvlink") == 0
+        assert ("bound by the host" in capsys.readouterr().out) is said
+    shape, job = shape_of(AutoConfig.for_model(**QWEN3_8B)), TrainingStep(65536)
+    hosts = [
+        predict(shape, degrees, step, MACHINES["h100-nvlink"]).host
+        for degrees, step in (
+            (Degrees(8, 1), job),
+            (Degrees(4, 2), job),
+            (Degrees(1, 8), job),
+            (Degrees(1, 8), replace(job, checkpointing=True)),
+            (Degrees(1, 8), replace(job, tokens=131072, checkpointing=True)),
+        )
+    ]
+    assert hosts[0] < hosts[1] < hosts[2] < hosts[3] == hosts[4]
+    assert predict(shape, Degrees(1, 8), job, MACHINES["cpu"]).host == 0
 
 
 def test_packed_documents_cost_less_attention(model: str) -> None:

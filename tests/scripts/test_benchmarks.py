@@ -141,3 +141,19 @@ def test_memory_is_flat_when_length_grows_with_ranks(four_ranks: Ranks, tmp_path
     assert length.as_table(lines).count("\n") == 2 + len(lines) - 1
     length.draw(lines, tmp_path / "length.png")
     assert (tmp_path / "length.png").stat().st_size > 0
+
+
+def test_the_soak_sees_growth_drift_and_ranks_that_differ() -> None:
+    import soak
+
+    def run(grown: int = 0, off: float = 0.0) -> dict[str, object]:
+        seen = [dict.fromkeys((*soak.FLAT, "rss"), 7 + grown * i) for i in range(6)]
+        return {"logged": {"loss": [1.0, 0.5 + off]}, "seen": seen, "again": seen}
+
+    weights = [torch.ones(3), torch.ones(3), torch.ones(3)]
+    assert not soak.failures(soak.findings(run(), [run(), run()], weights), 2)
+    assert not soak.failures(soak.findings(run(1), [run(1), run()], weights), 2)
+    grown = soak.failures(soak.findings(run(), [run(), run(1)], weights), 2)
+    assert len(grown) == 2 * len(soak.FLAT) and "layouts grow over Trainers: 2, 0 in one process" in grown
+    assert soak.failures(soak.findings(run(), [run(), run(off=1e-5)], weights), 2)[0].startswith("loss, largest")
+    assert soak.failures(soak.findings(run(), [run(), run()], [*weights[:2], torch.zeros(3)]), 2)
