@@ -1,6 +1,6 @@
 """`make fuzz`: about 35,000 random inputs, how they ended as a table, kept in `results/`.
 
-python -m tests.fuzz.run [SEED [SHARE [NAME ...]]]     SHARE: of the usual numbers of inputs, 1 by default; names of PLAN
+python -m tests.fuzz.run [SEED [SHARE [NAME ...]]]     SHARE: of the usual numbers of inputs (1); NAME: some of PLAN
 """
 
 from __future__ import annotations
@@ -69,11 +69,12 @@ def main(seed: int = 1, share: float = 1.0, *names: str) -> int:
             print(name, dict(tallies[name].ended), flush=True)
         ran = (Path(folder) / "ran").exists()
     examples = [example for tally in tallies.values() for example in tally.raw.values()]
-    some = f", {', '.join(names)}" * bool(names)
-    text = f"# Random input, seed {seed}{some}\n\n{table(tallies)}\n\nCode of a model was {'RUN' if ran else 'not run'}.\n"
+    title = ", ".join([f"# Random input, seed {seed}", *names])
+    text = f"{title}\n\n{table(tallies)}\n\nCode of a model was {'RUN' if ran else 'not run'}.\n"
     text += "".join(f"\n    {example}" for example in examples) + ("\n" if examples else "")
     print(text)
-    (ROOT / "results" / f"fuzz-{date.today()}{''.join(f'-{name}' for name in names)}.md").write_text(text, encoding="utf-8")
+    file = "-".join(["fuzz", str(date.today()), *names])
+    (ROOT / "results" / f"{file}.md").write_text(text, encoding="utf-8")
     return int(bool(examples) or ran)
 
 
