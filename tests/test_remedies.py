@@ -22,7 +22,7 @@ import hf_usp
 from hf_usp.batch.documents import find_documents
 from hf_usp.callbacks import UspMetricsCallback
 from hf_usp.memory.activation_offload import CHECKPOINTING
-from hf_usp.models.hooks import find_model
+from hf_usp.models.find import find_model
 from hf_usp.sharding.load_balance import fixed_assignment
 from hf_usp.sharding.masks import Documents, Mask
 

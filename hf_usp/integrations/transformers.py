@@ -22,7 +22,8 @@ from ..memory.chunked_loss import ChunkedLoss, chunked_loss
 from ..memory.tiled_mlp import TiledMLP, chunked, tile_mlps, untile
 from ..memory.tiled_norm import TiledNorm, tile_norms
 from ..models.consistency import describe_model
-from ..models.hooks import ContextParallelHooks, attach_hooks, find_model, get_hooks
+from ..models.find import find_model
+from ..models.hooks import ContextParallelHooks, attach_hooks, get_hooks
 from ..models.traits import inspect_model
 from ..sharding.load_balance import ALL_ORDERS
 from ..utils.validation import check_positive_int, check_switches

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..batch.layout import locate_tokens
 from ..batch.shard import get_tokens, shard_tensor
 from ..batch.sharded_tensors import context_of
 from ..batch.unshard import unshard_kept
-from ..compat import attention_implementation, find_hook_owner, tree_leaves
+from ..compat import find_hook_owner, tree_leaves
 from ..distributed.failures import refuse_after_failure, report_failure
 from ..distributed.loss import reduce_loss
 from ..distributed.mesh import UspMesh
@@ -40,6 +40,7 @@ from .backbone import (
 from .backbone_calls import BackboneCalls
 from .consistency import check_weights
 from .direct_calls import DirectForwardCalls
+from .find import find_model, layers_beside
 from .moe_aux_loss import MoeAuxLoss, wants_router_logits
 from .pickling import NotSaved
 from .positions import visible_positions
@@ -50,7 +51,7 @@ from .tensor_parallel import PartialGradients
 from .traits import MeasuredTraits, ModelTraits, inspect_model
 from .trl_fused_head import FUSED, unshard_fields, validate_fused_head
 from .unsharded import PreparedLayers, check_outside_loss, guard_share, has_labels, is_generation, kept_positions
-from .validation import validate_call, validate_model
+from .validation import validate_call, validate_model, validate_positions
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class ContextParallelHooks(NotSaved):
             *(BackboneHooks(self.backbone, mesh).handles if self.backbone.inside else ()),
         )
         self.router = MoeAuxLoss(model)  # its hook runs after ours, where both are on one model
-        self.layers = PreparedLayers([*self.backbone.module.modules(), *_beside(model, around)])
+        self.layers = PreparedLayers([*self.backbone.module.modules(), *layers_beside(model, around)])
         self.entry = DirectForwardCalls(model)
         self.backbone_calls = BackboneCalls(model, self.backbone, mesh, self.entry, self._shard_backbone)
 
@@ -182,27 +183,7 @@ class ContextParallelHooks(NotSaved):
         if not (whole or self._gathers(batch) or batch.get(FUSED)):
             check_outside_loss(model, batch)
         refuse_scaled_noise(model)
-        positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-        counts_by_mask = not measured.knows_left_padding and positions is None and mask is not None
-        if counts_by_mask and not bool(mask[:, 0].all()):  # reads the device: only where it matters
-            raise UspModelError(
-                f"left padding without position_ids for {type(model).__name__}",
-                rule="this model counts positions in a way of its own unless it gets position_ids",
-                remedy="pass position_ids, or pad on the right",
-            )
-        apart = measured.keeps_documents_apart or mask is not None or batch.get("cu_seq_lens_q") is not None
-        if apart or positions is None:
-            return
-        if positions.ndim == 3 and len(positions) == 4 and self.recurrent.layers:
-            positions = positions[0]  # masks of the models that take four rows heed the first; their recurrences do not
-        if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
-            raise UspModelError(
-                f"packed documents, told apart by position_ids, for {type(model).__name__}",
-                rule="a sharded run equals one process, where masks or recurrent layers of this model ignore "
-                "position_ids and documents see each other",
-                remedy="pass cu_seq_lens_q as well, which keeps documents apart as flash attention does "
-                "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or do not pack",
-            )
+        validate_positions(model, batch, measured, bool(self.recurrent.layers))
 
     def _gathers(self, batch: Mapping[str, Any]) -> bool:
         """Whether per-token outputs come back full: by default where a caller can want nothing else of the model."""
@@ -274,22 +255,6 @@ def _log_kernels(context: ForwardContext) -> None:
         logger.info("usp: attention in %s, heads of width %s: %s", request.dtype, request.widths, "; ".join(lines))
 
 
-def _beside(model: PreTrainedModel, around: nn.Module) -> Iterator[nn.Module]:
-    """Layers of further Transformers models in the module around one that attend with "usp": nobody shards for them."""
-    seen = set(model.modules())
-    for other in around.modules():
-        if isinstance(other, PreTrainedModel) and other not in seen:
-            seen.update(other.modules())
-            if attends_sharded(other):
-                yield from inspect_model(other).backbone.module.modules()
-
-
-def attends_sharded(module: nn.Module) -> bool:
-    """Whether the outermost Transformers model in a module, if there is one, has attn_implementation="usp"."""
-    model = next((candidate for candidate in module.modules() if isinstance(candidate, PreTrainedModel)), None)
-    return model is not None and attention_implementation(model.config.get_text_config()) == NAME
-
-
 def attach_hooks(
     module: nn.Module,
     mesh: UspMesh,
@@ -316,18 +281,6 @@ def attach_hooks(
     )
     return ContextParallelHooks(
         model, traits, mesh, options, gather_outputs=gather_outputs, self_check=self_check, around=module
-    )
-
-
-def find_model(module: nn.Module) -> PreTrainedModel:
-    """The outermost Transformers model in a module (which may be wrapped by PEFT, DDP and the like)."""
-    for candidate in module.modules():
-        if isinstance(candidate, PreTrainedModel):
-            return candidate
-    raise UspModelError(
-        f"{type(module).__name__} holds no Transformers model",
-        rule="UspParallelismConfig prepares Transformers models",
-        remedy="for a module of your own use hf_usp.shard and hf_usp.usp_attention",
     )
 
 
