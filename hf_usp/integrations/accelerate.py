@@ -225,6 +225,7 @@ class AcceleratorPatch:
             kernel=config.kernel,
             gather_outputs=config.gather_outputs,
             self_check=config.self_check,
+            generate=config.generate,
             loss_chunk_size=config.loss_chunk_size,
             mlp_chunk_size=config.mlp_chunk_size,
             offload_checkpoints=config.offload_checkpoints,

@@ -41,16 +41,28 @@ from .backbone_calls import BackboneCalls
 from .consistency import check_weights
 from .direct_calls import DirectForwardCalls
 from .find import find_model, layers_beside
+from .generation.cache import UspCache
+from .generation.entry import GenerateCalls
+from .generation.steps import check_cache, check_padding, number_kept, step_inputs, usp_cache_in
 from .moe_aux_loss import MoeAuxLoss, wants_router_logits
 from .pickling import NotSaved
 from .positions import visible_positions
 from .recurrent_layers import RecurrentLayers
 from .selfcheck.check import measure
+from .selfcheck.generation import check_generation
 from .selfcheck.training import refuse_scaled_noise, training_check
 from .tensor_parallel import PartialGradients
 from .traits import MeasuredTraits, ModelTraits, inspect_model
 from .trl_fused_head import FUSED, unshard_fields, validate_fused_head
-from .unsharded import PreparedLayers, check_outside_loss, guard_share, has_labels, is_generation, kept_positions
+from .unsharded import (
+    PreparedLayers,
+    cache_in,
+    check_outside_loss,
+    guard_share,
+    has_labels,
+    is_generation,
+    kept_positions,
+)
 from .validation import validate_call, validate_model, validate_positions
 
 logger = logging.getLogger(__name__)
@@ -68,10 +80,11 @@ class ContextParallelHooks(NotSaved):
         *,
         gather_outputs: bool | None,
         self_check: bool,
+        generate: str,
         around: nn.Module,
     ) -> None:
         self.traits, self.mesh, self.options, self.gather_outputs = traits, mesh, options, gather_outputs
-        self.self_check = self.unchecked_training = self_check
+        self.self_check = self.unchecked_training = self.unchecked_generation = self_check
         self.uncompared = mesh.group is not None  # the weights, with those of the other ranks
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
@@ -88,6 +101,7 @@ class ContextParallelHooks(NotSaved):
         self.router = MoeAuxLoss(model)  # its hook runs after ours, where both are on one model
         self.layers = PreparedLayers([*self.backbone.module.modules(), *layers_beside(model, around)])
         self.entry = DirectForwardCalls(model)
+        self.generation = GenerateCalls(model, mesh, generate, self.entry, self._check_generation)
         self.backbone_calls = BackboneCalls(model, self.backbone, mesh, self.entry, self._shard_backbone)
 
     def remove(self) -> None:
@@ -98,6 +112,7 @@ class ContextParallelHooks(NotSaved):
         self.router.remove()
         self.layers.release()
         self.entry.remove()
+        self.generation.remove()
 
     @torch.compiler.disable
     def pre_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -106,9 +121,29 @@ class ContextParallelHooks(NotSaved):
         if "usp" in batch or (self.entry.replaced() and not isinstance(get_tokens(batch), Tensor)):
             return args, kwargs  # the latter is no call of the model: its wrappers run a function of the trainer's
         self.entry.inside = True  # until `on_error`
-        if is_generation(model, batch):
+        cache = usp_cache_in(batch)
+        if cache is not None:
+            return (), self._from_cache(model, batch, cache)
+        if is_generation(model, batch, self.entry.generating):
             return args, kwargs
         return (), self._shard_or_report(model, batch)
+
+    def _from_cache(self, model: PreTrainedModel, batch: dict[str, Any], cache: UspCache) -> dict[str, Any]:
+        """Keywords of a prefill, which is sharded, or of new tokens."""
+        check_cache(cache, self.mesh, batch)
+        if cache.length:
+            return step_inputs(batch, cache)
+        name = cache_in(batch)
+        assert name is not None
+        prompt = {key: value for key, value in batch.items() if key not in (name, "use_cache")}
+        share = self._shard_or_report(model, prompt)
+        context = context_of(*share.values())
+        assert context is not None
+        mask, layout = batch.get("attention_mask"), context.layout
+        check_padding(mask, 0)
+        cache.begin_prefill(layout, mask, number_kept(batch, layout.length))
+        context.cache, context.gathers_outputs = cache, True
+        return {**share, name: cache, "use_cache": True}
 
     def _shard_backbone(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The local batch for a call of the base model by itself."""
@@ -170,6 +205,12 @@ class ContextParallelHooks(NotSaved):
             share["output_router_logits"] = False
         return share
 
+    def _check_generation(self, model: PreTrainedModel) -> None:
+        """Before the first sharded generation: it is compared with that of one process."""
+        if self.unchecked_generation:
+            check_generation(model, self.mesh, model.device, self._from_cache, self.post_forward)
+            self.unchecked_generation = False
+
     def _check(self, model: PreTrainedModel, batch: Mapping[str, Any], measured: MeasuredTraits) -> None:
         """Refuse what this model cannot do with this batch."""
         validate_call(model, batch)
@@ -197,14 +238,18 @@ class ContextParallelHooks(NotSaved):
         """Torch calls this also when the forward raised: there is no output then."""
         self.entry.inside = False
         problem = sys.exc_info()[1]
-        if output is None and problem is not None and context_of(*kwargs.values()) is not None:
+        cache = usp_cache_in(kwargs)
+        begun = context_of(*kwargs.values()) is not None or (cache is not None and cache.mine is not None)
+        if output is None and problem is not None and begun:
             report_failure(problem)
             self.failed = problem
 
     @torch.compiler.disable
     def post_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward: the loss of the full batch, and full outputs where they are asked for."""
-        context = context_of(*kwargs.values())
+        context, cache = context_of(*kwargs.values()), usp_cache_in(kwargs)
+        if cache is not None:
+            cache.finish()
         if context is None or context.layout.mesh is not self.mesh:
             return output
         layout = context.layout
@@ -263,6 +308,7 @@ def attach_hooks(
     kernel: str | None = None,
     gather_outputs: bool | None = None,
     self_check: bool = True,
+    generate: str = "whole",
 ) -> ContextParallelHooks:
     """Make the Transformers model inside `module` shard its batches over `mesh`. Attaching again replaces the first."""
     model = find_model(module)
@@ -280,7 +326,14 @@ def attach_hooks(
         pass_states=False,  # until the model has shown that its kernels continue from states
     )
     return ContextParallelHooks(
-        model, traits, mesh, options, gather_outputs=gather_outputs, self_check=self_check, around=module
+        model,
+        traits,
+        mesh,
+        options,
+        gather_outputs=gather_outputs,
+        self_check=self_check,
+        generate=generate,
+        around=module,
     )
 
 

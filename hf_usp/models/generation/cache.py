@@ -1,0 +1,264 @@
+"""`UspCache`: keys and values of a sharded prompt, each rank those of its own tokens.
+
+The prefill is the sharded forward: a layer's `update` gets the keys of this rank's tokens, with all kv heads, before
+they are exchanged, and keeps them. Later tokens are computed by every rank; their keys go to one rank each.
+
+Shape suffixes: B rows, n keys of a row on this rank, G kv heads, D key width, E value width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ...attention.decode import DecodeTile, decode_tiles
+from ...batch.layout import MaskSpec, SequenceLayout
+from ...distributed.mesh import UspMesh
+from ...errors import UspError, UspModelError
+from ...sharding.intervals import IntArray
+from ...sharding.masks import UNLIMITED
+
+SLACK = 128  # a buffer has room for 1/128 more keys, so that a token does not copy it
+KEPT = ("full_attention", "sliding_attention")  # types of layers whose cache is one of keys and values
+
+
+def not_prepared() -> UspModelError:
+    return UspModelError(
+        "a UspCache in a model without context parallelism",
+        rule="a UspCache is filled by the sharded forward of the model that it was made for",
+        remedy="prepare the model (accelerator.prepare_model, hf_usp.apply_context_parallel), or leave the cache out",
+    )
+
+
+class UspLayer(CacheLayerMixin):
+    """One layer's keys [B, n, G, D] and values [B, n, G, E] of this rank's tokens, in buffers that grow in steps.
+
+    count: keys that are held. dropped: leading ones that no later token sees. least: the shortest row that they allow.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, cache: UspCache) -> None:
+        super().__init__()
+        self.cache, self.count, self.dropped, self.least = cache, 0, 0, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep this rank's of the new tokens. Attention gets the new ones in the prefill, later all that are held."""
+        mine = self.cache.mine
+        if mine is None:
+            raise not_prepared()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new_keys, new_values = (x[:, :, mine].transpose(1, 2) for x in (key_states, value_states))
+        start, self.count = self.count, self.count + new_keys.shape[1]
+        keys = _with_room(self.keys, new_keys, self.count)
+        values = _with_room(self.values, new_values, self.count)
+        self.keys, self.values = keys, values
+        keys[:, start : self.count], values[:, start : self.count] = new_keys, new_values
+        self.cache.latest = self
+        if self.cache.in_prefill:
+            return key_states, value_states
+        return keys[:, : self.count].transpose(1, 2), values[:, : self.count].transpose(1, 2)
+
+    def forget(self, mask_spec: MaskSpec) -> None:
+        """Drop what lies behind the window of the next query: after the prefill, and when as much again is dead."""
+        if mask_spec.window_left == UNLIMITED:
+            return
+        cache = self.cache
+        next_query = cache.seen - cache.margin
+        self.least = next_query
+        own = cache.positions[self.dropped : self.dropped + self.count]
+        dead = int(np.searchsorted(own, next_query - mask_spec.window_left))
+        if dead and (cache.in_prefill or 2 * dead > self.count):
+            self._take(lambda x: x[:, dead : self.count].clone())
+            self.count, self.dropped = self.count - dead, self.dropped + dead
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.cache.length + int(getattr(query_length, "shape", [query_length])[0]), 0
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Tokens of a whole row: what `generate` and positions count by. It grows after the forward."""
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name until Transformers 5.23
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.count = len(self.cache.positions) - self.dropped  # the cache has shortened `positions`
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._take(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(lambda x: x[indices])
+
+    def _take(self, rows: Any) -> None:
+        if self.is_initialized:
+            self.keys, self.values = rows(self.keys), rows(self.values)
+
+
+class UspCache(Cache):
+    """The keys and values of a sharded prompt and of the tokens after it. `generate` of a prepared model makes one.
+
+    With `return_dict_in_generate=True` it is in the output, and may be passed to the next `generate`.
+
+    mesh: the ranks. length: tokens of a row before the forward under way, seen: with its own. first_B: the first
+    visible token of each row. mine: which of the new tokens this rank keeps. margin: how many of the tokens that were
+    seen may be taken back (prompt lookup). latest: the layer that was updated last, until it attends.
+    """
+
+    def __init__(self, model: PreTrainedModel, mesh: UspMesh) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self.usp_layers = [UspLayer(self) for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=list(self.usp_layers))
+        self.mesh, self.length, self.seen, self.in_prefill, self.margin = mesh, 0, 0, False, 0
+        self.mine: slice | None = None
+        self.kernel: str | None = None
+        self.latest: UspLayer | None = None
+        self.first_B: IntArray = np.zeros(0, dtype=np.int64)
+        self._positions, self._held = np.zeros(0, dtype=np.int64), 0
+        self._tiles: dict[Any, list[DecodeTile]] = {}
+
+    @property
+    def positions(self) -> IntArray:
+        """Positions in a row of the tokens that this rank holds, ascending."""
+        return self._positions[: self._held]
+
+    def begin_prefill(self, layout: SequenceLayout, mask_BS: Tensor | None, kept: int) -> None:
+        """A sharded forward of full prompts fills the cache.
+
+        Args:
+            layout: of the prompts.
+            mask_BS: their padding, on the left.
+            kept: number of last tokens whose logits are wanted.
+        """
+        held = layout.row_positions()
+        real = int((held < layout.length).sum())  # our padding is last
+        self._positions, self._held, self.mine = held[:real], real, slice(0, real)
+        self.first_B = np.zeros(layout.batch, dtype=np.int64)
+        if mask_BS is not None:
+            self.first_B = mask_BS.int().argmax(1).cpu().numpy().astype(np.int64)
+        self.seen, self.margin, self.in_prefill = layout.length, kept - 1, True
+        self.kernel = layout.kernel
+
+    def begin_step(self, count: int, kept: int) -> None:
+        """`count` new tokens of each row: blocks of them go round the ranks."""
+        mesh = self.mesh
+        new = np.arange(count)
+        mine = np.flatnonzero((new * mesh.size // count + self.length) % mesh.size == mesh.rank)
+        self.mine = slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
+        mine = new[self.mine]
+        if self._held + len(mine) > len(self._positions):
+            more = np.empty(max(16, len(self._positions) // 8) + len(mine), dtype=np.int64)
+            self._positions = np.concatenate((self.positions, more))
+        self._positions[self._held : self._held + len(mine)] = mine + self.length
+        self._held += len(mine)
+        self.seen, self.margin = self.length + count, kept - 1
+        self._tiles.clear()
+
+    def finish(self) -> None:
+        """The forward is over. Every layer has to have kept its keys."""
+        for index, layer in enumerate(self.usp_layers):
+            if layer.count + layer.dropped != self._held:
+                raise UspModelError(
+                    f"layer {index} of {len(self.layers)} kept {layer.count + layer.dropped} of {self._held} keys",
+                    rule="every layer keeps keys and values of its own in the cache; layers under activation "
+                    "checkpointing do not in training mode, and some models share keys between layers",
+                    remedy="call model.eval() before generate; or use generate='whole'",
+                )
+        self.length, self.in_prefill, self.mine, self.latest = self.seen, False, None, None
+
+    def tiles(self, mask_spec: MaskSpec, layer: UspLayer) -> list[DecodeTile]:
+        """The tiles of a layer in this step; the same ones for all layers that are alike."""
+        key = mask_spec, layer.dropped, layer.count
+        if key not in self._tiles:
+            own = self.positions[layer.dropped :]
+            query = np.arange(self.length, self.seen)
+            hi = np.searchsorted(own, query + 1)
+            visible = []
+            for first in self.first_B.tolist():
+                lowest = np.full_like(query, first)
+                if mask_spec.window_left != UNLIMITED:
+                    lowest = np.maximum(lowest, query - mask_spec.window_left)
+                visible.append((np.searchsorted(own, lowest), hi))
+            self._tiles[key] = decode_tiles(visible, layer.device)
+        return self._tiles[key]
+
+    def forget(self, mask_spec: MaskSpec) -> None:
+        """Of the layer that was updated last, drop what no later token sees."""
+        if self.latest is not None:
+            self.latest.forget(mask_spec)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens; a positive number is the length to keep (until Transformers 5.23)."""
+        length = tokens_to_remove if tokens_to_remove > 0 else self.length - abs(tokens_to_remove)
+        least = max(layer.least for layer in self.usp_layers)
+        if length < least:
+            raise UspModelError(
+                f"a cache of {self.length} tokens cut to {length}",
+                rule=f"layers with a sliding window have forgotten keys that rows of fewer than {least} tokens need",
+                remedy="generate from the prompt again, without the cache",
+            )
+        self.length = self.seen = length
+        self._held = int(np.searchsorted(self.positions, length))
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        if self.first_B.any():
+            self.first_B = self.first_B[beam_idx.cpu().numpy()]
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.first_B = self.first_B.repeat(repeats)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.first_B = self.first_B[indices.cpu().numpy()]
+        super().batch_select_indices(indices)
+
+    def reset(self) -> None:
+        raise UspModelError(
+            "reset() of a UspCache",
+            rule="a UspCache serves one batch of prompts",
+            remedy="leave the cache out; generate makes a new one",
+        )
+
+
+def _with_room(buffer: Tensor | None, new: Tensor, count: int) -> Tensor:
+    """A buffer [B, at least `count`, G, D] that begins with this one; a copy where it is too short."""
+    if buffer is not None and buffer.shape[1] >= count:
+        return buffer
+    larger = new.new_empty(new.shape[0], count + max(1, count // SLACK), *new.shape[2:])
+    if buffer is not None:
+        larger[:, : buffer.shape[1]] = buffer
+    return larger
+
+
+def refuse_cache_layers(model: PreTrainedModel) -> UspError | None:
+    """Why the prompts of a model cannot be kept in a `UspCache`; None where they can."""
+    config = model.config.get_text_config(decoder=True)
+    types = set(getattr(config, "layer_types", None) or ()) - set(KEPT)
+    found = f"layers of type {', '.join(sorted(types))}" if types else None
+    for name in ("num_kv_shared_layers", "kv_sharing_modes", "attention_chunk_size"):
+        if found is None and getattr(config, name, None):
+            found = f"{name}={getattr(config, name)!r:.60}"
+    if found is None:
+        return None
+    return UspModelError(
+        f"generate='sharded' with {type(model).__name__}, {found}",
+        rule="every layer's cache is one of keys and values, of all tokens before or of a sliding window",
+        remedy="use generate='whole'",
+    )
