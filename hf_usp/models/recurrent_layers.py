@@ -24,6 +24,7 @@ from ..batch.context import ForwardContext
 from ..batch.sharded_tensors import context_of
 from ..errors import UspModelError
 from ..recurrent.device_schedule import state_schedule
+from ..recurrent.final_states import gather_states
 from ..recurrent.scan import causal_conv, scan_over_heads
 from ..recurrent.schedule import ScanSizes, states_pay
 from ..recurrent.state_passing import scan_by_states
@@ -114,7 +115,12 @@ def shard_recurrent_layers(model: nn.Module) -> RecurrentLayers:
 
 def has_recurrent_layers(model: nn.Module) -> bool:
     """Whether some layer of the model calls a kernel that has a sharded counterpart."""
-    return any(_kernels_of(type(module).forward) for module in model.modules())
+    return bool(recurrent_kernels(model))
+
+
+def recurrent_kernels(model: nn.Module) -> list[set[str]]:
+    """The kernels with a sharded counterpart that each recurrent layer of a model calls."""
+    return [names for module in model.modules() if (names := _kernels_of(type(module).forward))]
 
 
 def _names(function: FunctionType) -> set[str]:
@@ -155,9 +161,10 @@ def _delta_rule(
     g: Tensor,
     beta: Tensor,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """chunk_gated_delta_rule, chunk_kda (flash-linear-attention): query, key [B, L, G, N], value [B, L, H, E],
     beta [B, L, H], g [B, L, H] or [B, L, H, N]."""
+    final = context.cache is not None and bool(kwargs.pop("output_final_state", False))
     _refuse_packing(kwargs, ("initial_state", "output_final_state", "cu_seqlens"))
 
     heads, groups = {"value": value, "g": g, "beta": beta}, {"query": query, "key": key}
@@ -167,17 +174,24 @@ def _delta_rule(
     pays = context.options.pass_states
     if pays is None:
         pays = states_pay(sizes, tokens, layout.mesh.size, state_schedule(layout).busiest)
-    if pays:
+    if pays and not final:
 
         def with_states(x: Mapping[str, Tensor], first: Tensor | None, final: bool) -> tuple[Tensor, Tensor | None]:
             return original(**x, initial_state=first, output_final_state=final, **kwargs)
 
         return scan_by_states(with_states, layout, groups | heads), None
 
-    def kernel(heads: Mapping[str, Tensor], groups: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> Tensor:
-        return original(**groups, **heads, **kwargs)[0]
+    states: list[Tensor] = []
 
-    return scan_over_heads(kernel, layout, heads, groups, {}, value.shape[-1]), None
+    def kernel(heads: Mapping[str, Tensor], groups: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> Tensor:
+        out, state = original(**groups, **heads, **({"output_final_state": True} if final else {}), **kwargs)
+        states.append(state)
+        return out
+
+    out = scan_over_heads(kernel, layout, heads, groups, {}, value.shape[-1])
+    if not final:
+        return out, None
+    return out, gather_states(states, value, key, layout)
 
 
 def _ssd(

@@ -187,9 +187,11 @@ def test_sharded_weights(two_ranks: Ranks, tmp_path: Path, around: str) -> None:
         assert_same(mine, alone)
 
 
-@pytest.mark.parametrize("generate", ["rows", "sharded"])
-def test_rollouts(four_ranks: Ranks, tmp_path: Path, generate: str) -> None:
+@pytest.mark.parametrize(("generate", "around"), [("rows", ""), ("sharded", ""), ("sharded", "FSDP2")])
+def test_rollouts(four_ranks: Ranks, two_ranks: Ranks, tmp_path: Path, generate: str, around: str) -> None:
     """Completions that ranks sample together are those that one process samples."""
-    alone = run(str(tmp_path), None, 1, "grpo")
-    for mine in four_ranks.run(run, str(tmp_path), (4, 2), 4, "grpo", generate=generate):
+    case, folder = "grpo, reference" if around else "grpo", str(tmp_path)
+    ranks, mesh = (two_ranks, (2, 1)) if around else (four_ranks, (4, 2))
+    alone = run(folder, None, 1, case)
+    for mine in ranks.run(run, folder, mesh, mesh[0], case, around, generate):
         assert_same(mine, alone)

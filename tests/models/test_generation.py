@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
-from transformers.generation import StoppingCriteria
+from transformers.generation import GenerationConfig, StoppingCriteria
 
 import hf_usp
 from hf_usp.memory.activation_offload import CHECKPOINTING
@@ -22,7 +22,7 @@ from hf_usp.models.hooks import get_hooks
 
 from ..harness import checkpointing, fresh_accelerate
 from ..ranks import Ranks
-from ..tiny import HYBRID, tiny_model
+from ..tiny import HYBRID, SIZES, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing")
 
@@ -31,6 +31,10 @@ LATENT = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     **{"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
     **{"moe_intermediate_size": 16, "num_key_value_heads": 4},
+}
+IMAGES = {
+    "text_config": {**SIZES, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
 }
 # Family, changes of its config, padding of each row, length, settings of generate; "then": tokens of a second turn.
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int, dict[str, Any]]] = {
@@ -41,6 +45,9 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int, dict[str, Any]
     "softcap": ("gemma2", {"sliding_window": 8, "head_dim": 16}, (3, 0), 33, {}),
     "sinks, experts": ("gpt_oss", EXPERTS, (0,), 40, {}),
     "latent attention": ("deepseek_v3", LATENT, (0, 5), 30, {}),
+    "states of recurrent layers": ("qwen3_5_text", HYBRID, (0, 9), 41, {"num_beams": 2}),
+    "states, two turns": ("qwen3_5_text", HYBRID, (0,), 3, {"then": 7}),
+    "a model with images, asked in words": ("gemma3", IMAGES, (0, 5), 30, {}),
     "sampling, two sequences each": ("llama", {}, (4, 0), 30, {"do_sample": True, "num_return_sequences": 2}),
     "beams": ("llama", {}, (0, 4), 30, {"num_beams": 3}),
     "prompt lookup": ("qwen2", {}, (0,), 44, {"prompt_lookup_num_tokens": 4}),
@@ -91,7 +98,7 @@ def generated(case: str, degrees: tuple[int, int] | None, generate: str = "shard
         return found | {"ids": out}
     if then:
         ids = torch.cat([out.sequences, first[:, :then]], dim=1)
-        cache = {cache_name(model): out[cache_name(model)]}
+        cache = {cache_name(): out[cache_name()]}
         found["then"] = model.generate(ids, attention_mask=torch.ones_like(ids), **cache, **settings).sequences
     return found | {"ids": out.sequences, "logits": torch.stack(out.logits) if out.logits else torch.zeros(1)}
 
@@ -175,7 +182,7 @@ def sizes(prompt: int, new: int = 8) -> list[dict[str, Any]]:
         with LargestLogits():
             model.generate(
                 ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
-                stopping_criteria=[Snapshot()], **{cache_name(model): cache},
+                stopping_criteria=[Snapshot()], **{cache_name(): cache},
             )  # fmt: skip
     finally:
         sys.setprofile(None)
@@ -206,7 +213,7 @@ def refusals() -> dict[str, tuple[str, str]]:
     model = prepared("llama", {}, (2, 1), "sharded")
     given = prompts((0, 3), 20)
     alone = hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1)
-    name, ids, ones = cache_name(model), given["input_ids"], torch.ones_like(given["input_ids"])
+    name, ids, ones = cache_name(), given["input_ids"], torch.ones_like(given["input_ids"])
     hooks = get_hooks(model)
     assert hooks is not None
 
@@ -223,9 +230,15 @@ def refusals() -> dict[str, tuple[str, str]]:
         finally:
             getattr(model.eval(), f"{CHECKPOINTING}_disable")()
 
-    hybrid = prepared("qwen3_5_text", HYBRID, (2, 1), "sharded")
+    def configured(**changes: Any) -> Any:
+        other = prepared("llama", {}, (2, 1), "sharded")
+        for key, value in changes.items():
+            setattr(other.config, key, value)
+        return other
+
     cases: dict[str, Callable[[], Any]] = {
         "prompts that differ": lambda: run(input_ids=ids + rank),
+        "settings that differ": lambda: run(generation_config=GenerationConfig(max_new_tokens=4 + rank)),
         "one empty prompt": lambda: run(input_ids=ids[:, : 20 * (1 - rank)], attention_mask=None),
         "an empty prompt": lambda: run(input_ids=ids[:, :0], attention_mask=None),
         "padding on the right": lambda: run(attention_mask=given["attention_mask"].flip(1)),
@@ -240,7 +253,9 @@ def refusals() -> dict[str, tuple[str, str]]:
         "static": lambda: run(cache_implementation="static"),
         "quantized": lambda: run(cache_implementation="quantized"),
         "assistant": lambda: run(assistant_model=tiny_model("llama")),
-        "recurrent": lambda: run(hybrid),
+        "chunks": lambda: run(configured(layer_types=["chunked_attention", "full_attention"])),
+        "states": lambda: run(configured(layer_types=["linear_attention", "full_attention"])),
+        "shared keys": lambda: run(configured(num_kv_shared_layers=1)),
         "checkpointing": checkpointed,
         "other tokens": lambda: run(logits_processor=[noise]),
         "rows, scores": lambda: run(prepared("llama", {}, (2, 1), "rows"), return_dict_in_generate=True),
@@ -284,6 +299,7 @@ def test_bad_input_is_refused_on_every_rank(two_ranks: Ranks) -> None:
     everyone = two_ranks.run(refusals)
     texts = {
         "prompts that differ": "differs from that of rank 0",
+        "settings that differ": "differs from that of rank 0",
         "one empty prompt": "an empty prompt",
         "an empty prompt": "an empty prompt",
         "padding on the right": "padding after a token",
@@ -298,7 +314,9 @@ def test_bad_input_is_refused_on_every_rank(two_ranks: Ranks) -> None:
         "static": "cache_implementation='static'",
         "quantized": "cache_implementation='quantized'",
         "assistant": "an assistant_model",
-        "recurrent": "recurrent layers",
+        "chunks": "layers of type chunked_attention",
+        "states": "whose recurrent layers have states that no other rank gets",
+        "shared keys": "num_kv_shared_layers=1",
         "checkpointing": "activation checkpointing",
         "other tokens": "rank 1 chose other tokens",
         "rows, scores": "return_dict_in_generate=True",

@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from ...attention.decode import DecodeTile, decode_tiles
 from ...batch.layout import MaskSpec, SequenceLayout
 from ...distributed.mesh import UspMesh
-from ...errors import UspError, UspModelError
+from ...errors import UspModelError
+from ...recurrent.final_states import gather_last_inputs
 from ...sharding.intervals import IntArray
 from ...sharding.masks import UNLIMITED
 
 SLACK = 128  # a buffer has room for 1/128 more keys, so that a token does not copy it
-KEPT = ("full_attention", "sliding_attention")  # types of layers whose cache is one of keys and values
+ATTENTION = ("full_attention", "sliding_attention")  # types of layers whose cache is one of keys and values
+STATES = ("linear_attention", "conv")  # and of those that go on from a state
 
 
 def not_prepared() -> UspModelError:
@@ -110,6 +112,35 @@ class UspLayer(CacheLayerMixin):
             self.keys, self.values = rows(self.keys), rows(self.values)
 
 
+class UspStates(LinearAttentionLayer):
+    """A recurrent layer's states, whole ones on every rank: it decodes without a message."""
+
+    def __init__(self, cache: UspCache, number_of_states: int) -> None:
+        super().__init__(number_of_states=number_of_states)
+        self.cache = cache
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Keep the last inputs of each row. The layer gets this rank's tokens in the prefill."""
+        layout = self.cache.layout
+        if layout is None:
+            return super().update_conv_state(conv_states, state_idx, conv_kernel_size=conv_kernel_size, **kwargs)
+        if conv_kernel_size is None:
+            raise UspModelError(
+                "a convolution that does not say how many inputs it keeps",
+                rule="the last inputs of a row are gathered from the ranks that hold them",
+                remedy="use generate='whole'",
+            )
+        last = gather_last_inputs(conv_states, conv_kernel_size, layout)
+        super().update_conv_state(last, state_idx, conv_kernel_size=conv_kernel_size, **kwargs)
+        return conv_states
+
+    def has_states(self) -> bool:
+        """Whether the layer has left its states."""
+        return all(self.has_previous_state.values())
+
+
 class UspCache(Cache):
     """The keys and values of a sharded prompt and of the tokens after it. `generate` of a prepared model makes one.
 
@@ -122,8 +153,12 @@ class UspCache(Cache):
 
     def __init__(self, model: PreTrainedModel, mesh: UspMesh) -> None:
         config = model.config.get_text_config(decoder=True)
-        self.usp_layers = [UspLayer(self) for _ in range(config.num_hidden_layers)]
-        super().__init__(layers=list(self.usp_layers))
+        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        states = getattr(config, "number_of_conv_states", 1)
+        layers = [UspStates(self, states) if kind in STATES else UspLayer(self) for kind in types]
+        super().__init__(layers=list(layers))
+        self.usp_layers = [layer for layer in layers if isinstance(layer, UspLayer)]
+        self.layout: SequenceLayout | None = None
         self.mesh, self.length, self.seen, self.in_prefill, self.margin = mesh, 0, 0, False, 0
         self.mine: slice | None = None
         self.kernel: str | None = None
@@ -152,7 +187,7 @@ class UspCache(Cache):
         if mask_BS is not None:
             self.first_B = mask_BS.int().argmax(1).cpu().numpy().astype(np.int64)
         self.seen, self.margin, self.in_prefill = layout.length, kept - 1, True
-        self.kernel = layout.kernel
+        self.kernel, self.layout = layout.kernel, layout
 
     def begin_step(self, count: int, kept: int) -> None:
         """`count` new tokens of each row: blocks of them go round the ranks."""
@@ -179,7 +214,14 @@ class UspCache(Cache):
                     "checkpointing do not in training mode, and some models share keys between layers",
                     remedy="call model.eval() before generate; or use generate='whole'",
                 )
+        if not all(layer.has_states() for layer in self.layers if isinstance(layer, UspStates)):
+            raise UspModelError(
+                "a recurrent layer that left no state in the cache",
+                rule="every recurrent layer goes on from its own state",
+                remedy="use generate='whole'",
+            )
         self.length, self.in_prefill, self.mine, self.latest = self.seen, False, None, None
+        self.layout = None
 
     def tiles(self, mask_spec: MaskSpec, layer: UspLayer) -> list[DecodeTile]:
         """The tiles of a layer in this step; the same ones for all layers that are alike."""
@@ -245,20 +287,3 @@ def _with_room(buffer: Tensor | None, new: Tensor, count: int) -> Tensor:
     if buffer is not None:
         larger[:, : buffer.shape[1]] = buffer
     return larger
-
-
-def refuse_cache_layers(model: PreTrainedModel) -> UspError | None:
-    """Why the prompts of a model cannot be kept in a `UspCache`; None where they can."""
-    config = model.config.get_text_config(decoder=True)
-    types = set(getattr(config, "layer_types", None) or ()) - set(KEPT)
-    found = f"layers of type {', '.join(sorted(types))}" if types else None
-    for name in ("num_kv_shared_layers", "kv_sharing_modes", "attention_chunk_size"):
-        if found is None and getattr(config, name, None):
-            found = f"{name}={getattr(config, name)!r:.60}"
-    if found is None:
-        return None
-    return UspModelError(
-        f"generate='sharded' with {type(model).__name__}, {found}",
-        rule="every layer's cache is one of keys and values, of all tokens before or of a sliding window",
-        remedy="use generate='whole'",
-    )

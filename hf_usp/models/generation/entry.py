@@ -25,7 +25,7 @@ from ..pickling import NotSaved
 from .agreement import SameTokens, same_draws
 from .cache import UspCache
 from .rows import generate_rows, refuse_rows
-from .settings import PROMPTS, Given, refuse_prompts, refuse_sharded
+from .settings import PROMPTS, Given, prompt_of, refuse_prompts, refuse_sharded
 
 WAYS = ("auto", "whole", "rows", "sharded")
 # A prompt from which on decoding reads keys faster than ranks exchange results (predicted, docs/generation.md).
@@ -99,8 +99,10 @@ class GenerateCalls(NotSaved):
             refuse_prompts(self.model, given)
             way = self._chosen(given)
             prompts = {name: given[name] for name in PROMPTS if given.get(name) is not None}
-            values = {name: value for name, value in given.items() if isinstance(value, int | float | bool | str)}
-            found = fingerprint({name: _on(value, device) for name, value in prompts.items()} | values, way)
+            configs = [config for config in (given.get("generation_config"), self.model.generation_config) if config]
+            settings = [sorted(config.to_dict().items()) for config in configs]
+            plain = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+            found = fingerprint({name: _on(value, device) for name, value in prompts.items()} | plain, way, settings)
         except Exception as error:  # every rank must hear of it, whatever it is
             problem = error
         if mesh.group is not None:
@@ -113,7 +115,7 @@ class GenerateCalls(NotSaved):
         """The way to take; raises a `UspError` where the one that was asked for cannot."""
         no_rows, no_shards = refuse_rows(self.model, given), refuse_sharded(self.model, self.mesh, given)
         if self.way == "auto":
-            prompt = next(given[name] for name in PROMPTS if given.get(name) is not None)
+            prompt = prompt_of(given)
             if prompt.shape[1] >= LONG_PROMPT and no_shards is None:
                 return "sharded"
             return "rows" if no_rows is None and len(prompt) > 1 else "whole"
@@ -127,18 +129,18 @@ class GenerateCalls(NotSaved):
         given = dict(given)
         same_draws(self.mesh, self.model.device)
         earlier = [given.pop(name) for name in CACHE_NAMES if given.get(name) is not None]
-        given[cache_name(self.model)] = earlier[0] if earlier else UspCache(self.model, self.mesh)
+        given[cache_name()] = earlier[0] if earlier else UspCache(self.model, self.mesh)
         given["stopping_criteria"] = StoppingCriteriaList([SameTokens(self.mesh, given.get("stopping_criteria"))])
-        return plain(**given)
+        return plain(**given | {"use_cache": True})
 
 
 CACHE_NAMES = ("cache", "past_key_values")
 
 
-def cache_name(model: PreTrainedModel) -> str:
-    """The keyword with which a model takes a cache; Transformers 5.24 renamed it."""
-    prepare: Any = model.prepare_inputs_for_generation
-    return next(name for name in CACHE_NAMES if name in inspect.signature(prepare).parameters)
+def cache_name() -> str:
+    """The keyword with which models take a cache; Transformers 5.24 renamed it."""
+    prepare = inspect.signature(GenerationMixin.prepare_inputs_for_generation)  # models' own may leave it to **kwargs
+    return next(name for name in CACHE_NAMES if name in prepare.parameters)
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -11,12 +11,14 @@ from ...distributed.mesh import UspMesh
 from ...errors import UspBatchError, UspConfigError, UspError, UspModelError
 from ..backbone import find_backbone
 from ..positions import temperature_tuned
-from ..recurrent_layers import has_recurrent_layers
+from ..recurrent_layers import recurrent_kernels
 from ..unsharded import CACHES
-from .cache import UspCache, refuse_cache_layers
+from .cache import ATTENTION, STATES, UspCache
 from .steps import other_mesh
 
 Given = dict[str, Any]  # the arguments of a call of `generate`, by name
+# Kernels of recurrent layers whose states every rank gets after the prefill.
+KERNELS = {"causal_conv1d_fn", "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"}
 PROMPTS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -62,10 +64,8 @@ def refuse_sharded(model: PreTrainedModel, mesh: UspMesh, given: Given) -> UspEr
     name, backbone = type(model).__name__, find_backbone(model)
     cache = next((given[key] for key in CACHES if given.get(key) is not None), None)
     reason = None
-    if backbone.inside or backbone.needs_full_hidden_states:
-        reason = f"{name}, which is sharded at a module inside it"
-    elif has_recurrent_layers(model):
-        reason = f"{name}, whose recurrent layers have a state"
+    if backbone.needs_full_hidden_states:
+        reason = f"{name}, whose head takes the hidden states of all tokens"
     elif temperature_tuned(model):
         reason = f"{name}, whose layers count positions themselves"
     elif given.get("assistant_model") is not None:
@@ -92,7 +92,9 @@ def _refuse_settings(model: PreTrainedModel, mesh: UspMesh, given: Given, cache:
             rule="all ranks stop at the same token; clocks of ranks differ",
             remedy="use max_new_tokens",
         )
-    if setting(model, given, "use_cache") is False:
+    # Not the model's own config, where trainers switch it off for training.
+    asked = given["use_cache"] if "use_cache" in given else getattr(given.get("generation_config"), "use_cache", None)
+    if asked is False:
         return UspConfigError(
             "use_cache=False in generate",
             rule="sharded prompts are kept in a cache, from which later tokens are decoded",
@@ -118,3 +120,28 @@ def pad_token(model: PreTrainedModel, given: Given) -> int:
     if isinstance(found, list):
         found = found[0] if found else None
     return 0 if found is None else int(found)
+
+
+def refuse_cache_layers(model: PreTrainedModel) -> UspError | None:
+    """Why the prompts of a model cannot be kept in a `UspCache`; None where they can."""
+    config = model.config.get_text_config(decoder=True)
+    types = list(getattr(config, "layer_types", None) or ())
+    unknown = set(types).difference(ATTENTION, STATES)
+    found = f"layers of type {', '.join(sorted(unknown))}" if unknown else None
+    kernels, states = recurrent_kernels(model), sum(kind in STATES for kind in types)
+    if found is None and (
+        len(kernels) != states or set().union(*kernels) - KERNELS or (states and states == len(types))
+    ):
+        found = "whose recurrent layers have states that no other rank gets"
+    if found is None and "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
+        found = "layers that reuse keys"
+    for name in ("num_kv_shared_layers", "attention_chunk_size"):
+        if found is None and getattr(config, name, None):
+            found = f"{name}={getattr(config, name)!r:.60}"
+    if found is None:
+        return None
+    return UspModelError(
+        f"generate='sharded' with {type(model).__name__}, {found}",
+        rule="every layer's cache is one of keys and values, of all tokens before or of a sliding window",
+        remedy="use generate='whole'",
+    )

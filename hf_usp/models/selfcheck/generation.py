@@ -43,7 +43,7 @@ def check_generation(model: PreTrainedModel, mesh: UspMesh, device: torch.device
         found.extend(filter(None, [context_of(*share.values())]))
         return after(model, (), share, model.forward(**share))
 
-    name, error = cache_name(model), None
+    name, error = cache_name(), None
     with isolated_forward(model, device):
         try:
             theirs = _logits(lambda keywords: model.forward(**keywords), name, ids, mask)
