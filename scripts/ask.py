@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 import texts
 import torch
@@ -42,8 +43,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="usp").eval()
     mesh = hf_usp.UspMesh.build(ring_degree=args.ring_degree, ulysses_degree=args.ulysses_degree)
     hf_usp.apply_context_parallel(torch.nn.Module.to(model, device), mesh, generate="sharded")
-    text, kept = "\n".join(texts.read_documents(args.text)), {}
+    text = "\n".join(texts.read_documents(args.text))
     ids: list[int] = []
+    kept: dict[str, Any] = {}
     for question in args.question:
         # The document is read once: its keys stay for the next question.
         asked = f"{'' if ids else text}\n\nQuestion: {question}\nAnswer:"

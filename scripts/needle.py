@@ -118,7 +118,7 @@ def report(grid: dict[tuple[int, float], float], task: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lengths, depths = (sorted({key[i] for key in grid}) for i in (0, 1))
+    lengths, depths = sorted({length for length, _ in grid}), sorted({depth for _, depth in grid})
     print("depth " + "".join(f"{length:>9,}" for length in lengths), flush=True)
     for depth in depths:
         print(f"{depth:5.0%} " + "".join(f"{grid[length, depth]:9.0%}" for length in lengths), flush=True)

@@ -373,6 +373,10 @@ def follow(words: str) -> str:
 
 
 ONE_PROCESS: dict[str, Case] = {
+    "leave it out: each rank generates alone": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, generate="shards"),
+        lambda: hf_usp.UspParallelismConfig(cp_size=2),
+    ),
     "leave sp_size at 1": Case(
         lambda: hf_usp.UspParallelismConfig(cp_size=2, sp_size=2),
         lambda: hf_usp.UspParallelismConfig(cp_size=2, sp_size=1),

@@ -236,6 +236,12 @@ def refusals() -> dict[str, tuple[str, str]]:
             setattr(other.config, key, value)
         return other
 
+    def turn() -> UspCache:
+        """The cache of the first half of the padded prompts."""
+        cache = UspCache(model, hooks.mesh)
+        model(ids[:, :10], attention_mask=given["attention_mask"][:, :10], **{name: cache})
+        return cache
+
     cases: dict[str, Callable[[], Any]] = {
         "prompts that differ": lambda: run(input_ids=ids + rank),
         "settings that differ": lambda: run(generation_config=GenerationConfig(max_new_tokens=4 + rank)),
@@ -245,6 +251,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         "another mesh": lambda: run(**{name: UspCache(model, alone)}),
         "another mesh, by hand": lambda: model(ids, **{name: UspCache(model, alone)}),
         "another cache": lambda: run(**{name: DynamicCache()}),
+        "other padding": lambda: run(attention_mask=ones, **{name: turn()}),
         "use_cache": lambda: run(use_cache=False),
         "use_cache beside a cache": lambda: model(ids, use_cache=False, **{name: UspCache(model, hooks.mesh)}),
         "not prepared": lambda: tiny_model("llama")(ids, **{name: UspCache(model, hooks.mesh)}),
@@ -306,6 +313,7 @@ def test_bad_input_is_refused_on_every_rank(two_ranks: Ranks) -> None:
         "another mesh": "made for a mesh of the ranks",
         "another mesh, by hand": "made for a mesh of the ranks",
         "another cache": "a DynamicCache",
+        "other padding": "other padding (attention_mask)",
         "use_cache": "use_cache=False in generate",
         "use_cache beside a cache": "use_cache=False beside a cache",
         "not prepared": "without context parallelism",
@@ -371,24 +379,24 @@ def chosen() -> list[str]:
     model = prepared("llama", {"max_position_embeddings": 32768}, (2, 1), "auto")
     hooks = get_hooks(model)
     assert hooks is not None
-    entry.LONG_PROMPT, before = 40, entry.LONG_PROMPT
+    short, one = prompts((0, 3), 20), prompts((0,), 20)
+    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": list(range(3, 24)), "pad_token_id": 0}
+    ends = model.generate(**short, **settings)
+    before = entry.LONG_PROMPT, entry.free_memory
+    entry.LONG_PROMPT = 40
     try:
-        short, long, one = prompts((0, 3), 20), prompts((0, 3), 40), prompts((0,), 20)
+        long = prompts((0, 3), 40)
         found = [hooks.generation._agree(x) for x in (short, long, one, long | {"max_time": 1.0})]
-        ends = model.generate(
-            **short, max_new_tokens=30, do_sample=False, eos_token_id=list(range(3, 24)), pad_token_id=0
-        )
+        entry.free_memory = lambda _: 1 << (30 if dist.get_rank() else 10)  # on one rank the cache does not fit
+        found += [hooks.generation._agree(x) for x in (short, one)]
     finally:
-        entry.LONG_PROMPT = before
+        entry.LONG_PROMPT, entry.free_memory = before
     whole = tiny_model("llama", "sdpa", initializer_range=0.2, max_position_embeddings=32768).eval()
-    theirs = whole.generate(
-        **short, max_new_tokens=30, do_sample=False, eos_token_id=list(range(3, 24)), pad_token_id=0
-    )
-    return [*found, str(torch.equal(ends, theirs))]
+    return [*found, str(torch.equal(ends, whole.generate(**short, **settings)))]
 
 
 def test_auto_takes_rows_or_shards(two_ranks: Ranks) -> None:
-    assert two_ranks.run(chosen) == [["rows", "sharded", "whole", "rows", "True"]] * 2
+    assert two_ranks.run(chosen) == [["rows", "sharded", "whole", "rows", "sharded", "sharded", "True"]] * 2
 
 
 def accelerated() -> Tensor:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, StoppingCriteriaList
 
 from ...batch.fingerprint import fingerprint
-from ...distributed.comm import verify_same_across_ranks
+from ...distributed.comm import all_gather, verify_same_across_ranks
 from ...distributed.mesh import UspMesh
 from ...errors import UspConfigError
 from ..direct_calls import DirectForwardCalls
@@ -25,11 +25,14 @@ from ..pickling import NotSaved
 from .agreement import SameTokens, same_draws
 from .cache import UspCache
 from .rows import generate_rows, refuse_rows
-from .settings import PROMPTS, Given, prompt_of, refuse_prompts, refuse_sharded
+from .settings import PROMPTS, Given, cache_bytes, free_memory, prompt_of, refuse_prompts, refuse_sharded
 
 WAYS = ("auto", "whole", "rows", "sharded")
 # A prompt from which on decoding reads keys faster than ranks exchange results (predicted, docs/generation.md).
 LONG_PROMPT = 16_384
+
+
+MOST_MEMORY = 0.5  # of what is free, for a cache that is not sharded
 
 
 class GenerateCalls(NotSaved):
@@ -94,35 +97,45 @@ class GenerateCalls(NotSaved):
     def _agree(self, given: Given) -> str:
         """The way of this call, once all ranks hold the same prompts and settings and none refuses them."""
         mesh, device = self.mesh, self.model.device
-        way, problem, found = self.way, None, torch.zeros(2, dtype=torch.int64)
+        problem, found = None, torch.zeros(2, dtype=torch.int64)
         try:
             refuse_prompts(self.model, given)
-            way = self._chosen(given)
+            self._refuse(given)
             prompts = {name: given[name] for name in PROMPTS if given.get(name) is not None}
             configs = [config for config in (given.get("generation_config"), self.model.generation_config) if config]
             settings = [sorted(config.to_dict().items()) for config in configs]
             plain = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
-            found = fingerprint({name: _on(value, device) for name, value in prompts.items()} | plain, way, settings)
+            found = fingerprint({name: _on(value, device) for name, value in prompts.items()} | plain, settings)
         except Exception as error:  # every rank must hear of it, whatever it is
             problem = error
         if mesh.group is not None:
             verify_same_across_ranks(found.to(device), problem, mesh.group, begins=True)
         elif problem is not None:
             raise problem
-        return way
+        return self._chosen(given) if self.way == "auto" else self.way
 
-    def _chosen(self, given: Given) -> str:
-        """The way to take; raises a `UspError` where the one that was asked for cannot."""
-        no_rows, no_shards = refuse_rows(self.model, given), refuse_sharded(self.model, self.mesh, given)
-        if self.way == "auto":
-            prompt = prompt_of(given)
-            if prompt.shape[1] >= LONG_PROMPT and no_shards is None:
-                return "sharded"
-            return "rows" if no_rows is None and len(prompt) > 1 else "whole"
-        problem = no_rows if self.way == "rows" else no_shards
+    def _refuse(self, given: Given) -> None:
+        """Raise where the way that was asked for cannot be taken."""
+        problem = None
+        if self.way == "rows":
+            problem = refuse_rows(self.model, given)
+        elif self.way == "sharded":
+            problem = refuse_sharded(self.model, self.mesh, given)
         if problem is not None:
             raise problem
-        return self.way
+
+    def _chosen(self, given: Given) -> str:
+        """The way for these prompts, the same on all ranks of the mesh: their memory may differ."""
+        prompt = prompt_of(given)
+        by_rows = len(prompt) > 1 and refuse_rows(self.model, given) is None
+        if refuse_sharded(self.model, self.mesh, given) is None:
+            free, need = free_memory(self.model.device), cache_bytes(self.model, given)
+            if free is not None and self.mesh.group is not None:
+                free = int(all_gather(torch.tensor([free], device=self.model.device), self.mesh.group).min())
+            share = need // self.mesh.size if by_rows else need
+            if prompt.shape[1] >= LONG_PROMPT or (free is not None and share > MOST_MEMORY * free):
+                return "sharded"
+        return "rows" if by_rows else "whole"
 
     def _sharded(self, plain: Callable[..., Any], given: Given) -> Any:
         self.check(self.model)
@@ -149,7 +162,7 @@ def _on(value: Any, device: torch.device) -> Any:
 
 def check_way(generate: str) -> None:
     """Raise `UspConfigError` for a way to generate that does not exist."""
-    if generate not in WAYS:
+    if not isinstance(generate, str) or generate not in WAYS:
         raise UspConfigError(
             f"generate={generate!r:.100}",
             rule=f"generate is one of {', '.join(WAYS)}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -109,6 +110,24 @@ def _refuse_settings(model: PreTrainedModel, mesh: UspMesh, given: Given, cache:
             remedy="call model.eval() before generate",
         )
     return None
+
+
+def cache_bytes(model: PreTrainedModel, given: Given) -> int:
+    """The keys and values of all rows of a call, at most: as if no layer had a window."""
+    config, prompt = model.config.get_text_config(), prompt_of(given)
+    copies = max(setting(model, given, name) or 1 for name in ("num_beams", "num_return_sequences"))
+    tokens = prompt.shape[1] + (setting(model, given, "max_new_tokens") or 0)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return len(prompt) * copies * tokens * config.num_hidden_layers * 2 * heads * width * model.dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on an accelerator, in torch's pool too; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    pool = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + pool
 
 
 def pad_token(model: PreTrainedModel, given: Given) -> int:

@@ -62,6 +62,23 @@ def check_padding(mask: Any, length: int) -> None:
             )
 
 
+def check_same_padding(mask: Any, cache: UspCache, count: int) -> None:
+    """Refuse another padding of the tokens in the cache than that of their prefill. Single tokens keep that."""
+    first_B = torch.from_numpy(cache.first_B)
+    if mask is None:
+        other = bool(first_B.any())
+    else:
+        other = count > 1 and not torch.equal(mask[:, : cache.length].int().argmax(1).cpu(), first_B)
+    if other:
+        raise on_every_rank(
+            UspBatchError(
+                "other padding (attention_mask) than that of the prompts in the cache",
+                rule="the tokens in a cache stay where they are",
+                remedy="pass the attention_mask of all tokens, which begins as that of the first call",
+            )
+        )
+
+
 def number_kept(batch: Mapping[str, Any], count: int) -> int:
     """How many last tokens of `count` a caller wants the logits of; what comes after them may be taken back."""
     keep = batch.get("logits_to_keep")
@@ -80,6 +97,7 @@ def step_inputs(batch: dict[str, Any], cache: UspCache) -> dict[str, Any]:
         )
     mask, length = batch.get("attention_mask"), cache.length
     check_padding(mask, length)
+    check_same_padding(mask, cache, count)
     cache.begin_step(count, number_kept(batch, count))
     if mask is None:
         mask = torch.ones(rows, 1, dtype=torch.bool, device=tokens.device).expand(rows, cache.seen)
