@@ -164,7 +164,7 @@ def _delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """chunk_gated_delta_rule, chunk_kda (flash-linear-attention): query, key [B, L, G, N], value [B, L, H, E],
     beta [B, L, H], g [B, L, H] or [B, L, H, N]."""
-    final = context.cache is not None and bool(kwargs.pop("output_final_state", False))
+    final = _final_state(context, kwargs, "output_final_state")
     _refuse_packing(kwargs, ("initial_state", "output_final_state", "cu_seqlens"))
 
     heads, groups = {"value": value, "g": g, "beta": beta}, {"query": query, "key": key}
@@ -191,7 +191,8 @@ def _delta_rule(
     out = scan_over_heads(kernel, layout, heads, groups, {}, value.shape[-1])
     if not final:
         return out, None
-    return out, gather_states(states, value, key, layout)
+    state_size = (key.shape[3], value.shape[3])
+    return out, gather_states(states, value.shape[2], key.shape[2], state_size, value, layout)
 
 
 def _ssd(
@@ -207,28 +208,27 @@ def _ssd(
     dt_bias: Tensor | None = None,
     z: Tensor | None = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """mamba_chunk_scan_combined (mamba-ssm, Mamba-2): x [B, L, H, E], dt [B, L, H], B, C [B, L, G, N]; A, D,
     dt_bias [H]."""
+    final = _final_state(context, kwargs, "return_final_states")
     _refuse_packing(kwargs, ("initial_states", "return_final_states", "seq_idx"))
+    states: list[Tensor] = []
     optional = {name: p for name, p in (("D", D), ("dt_bias", dt_bias)) if p is not None}
 
     def kernel(heads: Mapping[str, Tensor], groups: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
         extra = {name: own[name] for name in optional} | ({"z": heads["z"]} if z is not None else {})
-        return original(
-            heads["x"],
-            heads["dt"],
-            own["A"],
-            groups["B"],
-            groups["C"],
-            *args,
-            return_final_states=False,
-            **extra,
-            **kwargs,
-        )
+        inputs = heads["x"], heads["dt"], own["A"], groups["B"], groups["C"]
+        out = original(*inputs, *args, return_final_states=final, **extra, **kwargs)
+        if final:
+            states.append(out[1])
+        return out[0] if final else out
 
     heads = {"x": x, "dt": dt} | ({} if z is None else {"z": z})
-    return scan_over_heads(kernel, context.layout, heads, {"B": B, "C": C}, {"A": A} | optional, x.shape[-1])
+    out = scan_over_heads(kernel, context.layout, heads, {"B": B, "C": C}, {"A": A} | optional, x.shape[-1])
+    if not final:
+        return out
+    return out, gather_states(states, x.shape[2], B.shape[2], (x.shape[3], B.shape[3]), x, context.layout)
 
 
 def _selective_scan(
@@ -243,22 +243,35 @@ def _selective_scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """selective_scan_fn (mamba-ssm, Mamba): x, dt, z [B, C, L], A [C, N], B, C [B, N, L], D, delta_bias [C]; a channel
     is a head."""
+    final = _final_state(context, kwargs, "return_last_state")
     _refuse_packing(kwargs, ("return_last_state",))
+    states: list[Tensor] = []
     optional = {name: p for name, p in (("D", D), ("delta_bias", delta_bias)) if p is not None}
 
     def kernel(heads: Mapping[str, Tensor], groups: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
         # The kernel's B and C serve all channels, so a rank's group stands at index 0 whatever its channels are.
         b, c = (groups[name][:, :, 0].transpose(1, 2) for name in ("B", "C"))
-        extra = {name: own[name] for name in optional} | ({"z": heads["z"].transpose(1, 2)} if z is not None else {})
+        extra: dict[str, Any] = {name: own[name] for name in optional} | (
+            {"z": heads["z"].transpose(1, 2)} if z is not None else {}
+        )
+        extra |= {"return_last_state": True} if final else {}
         out = original(heads["x"].transpose(1, 2), heads["dt"].transpose(1, 2), own["A"], b, c, **extra, **kwargs)
-        return out.transpose(1, 2)
+        if final:
+            states.append(out[1])
+        return (out[0] if final else out).transpose(1, 2)
 
     heads = {name: t.transpose(1, 2) for name, t in (("x", x), ("dt", dt), ("z", z)) if t is not None}
     groups = {name: t.transpose(1, 2).unsqueeze(2) for name, t in (("B", B), ("C", C))}
-    return scan_over_heads(kernel, context.layout, heads, groups, {"A": A} | optional, 1).squeeze(-1).transpose(1, 2)
+    out = scan_over_heads(kernel, context.layout, heads, groups, {"A": A} | optional, 1).squeeze(-1).transpose(1, 2)
+    return (out, gather_states(states, x.shape[1], 1, (A.shape[1],), x, context.layout)) if final else out
+
+
+def _final_state(context: ForwardContext, kwargs: dict[str, Any], name: str) -> bool:
+    """Whether a layer asks for the state after the last token, which it keeps in the cache that a prefill fills."""
+    return context.cache is not None and bool(kwargs.pop(name, False))
 
 
 def _refuse_packing(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:

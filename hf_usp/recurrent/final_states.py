@@ -1,7 +1,7 @@
-"""What recurrent layers keep of a sharded prompt to go on from: whole states, small ones, on every rank.
+"""States that recurrent layers keep of a sharded prompt: whole ones, which are small, on every rank.
 
-Shape suffixes: B rows, L tokens of a row on this rank, H heads, h those of one rank, N state, E width of a value, C
-channels, K inputs that a convolution keeps.
+Shape suffixes: B rows, L tokens of a row on this rank, H heads, h those of one rank, C channels, K inputs that a
+convolution keeps.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ from ..distributed.comm import all_gather, all_reduce_sum
 from .scan import split_scan_heads
 
 
-def gather_states(states: Sequence[Tensor], value: Tensor, key: Tensor, layout: SequenceLayout) -> Tensor:
-    """The states after the last token of each row [B, H, N, E], from those of every rank's heads.
+def gather_states(
+    states: Sequence[Tensor], heads: int, groups: int, size: Sequence[int], like: Tensor, layout: SequenceLayout
+) -> Tensor:
+    """The states after the last token of each row [B, H, *size] in fp32, from those of every rank's heads.
 
     Args:
-        states: what the kernel returned on this rank [B, h, N, E]; empty where it has no head. Rows of a batch that
+        states: what the kernel returned on this rank [B, h, *size]; empty where it has no head. Rows of a batch that
             generates are documents of one length, which the kernel computes together.
-        value: [B, L, H, E].
-        key: [B, L, groups, N].
+        heads: H.
+        groups: groups of heads that share an input.
+        size: of the state of one head.
+        like: a tensor on the device.
         layout: of the prompts.
     """
     assert layout.mesh.group is not None and len(states) <= 1
-    shares = split_scan_heads(value.shape[2], key.shape[2], layout.mesh.size)
+    shares = split_scan_heads(heads, groups, layout.mesh.size)
     most = max(last - first for first, last, *_ in shares)
-    mine = torch.zeros(layout.batch, most, key.shape[3], value.shape[3], dtype=torch.float32, device=value.device)
+    mine = like.new_zeros(layout.batch, most, *size, dtype=torch.float32)
     for state in states:
         mine[:, : state.shape[1]] = state
     parts = all_gather(mine, layout.mesh.group)

@@ -23,6 +23,7 @@ from hf_usp.models.hooks import get_hooks
 from ..harness import checkpointing, fresh_accelerate
 from ..ranks import Ranks
 from ..tiny import HYBRID, SIZES, tiny_model
+from .census import tiny_model as census_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing")
 
@@ -117,6 +118,23 @@ def test_sharded_prompts_give_the_tokens_of_one_process(four_ranks: Ranks, case:
         torch.testing.assert_close(mine["logits"], theirs["logits"], atol=2e-5, rtol=1e-4)
 
 
+def of_architecture(subject: str, degrees: tuple[int, int] | None) -> Tensor:
+    """Tokens of a tiny model of an architecture, with the layer kinds that it has."""
+    model = census_model(subject, "usp" if degrees else "eager").eval()
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_cache": True}
+    if degrees:
+        mesh = hf_usp.UspMesh.build(ring_degree=degrees[0], ulysses_degree=degrees[1])
+        hf_usp.apply_context_parallel(model, mesh, generate="sharded")
+    return model.generate(**prompts((4, 0), 21), **settings)
+
+
+@pytest.mark.parametrize("subject", ["jamba", "falcon_h1", "lfm2", "gemma4_text"])
+def test_layers_with_and_without_states(two_ranks: Ranks, subject: str) -> None:
+    """Mamba; Mamba-2 beside attention in one layer; short convolutions; two head widths in one model."""
+    theirs = of_architecture(subject, None)
+    assert all(torch.equal(mine, theirs) for mine in two_ranks.run(of_architecture, subject, (2, 1)))
+
+
 @pytest.mark.parametrize("degrees", [(2, 1), (1, 2)], ids=str)
 def test_two_ranks(two_ranks: Ranks, degrees: tuple[int, int]) -> None:
     case = "sliding window and full"
@@ -125,7 +143,7 @@ def test_two_ranks(two_ranks: Ranks, degrees: tuple[int, int]) -> None:
 
 
 def sizes(prompt: int, new: int = 8) -> list[dict[str, Any]]:
-    """What a prefill and `new` steps send, plan, hold and compute, counted on this rank; the last step's calls."""
+    """Messages, schedules, bytes and logits of a prefill and `new` steps, and Python calls of each step, on this rank."""
     import hf_usp.batch.layout as layouts
     import hf_usp.distributed.comm as comm
 

@@ -101,7 +101,7 @@ def test_the_script(tmp_path: Path, model: list[str]) -> None:
 
 
 def trained(folder: str) -> list[dict[str, float]]:
-    """What the callback logs in two steps of the stock Trainer."""
+    """Entries of the callback in the log of two steps of the stock Trainer."""
     fresh_accelerate()
     config = hf_usp.UspParallelismConfig(cp_size=2, generate="sharded")
     torch.manual_seed(0)

@@ -25,7 +25,8 @@ from ...sharding.masks import UNLIMITED
 
 SLACK = 128  # a buffer has room for 1/128 more keys, so that a token does not copy it
 ATTENTION = ("full_attention", "sliding_attention")  # types of layers whose cache is one of keys and values
-STATES = ("linear_attention", "conv")  # and of those that go on from a state
+STATES = ("linear_attention", "conv")  # of those that go on from a state
+BOTH = ("hybrid", "hybrid_sliding")  # and of those that have both
 
 
 def not_prepared() -> UspModelError:
@@ -115,6 +116,8 @@ class UspLayer(CacheLayerMixin):
 class UspStates(LinearAttentionLayer):
     """A recurrent layer's states, whole ones on every rank: it decodes without a message."""
 
+    is_compileable = False  # beside attention whose keys are sharded
+
     def __init__(self, cache: UspCache, number_of_states: int) -> None:
         super().__init__(number_of_states=number_of_states)
         self.cache = cache
@@ -141,6 +144,22 @@ class UspStates(LinearAttentionLayer):
         return all(self.has_previous_state.values())
 
 
+class UspHybridLayer(UspStates, UspLayer):  # type: ignore[misc, override]
+    """A layer with attention and a recurrence side by side."""
+
+    def __init__(self, cache: UspCache, number_of_states: int) -> None:
+        UspLayer.__init__(self, cache)
+        UspStates.__init__(self, cache, number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of keys and values, which come without names, or of states."""
+        (UspLayer if args else UspStates).lazy_initialization(self, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        UspLayer.reorder_cache(self, beam_idx)
+        UspStates.reorder_cache(self, beam_idx)
+
+
 class UspCache(Cache):
     """The keys and values of a sharded prompt and of the tokens after it. `generate` of a prepared model makes one.
 
@@ -155,7 +174,8 @@ class UspCache(Cache):
         config = model.config.get_text_config(decoder=True)
         types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         states = getattr(config, "number_of_conv_states", 1)
-        layers = [UspStates(self, states) if kind in STATES else UspLayer(self) for kind in types]
+        made = {**dict.fromkeys(STATES, UspStates), **dict.fromkeys(BOTH, UspHybridLayer)}
+        layers = [made[kind](self, states) if kind in made else UspLayer(self) for kind in types]
         super().__init__(layers=list(layers))
         self.usp_layers = [layer for layer in layers if isinstance(layer, UspLayer)]
         self.layout: SequenceLayout | None = None

@@ -1,4 +1,4 @@
-"""What a call of `generate` asks for, and what of it is refused."""
+"""Settings of a call of `generate`, and those of them that are refused."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from ..backbone import find_backbone
 from ..positions import temperature_tuned
 from ..recurrent_layers import recurrent_kernels
 from ..unsharded import CACHES
-from .cache import ATTENTION, STATES, UspCache
+from .cache import ATTENTION, BOTH, STATES, UspCache
 from .steps import other_mesh
 
 Given = dict[str, Any]  # the arguments of a call of `generate`, by name
-# Kernels of recurrent layers whose states every rank gets after the prefill.
-KERNELS = {"causal_conv1d_fn", "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"}
 PROMPTS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -145,12 +143,10 @@ def refuse_cache_layers(model: PreTrainedModel) -> UspError | None:
     """Why the prompts of a model cannot be kept in a `UspCache`; None where they can."""
     config = model.config.get_text_config(decoder=True)
     types = list(getattr(config, "layer_types", None) or ())
-    unknown = set(types).difference(ATTENTION, STATES)
+    unknown = set(types).difference(ATTENTION, STATES, BOTH)
     found = f"layers of type {', '.join(sorted(unknown))}" if unknown else None
-    kernels, states = recurrent_kernels(model), sum(kind in STATES for kind in types)
-    if found is None and (
-        len(kernels) != states or set().union(*kernels) - KERNELS or (states and states == len(types))
-    ):
+    attends, recurs = (sum(kind in (*kinds, *BOTH) for kind in types) for kinds in (ATTENTION, STATES))
+    if found is None and (len(recurrent_kernels(model)) != recurs or (types and not attends)):
         found = "whose recurrent layers have states that no other rank gets"
     if found is None and "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         found = "layers that reuse keys"
