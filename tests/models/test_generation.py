@@ -128,9 +128,9 @@ def of_architecture(subject: str, degrees: tuple[int, int] | None) -> Tensor:
     return model.generate(**prompts((4, 0), 21), **settings)
 
 
-@pytest.mark.parametrize("subject", ["jamba", "falcon_h1", "lfm2", "gemma4_text"])
+@pytest.mark.parametrize("subject", ["jamba", "falcon_h1", "lfm2", "nemotron_h", "gemma4_text", "llama4_text"])
 def test_layers_with_and_without_states(two_ranks: Ranks, subject: str) -> None:
-    """Mamba; Mamba-2 beside attention in one layer; short convolutions; two head widths in one model."""
+    """Mamba; Mamba-2 beside attention; short convolutions; layers without either; two head widths; chunks."""
     theirs = of_architecture(subject, None)
     assert all(torch.equal(mine, theirs) for mine in two_ranks.run(of_architecture, subject, (2, 1)))
 
@@ -143,7 +143,7 @@ def test_two_ranks(two_ranks: Ranks, degrees: tuple[int, int]) -> None:
 
 
 def sizes(prompt: int, new: int = 8) -> list[dict[str, Any]]:
-    """Messages, schedules, bytes and logits of a prefill and `new` steps, and Python calls of each step, on this rank."""
+    """Messages, schedules, bytes and logits of a prefill and `new` steps on this rank, and Python calls of a step."""
     import hf_usp.batch.layout as layouts
     import hf_usp.distributed.comm as comm
 
@@ -278,7 +278,7 @@ def refusals() -> dict[str, tuple[str, str]]:
         "static": lambda: run(cache_implementation="static"),
         "quantized": lambda: run(cache_implementation="quantized"),
         "assistant": lambda: run(assistant_model=tiny_model("llama")),
-        "chunks": lambda: run(configured(layer_types=["chunked_attention", "full_attention"])),
+        "indices": lambda: run(configured(layer_types=["indexed_attention", "full_attention"])),
         "states": lambda: run(configured(layer_types=["linear_attention", "full_attention"])),
         "shared keys": lambda: run(configured(num_kv_shared_layers=1)),
         "checkpointing": checkpointed,
@@ -340,7 +340,7 @@ def test_bad_input_is_refused_on_every_rank(two_ranks: Ranks) -> None:
         "static": "cache_implementation='static'",
         "quantized": "cache_implementation='quantized'",
         "assistant": "an assistant_model",
-        "chunks": "layers of type chunked_attention",
+        "indices": "layers of type indexed_attention",
         "states": "whose recurrent layers have states that no other rank gets",
         "shared keys": "num_kv_shared_layers=1",
         "checkpointing": "activation checkpointing",

@@ -24,9 +24,14 @@ from ...sharding.intervals import IntArray
 from ...sharding.masks import UNLIMITED
 
 SLACK = 128  # a buffer has room for 1/128 more keys, so that a token does not copy it
-ATTENTION = ("full_attention", "sliding_attention")  # types of layers whose cache is one of keys and values
+ATTENTION = (
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+)  # types of layers whose cache is one of keys and values
 STATES = ("linear_attention", "conv")  # of those that go on from a state
-BOTH = ("hybrid", "hybrid_sliding")  # and of those that have both
+BOTH = ("hybrid", "hybrid_sliding")  # of those that have both
+NEITHER = ("mlp", "moe")  # and of those that look at no other token
 
 
 def not_prepared() -> UspModelError:
@@ -73,13 +78,16 @@ class UspLayer(CacheLayerMixin):
 
     def forget(self, mask_spec: MaskSpec) -> None:
         """Drop what lies behind the window of the next query: after the prefill, and when as much again is dead."""
-        if mask_spec.window_left == UNLIMITED:
+        if mask_spec.window_left == UNLIMITED and not mask_spec.chunk_size:
             return
         cache = self.cache
         next_query = cache.seen - cache.margin
         self.least = next_query
+        needed = min(
+            int(_first_key(mask_spec, np.array([next_query]), first)[0]) for first in set(cache.first_B.tolist())
+        )
         own = cache.positions[self.dropped : self.dropped + self.count]
-        dead = int(np.searchsorted(own, next_query - mask_spec.window_left))
+        dead = int(np.searchsorted(own, needed))
         if dead and (cache.in_prefill or 2 * dead > self.count):
             self._take(lambda x: x[:, dead : self.count].clone())
             self.count, self.dropped = self.count - dead, self.dropped + dead
@@ -177,7 +185,8 @@ class UspCache(Cache):
         made = {**dict.fromkeys(STATES, UspStates), **dict.fromkeys(BOTH, UspHybridLayer)}
         layers = [made[kind](self, states) if kind in made else UspLayer(self) for kind in types]
         super().__init__(layers=list(layers))
-        self.usp_layers = [layer for layer in layers if isinstance(layer, UspLayer)]
+        keep = zip(types, layers, strict=True)
+        self.usp_layers = [layer for kind, layer in keep if isinstance(layer, UspLayer) and kind not in NEITHER]
         self.layout: SequenceLayout | None = None
         self.mesh, self.length, self.seen, self.in_prefill, self.margin = mesh, 0, 0, False, 0
         self.mine: slice | None = None
@@ -252,10 +261,7 @@ class UspCache(Cache):
             hi = np.searchsorted(own, query + 1)
             visible = []
             for first in self.first_B.tolist():
-                lowest = np.full_like(query, first)
-                if mask_spec.window_left != UNLIMITED:
-                    lowest = np.maximum(lowest, query - mask_spec.window_left)
-                visible.append((np.searchsorted(own, lowest), hi))
+                visible.append((np.searchsorted(own, _first_key(mask_spec, query, first)), hi))
             self._tiles[key] = decode_tiles(visible, layer.device)
         return self._tiles[key]
 
@@ -297,6 +303,16 @@ class UspCache(Cache):
             rule="a UspCache serves one batch of prompts",
             remedy="leave the cache out; generate makes a new one",
         )
+
+
+def _first_key(mask_spec: MaskSpec, queries: IntArray, first: int) -> IntArray:
+    """The first position that each query of a row sees, whose first visible token stands at `first`."""
+    found = np.full_like(queries, first)
+    if mask_spec.window_left != UNLIMITED:
+        found = np.maximum(found, queries - mask_spec.window_left)
+    if mask_spec.chunk_size:
+        found = first + (queries - first) // mask_spec.chunk_size * mask_spec.chunk_size
+    return found
 
 
 def _with_room(buffer: Tensor | None, new: Tensor, count: int) -> Tensor:

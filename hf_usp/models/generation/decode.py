@@ -60,10 +60,10 @@ def attend_from_cache(
             rule="while tokens are decoded a layer attends once to this rank's keys, which it has added to its cache",
             remedy="use generate='whole'",
         )
-    if spec.window_right != 0 or spec.chunk_size:
+    if spec.window_right != 0:
         raise UspMaskError(
             f"{type(module).__name__} decodes under {spec}",
-            rule="tokens are decoded under causal masks and sliding windows",
+            rule="tokens are decoded under causal masks, sliding windows and chunks",
             remedy="use generate='whole'",
         )
     q, k, v = as_autocast(*(x.transpose(1, 2) for x in (query, key, value)))

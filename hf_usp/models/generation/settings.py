@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 from ...distributed.mesh import UspMesh
 from ...errors import UspBatchError, UspConfigError, UspError, UspModelError
 from ..backbone import find_backbone
-from ..positions import temperature_tuned
 from ..recurrent_layers import recurrent_kernels
 from ..unsharded import CACHES
-from .cache import ATTENTION, BOTH, STATES, UspCache
+from .cache import ATTENTION, BOTH, NEITHER, STATES, UspCache
 from .steps import other_mesh
 
 Given = dict[str, Any]  # the arguments of a call of `generate`, by name
@@ -65,8 +64,6 @@ def refuse_sharded(model: PreTrainedModel, mesh: UspMesh, given: Given) -> UspEr
     reason = None
     if backbone.needs_full_hidden_states:
         reason = f"{name}, whose head takes the hidden states of all tokens"
-    elif temperature_tuned(model):
-        reason = f"{name}, whose layers count positions themselves"
     elif given.get("assistant_model") is not None:
         reason = "an assistant_model"
     elif given.get("custom_generate") is not None:
@@ -143,16 +140,15 @@ def refuse_cache_layers(model: PreTrainedModel) -> UspError | None:
     """Why the prompts of a model cannot be kept in a `UspCache`; None where they can."""
     config = model.config.get_text_config(decoder=True)
     types = list(getattr(config, "layer_types", None) or ())
-    unknown = set(types).difference(ATTENTION, STATES, BOTH)
+    unknown = set(types).difference(ATTENTION, STATES, BOTH, NEITHER)
     found = f"layers of type {', '.join(sorted(unknown))}" if unknown else None
     attends, recurs = (sum(kind in (*kinds, *BOTH) for kind in types) for kinds in (ATTENTION, STATES))
     if found is None and (len(recurrent_kernels(model)) != recurs or (types and not attends)):
         found = "whose recurrent layers have states that no other rank gets"
     if found is None and "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         found = "layers that reuse keys"
-    for name in ("num_kv_shared_layers", "attention_chunk_size"):
-        if found is None and getattr(config, name, None):
-            found = f"{name}={getattr(config, name)!r:.60}"
+    if found is None and getattr(config, "num_kv_shared_layers", None):
+        found = f"num_kv_shared_layers={config.num_kv_shared_layers}"
     if found is None:
         return None
     return UspModelError(
