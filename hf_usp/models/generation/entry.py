@@ -102,10 +102,11 @@ class GenerateCalls(NotSaved):
             refuse_prompts(self.model, given)
             self._refuse(given)
             prompts = {name: given[name] for name in PROMPTS if given.get(name) is not None}
-            configs = [config for config in (given.get("generation_config"), self.model.generation_config) if config]
-            settings = [sorted(config.to_dict().items()) for config in configs]
             plain = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
-            found = fingerprint({name: _on(value, device) for name, value in prompts.items()} | plain, settings)
+            for name in ("generation_config", "of the model"):
+                config = given.get(name) if name in given else self.model.generation_config
+                plain[name] = None if config is None else config.to_dict()
+            found = fingerprint({name: _on(value, device) for name, value in prompts.items()} | plain)
         except Exception as error:  # every rank must hear of it, whatever it is
             problem = error
         if mesh.group is not None:
