@@ -92,17 +92,15 @@ class UspLayer(CacheLayerMixin):
             self._take(lambda x: x[:, dead : self.count].clone())
             self.count, self.dropped = self.count - dead, self.dropped + dead
 
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return self.cache.length + int(getattr(query_length, "shape", [query_length])[0]), 0
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.length + query_length, 0
 
-    def get_seq_length(self, *args: Any) -> int:
+    def get_seq_length(self) -> int:
         """Tokens of a whole row: what `generate` and positions count by. It grows after the forward."""
         return self.cache.length
 
     def get_max_length(self) -> int:
         return -1
-
-    get_max_cache_shape = get_max_length  # its name until Transformers 5.23
 
     def crop(self, tokens_to_remove: int) -> None:
         self.count = len(self.cache.positions) - self.dropped  # the cache has shortened `positions`
