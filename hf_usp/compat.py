@@ -228,10 +228,8 @@ def set_reshard_state(unit: Any, before: tuple[Any, Any]) -> None:
 
 def checkpointing_name() -> str:
     """The name of activation checkpointing in arguments: 5.23 renamed it. Goes when 5.23 is the oldest Transformers."""
-    from transformers import PreTrainedModel
-
-    new = "activation_checkpointing"
-    return new if hasattr(PreTrainedModel, f"{new}_enable") else "gradient_checkpointing"
+    new, models = "activation_checkpointing", importlib.import_module("transformers")
+    return new if hasattr(models.PreTrainedModel, f"{new}_enable") else "gradient_checkpointing"
 
 
 def checkpoint_function(layer: Any) -> Any:
@@ -256,9 +254,13 @@ def has_attention_interface(model_class: type) -> bool:
 
 def chunks_from_row_start() -> bool:
     """Whether packed documents' chunks are counted from the row's start: before 5.23. Goes when 5.23 is the oldest."""
-    from transformers import masking_utils
-
+    masking_utils = importlib.import_module("transformers.masking_utils")
     return not hasattr(masking_utils, "remap_positions_for_packed_sequence")
+
+
+def sampling_loop(model: Any) -> Callable[..., Any]:
+    """The loop of `generate` that chooses one token a row. Goes once a `custom_generate` function can call it."""
+    return model._sample
 
 
 class MaskPart(NamedTuple):
@@ -289,9 +291,8 @@ def _captured(function: Callable[..., Any]) -> dict[str, Any]:
 
 def is_batch_rebalance_sampler(sampler: Any) -> bool:
     """Whether a sampler is that of `train_sampling_strategy="batch_rebalance"`, which 5.17 lacks."""
-    from transformers import trainer_pt_utils  # with the Trainer's own imports, too many for `import hf_usp`
-
-    return isinstance(sampler, getattr(trainer_pt_utils, "BatchRebalanceSampler", ()))
+    trainer = importlib.import_module("transformers.trainer_pt_utils")  # too many imports for `import hf_usp`
+    return isinstance(sampler, getattr(trainer, "BatchRebalanceSampler", ()))
 
 
 # ----------------------------------------------------------------- Accelerate, DeepSpeed, TRL: read in 1.15, 0.19, 1.16

@@ -19,7 +19,7 @@ from .distributed.comm import world_size
 from .distributed.mesh import DeviceMesh, kept_mesh
 from .errors import UspConfigError
 from .integrations.accelerate import AcceleratorPatch
-from .integrations.transformers import validate_memory_options, validate_options
+from .integrations.transformers import check_way, validate_memory_options, validate_options
 from .planner.hardware import check_machine
 from .sharding.degrees import check_degrees
 from .utils.validation import check_positive_int, check_switches, size_from_environment
@@ -37,6 +37,7 @@ OPTIONS = (
     "offload_checkpoints",
     "kernel",
     "self_check",
+    "generate",
     "ranks_per_node",
     "machine",
     "sequence_length",
@@ -72,6 +73,9 @@ class UspParallelismConfig(ParallelismConfig):
         offload_checkpoints: keep the inputs of checkpointed layers (activation checkpointing) in CPU memory.
         kernel: name of the attention kernel (docs/kernels.md). Default: the best installed for the device.
         self_check: whether a prepared model first compares a short random batch, sharded and unsharded.
+        generate: how `model.generate` of a prepared model works (docs/generation.md). "whole": each rank
+            alone, as without hf_usp. "rows": each rank its rows of the batch. "sharded": the prompt's keys and values
+            are sharded. "auto": shards for long prompts, rows for others; all ranks of a mesh call it.
         ranks_per_node: ranks on one node; used to keep ulysses groups inside a node. Default: `LOCAL_WORLD_SIZE`.
         machine: preset of `hf-usp plan`, or file of `hf-usp check`, used to choose `ulysses_degree`. Default: detected
             from the name of the GPU.
@@ -98,6 +102,7 @@ class UspParallelismConfig(ParallelismConfig):
         offload_checkpoints: bool = False,
         kernel: str | None = None,
         self_check: bool = True,
+        generate: str = "whole",
         ranks_per_node: int | None = None,
         machine: str | None = None,
         sequence_length: int | None = None,
@@ -111,7 +116,7 @@ class UspParallelismConfig(ParallelismConfig):
         self.loss_chunk_size, self.mlp_chunk_size = loss_chunk_size, mlp_chunk_size
         self.offload_checkpoints = offload_checkpoints
         self.kernel = kernel
-        self.self_check = self_check
+        self.self_check, self.generate = self_check, generate
         self.ranks_per_node, self.machine, self.sequence_length = ranks_per_node, machine, sequence_length
         in_environment = any(f"PARALLELISM_CONFIG_{axis}_SIZE" in os.environ for axis in ("DP_REPLICATE", "DP_SHARD"))
         self.fill_data_parallel = dp_replicate_size is None and dp_shard_size is None and not in_environment
@@ -133,6 +138,7 @@ class UspParallelismConfig(ParallelismConfig):
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
         validate_memory_options(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
         check_switches(gather_outputs=self.gather_outputs is None or self.gather_outputs)
+        check_way(self.generate)
         check_switches(offload_checkpoints=self.offload_checkpoints, self_check=self.self_check)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1

@@ -40,6 +40,10 @@ class ByteTokenizer:
     def __call__(self, text: str | list[str], **kwargs: Any) -> Mapping[str, Any]:
         return {"input_ids": list(text.encode("utf-8")) if isinstance(text, str) else [list(t.encode()) for t in text]}
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of bytes; what is no UTF-8 becomes a mark."""
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
     def __len__(self) -> int:
         return 257
 

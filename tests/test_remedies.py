@@ -22,7 +22,7 @@ import hf_usp
 from hf_usp.batch.documents import find_documents
 from hf_usp.callbacks import UspMetricsCallback
 from hf_usp.memory.activation_offload import CHECKPOINTING
-from hf_usp.models.hooks import find_model
+from hf_usp.models.find import find_model
 from hf_usp.sharding.load_balance import fixed_assignment
 from hf_usp.sharding.masks import Documents, Mask
 
@@ -373,6 +373,10 @@ def follow(words: str) -> str:
 
 
 ONE_PROCESS: dict[str, Case] = {
+    "leave it out: each rank generates alone": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, generate="shards"),
+        lambda: hf_usp.UspParallelismConfig(cp_size=2),
+    ),
     "leave sp_size at 1": Case(
         lambda: hf_usp.UspParallelismConfig(cp_size=2, sp_size=2),
         lambda: hf_usp.UspParallelismConfig(cp_size=2, sp_size=1),
@@ -492,6 +496,15 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "pass a function that returns its result": ("integrations/test_completions.py", "once_by_hand"),
     "prepare a second Transformers model by itself": ("models/test_unsharded.py", "prepared_modules(twin"),
     "leave offload=True out of": ("memory/test_activation_offload.py", "offload=True"),
+    "use generate='whole'": ("models/test_generation.py", "test_remedies_are_followed"),
+    "call model.eval() before generate": ("models/test_generation.py", "test_remedies_are_followed"),
+    "set num_beams to": ("models/test_generation.py", "test_remedies_are_followed"),
+    "leave out use_cache, or the cache": ("models/test_generation.py", "test_remedies_are_followed"),
+    "hf_usp.apply_context_parallel), or leave the cache out": (
+        "models/test_generation.py",
+        "test_remedies_are_followed",
+    ),
+    "tokenize with padding_side='left'": ("models/test_generation.py", "test_remedies_are_followed"),
     "read the stream with num_workers=1": ("integrations/test_data_loader.py", '"dataloader_num_workers": 1'),
 }
 OPTION = re.compile(r"\b[a-z_]+=|[a-z](?<!len)\(|\b(leave|set) (out )?[a-z]+_[a-z_]+|hf_usp\.")

@@ -34,6 +34,7 @@ OPTIONS = [
     "loss_chunk_size",
     "kernel",
     "self_check",
+    "generate",
     "ranks_per_node",
 ]
 ERRORS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,13 @@ class AttentionShape(NamedTuple):
     dtype: torch.dtype
 
 
+class KeepsKeys(Protocol):
+    """A cache that a sharded forward fills (`models/generation`)."""
+
+    def forget(self, mask_spec: MaskSpec) -> None:
+        """Drop of the layer that has just attended what later tokens do not see under its mask."""
+
+
 @opaque_to_fsdp
 @dataclass(eq=False)
 class ForwardContext:
@@ -72,6 +79,7 @@ class ForwardContext:
         gathers_outputs: whether per-token outputs are gathered after the forward.
         of_backbone: whether the base model of a causal LM was called by itself.
         kept: the tokens whose logits the caller wants (`logits_to_keep`); None: all.
+        cache: the cache that this forward, a prefill, fills; None in every other one.
         attention_calls: attention calls by shape; those of recomputed layers count again.
         recurrent_calls: calls of kernels of recurrent layers.
         kernels: name of the kernel that computes each kind of call, for the log.
@@ -85,6 +93,7 @@ class ForwardContext:
     gathers_outputs: bool = False
     of_backbone: bool = False
     kept: KeptTokens | None = None
+    cache: KeepsKeys | None = field(default=None, repr=False)
     attention_calls: Counter[AttentionShape] = field(default_factory=Counter, repr=False)
     recurrent_calls: int = 0
     kernels: dict[Request, str] = field(default_factory=dict, repr=False)

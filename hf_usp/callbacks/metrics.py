@@ -24,7 +24,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from ..batch.sharded_tensors import context_of
 from ..compat import profiler_enabled
 from ..errors import UspConfigError
-from ..models.hooks import find_model
+from ..models.find import find_model
 from ..planner.hardware import MACHINES, recognised
 from .counting import Seen, StepCounts, count, work_per_token
 from .overlap import exposed_share

@@ -23,7 +23,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..compat import tree_map
 from ..errors import UspConfigError
-from ..models.hooks import find_model
+from ..models.find import find_model
 from ..utils.validation import size_from_environment
 from .checkpoint import describe_files
 

@@ -19,7 +19,8 @@ from ..distributed.comm import world_size
 from ..distributed.failures import refuse_after_failure, reporting_failures, translate_connection_errors
 from ..distributed.mesh import UspMesh
 from ..errors import UspModelError
-from ..models.hooks import ContextParallelHooks, attends_sharded, find_model, get_hooks
+from ..models.find import attends_sharded, find_model
+from ..models.hooks import ContextParallelHooks, get_hooks
 from ..models.traits import inspect_model
 from ..utils.patches import AttributePatches
 from .completions import check_streamed_prompts, repeat_for_groups, score_once
@@ -224,6 +225,7 @@ class AcceleratorPatch:
             kernel=config.kernel,
             gather_outputs=config.gather_outputs,
             self_check=config.self_check,
+            generate=config.generate,
             loss_chunk_size=config.loss_chunk_size,
             mlp_chunk_size=config.mlp_chunk_size,
             offload_checkpoints=config.offload_checkpoints,

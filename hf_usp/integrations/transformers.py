@@ -22,7 +22,9 @@ from ..memory.chunked_loss import ChunkedLoss, chunked_loss
 from ..memory.tiled_mlp import TiledMLP, chunked, tile_mlps, untile
 from ..memory.tiled_norm import TiledNorm, tile_norms
 from ..models.consistency import describe_model
-from ..models.hooks import ContextParallelHooks, attach_hooks, find_model, get_hooks
+from ..models.find import find_model
+from ..models.generation.entry import check_way
+from ..models.hooks import ContextParallelHooks, attach_hooks, get_hooks
 from ..models.traits import inspect_model
 from ..sharding.load_balance import ALL_ORDERS
 from ..utils.validation import check_positive_int, check_switches
@@ -133,6 +135,12 @@ MODEL_CHANGES = (
         "wrappers that call `model.forward(...)` run the hooks too",
         _hooked,
     ),
+    Change(
+        "a model that generates",
+        "`generate`",
+        "its forwards are told from others; with `generate=` by rows, or with the prompt sharded",
+        lambda _, hooks: hooks is not None and hooks.generation.generate is not None,
+    ),
 )
 
 
@@ -147,6 +155,7 @@ def apply_context_parallel(
     loss_chunk_size: int | None = None,
     mlp_chunk_size: int | None = None,
     offload_checkpoints: bool = False,
+    generate: str = "whole",
 ) -> nn.Module:
     """Make a Transformers model take full batches and shard them over `mesh`. Every process of the world calls it.
 
@@ -157,8 +166,8 @@ def apply_context_parallel(
     Args:
         model: a `PreTrainedModel` with `attn_implementation="usp"`, or a module around one (PEFT, DDP).
         mesh: see `UspMesh.build`. On a mesh of one rank only the memory options below change anything.
-        sequence_order, gather_outputs, self_check, kernel, loss_chunk_size, mlp_chunk_size, offload_checkpoints: see
-            `UspParallelismConfig`.
+        sequence_order, gather_outputs, self_check, kernel, loss_chunk_size, mlp_chunk_size, offload_checkpoints,
+            generate: see `UspParallelismConfig`.
 
     Returns:
         `model` itself.
@@ -167,6 +176,7 @@ def apply_context_parallel(
         UspError: the model or an option does not fit, or ranks differ in them; on every rank.
     """
     validate_options(sequence_order, kernel)
+    check_way(generate)
     validate_memory_options(loss_chunk_size, mlp_chunk_size, gather_outputs)
     check_switches(gather_outputs=gather_outputs is None or gather_outputs)
     check_switches(self_check=self_check, offload_checkpoints=offload_checkpoints)
@@ -180,6 +190,7 @@ def apply_context_parallel(
             kernel=kernel,
             gather_outputs=gather_outputs,
             self_check=self_check,
+            generate=generate,
         )
     return model
 

@@ -24,6 +24,7 @@ from ..errors import UspMaskError, UspModelError
 from ..kernels import Softmax
 from ..sharding.masks import UNLIMITED
 from ..utils.dtypes import as_autocast
+from .generation.decode import attend_from_cache, cache_of
 from .mask_interface import usp_mask
 from .positions import is_temperature_tuned, with_global_temperature
 from .unsharded import refuse_unsharded, tell_of_full_sequences
@@ -78,7 +79,12 @@ def usp_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of "usp", as `AttentionInterface` calls it: tensors [B, H, L, D], result [B, L, H, E]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     context = context_of(attention_mask, usp)
+    if context is None and cache_of(attention_mask) is not None:
+        _refuse(module, dropout, kwargs)
+        inputs = query, key, value, s_aux
+        return attend_from_cache(module, inputs, attention_mask, Softmax(scale, softcap)), None
     if context is None:
         return _unsharded(
             module,
@@ -99,10 +105,13 @@ def usp_attention_forward(
         _refuse_router_logits(module, kwargs.get("output_router_logits"))
     if is_temperature_tuned(module):
         query = with_global_temperature(query, module, context.layout)
-    softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
+    softmax = Softmax(scale, softcap)
     q, k, v = as_autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     if isinstance(attention_mask, ShardedMask):
-        return attend((q, k, v, s_aux), attention_mask, softmax), None
+        out = attend((q, k, v, s_aux), attention_mask, softmax)
+        if context.cache is not None:
+            context.cache.forget(attention_mask.mask_spec)
+        return out, None
     mask_spec = _spec_without_mask(module, attention_mask, sliding_window, kwargs.get("is_causal"))
     return attend_without_mask((q, k, v, s_aux), context, mask_spec, softmax), None
 

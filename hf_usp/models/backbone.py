@@ -187,7 +187,7 @@ def _shard_inputs(body: PreTrainedModel, batch: dict[str, Any], context: Forward
     if visual_BS is not None and features is not None:
         share["visual_pos_masks"], share["deepstack_visual_embeds"] = _shard_features(visual_BS, features, layout)
     share |= {name: shard_tensor(value, layout) for name, value in prepared.items()}
-    return {**share, **passed, "use_cache": False}
+    return {**share, **passed, "use_cache": context.cache is not None}
 
 
 def _shard_features(

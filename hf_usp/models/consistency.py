@@ -46,7 +46,7 @@ def check_weights(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -
     assert mesh.group is not None
     total = torch.zeros((), dtype=torch.int64, device=device)
     for name, parameter in model.named_parameters():
-        if not _is_part(parameter):
+        if not is_part(parameter):
             held = words(parameter)
             some = held[:: max(1, len(held) // LOOKED_AT)]
             total = total + checksum(some, hashed(name)).to(device)
@@ -65,7 +65,8 @@ def check_weights(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -
         )
 
 
-def _is_part(parameter: Tensor) -> bool:
+def is_part(parameter: Tensor) -> bool:
+    """Whether each rank has a part of a parameter, or none of its values."""
     return parameter.is_meta or hasattr(parameter, "device_mesh") or is_zero3_parameter(parameter)
 
 

@@ -21,12 +21,13 @@ class DirectForwardCalls:
     Without gradients it is the model's own forward on the full batch: one rank may call it alone.
     It is an attribute of the model with the signature of the class's forward; `remove` takes it back.
 
-    inside: whether a forward of the model is under way, whose call of the base model is a part of it.
+    inside: whether a forward of the model is under way, whose call of the base model is a part of it. generating:
+    whether `generate` is under way.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.before = model, vars(model).get("forward")
-        self.open, self.inside = True, False
+        self.open, self.inside, self.generating = True, False, False
         plain: Any = model.forward
         own = isinstance(plain, MethodType) and plain.__self__ is model  # else a wrapper that has the model in it
         signature = inspect.signature(plain)
@@ -37,7 +38,7 @@ class DirectForwardCalls:
             batch = {**dict(zip(names, args, strict=False)), **kwargs}
             if context_of(*batch.values()) is not None:
                 return plain.__func__(model, *args, **kwargs) if own else plain(*args, **kwargs)
-            if self.open and torch.is_grad_enabled() and not is_generation(model, batch):
+            if self.open and torch.is_grad_enabled() and not is_generation(model, batch, self.generating):
                 with self.closed():
                     return model(*args, **kwargs)
             with self.running():

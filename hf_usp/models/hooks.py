@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..batch.layout import locate_tokens
 from ..batch.shard import get_tokens, shard_tensor
 from ..batch.sharded_tensors import context_of
 from ..batch.unshard import unshard_kept
-from ..compat import attention_implementation, find_hook_owner, tree_leaves
+from ..compat import find_hook_owner, tree_leaves
 from ..distributed.failures import refuse_after_failure, report_failure
 from ..distributed.loss import reduce_loss
 from ..distributed.mesh import UspMesh
@@ -40,17 +40,30 @@ from .backbone import (
 from .backbone_calls import BackboneCalls
 from .consistency import check_weights
 from .direct_calls import DirectForwardCalls
+from .find import find_model, layers_beside
+from .generation.cache import UspCache
+from .generation.entry import GenerateCalls
+from .generation.steps import check_cache, check_padding, number_kept, step_inputs, usp_cache_in
 from .moe_aux_loss import MoeAuxLoss, wants_router_logits
 from .pickling import NotSaved
 from .positions import visible_positions
 from .recurrent_layers import RecurrentLayers
 from .selfcheck.check import measure
+from .selfcheck.generation import check_generation
 from .selfcheck.training import refuse_scaled_noise, training_check
 from .tensor_parallel import PartialGradients
 from .traits import MeasuredTraits, ModelTraits, inspect_model
 from .trl_fused_head import FUSED, unshard_fields, validate_fused_head
-from .unsharded import PreparedLayers, check_outside_loss, guard_share, has_labels, is_generation, kept_positions
-from .validation import validate_call, validate_model
+from .unsharded import (
+    PreparedLayers,
+    cache_in,
+    check_outside_loss,
+    guard_share,
+    has_labels,
+    is_generation,
+    kept_positions,
+)
+from .validation import validate_call, validate_model, validate_positions
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +80,11 @@ class ContextParallelHooks(NotSaved):
         *,
         gather_outputs: bool | None,
         self_check: bool,
+        generate: str,
         around: nn.Module,
     ) -> None:
         self.traits, self.mesh, self.options, self.gather_outputs = traits, mesh, options, gather_outputs
-        self.self_check = self.unchecked_training = self_check
+        self.self_check = self.unchecked_training = self.unchecked_generation = self_check
         self.uncompared = mesh.group is not None  # the weights, with those of the other ranks
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.shares: frozenset[tuple[int, ...]] = frozenset()  # shapes of the last outputs that were left as shares
@@ -85,8 +99,9 @@ class ContextParallelHooks(NotSaved):
             *(BackboneHooks(self.backbone, mesh).handles if self.backbone.inside else ()),
         )
         self.router = MoeAuxLoss(model)  # its hook runs after ours, where both are on one model
-        self.layers = PreparedLayers([*self.backbone.module.modules(), *_beside(model, around)])
+        self.layers = PreparedLayers([*self.backbone.module.modules(), *layers_beside(model, around)])
         self.entry = DirectForwardCalls(model)
+        self.generation = GenerateCalls(model, mesh, generate, self.entry, self._check_generation)
         self.backbone_calls = BackboneCalls(model, self.backbone, mesh, self.entry, self._shard_backbone)
 
     def remove(self) -> None:
@@ -97,6 +112,7 @@ class ContextParallelHooks(NotSaved):
         self.router.remove()
         self.layers.release()
         self.entry.remove()
+        self.generation.remove()
 
     @torch.compiler.disable
     def pre_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -105,9 +121,29 @@ class ContextParallelHooks(NotSaved):
         if "usp" in batch or (self.entry.replaced() and not isinstance(get_tokens(batch), Tensor)):
             return args, kwargs  # the latter is no call of the model: its wrappers run a function of the trainer's
         self.entry.inside = True  # until `on_error`
-        if is_generation(model, batch):
+        cache = usp_cache_in(batch)
+        if cache is not None:
+            return (), self._from_cache(model, batch, cache)
+        if is_generation(model, batch, self.entry.generating):
             return args, kwargs
         return (), self._shard_or_report(model, batch)
+
+    def _from_cache(self, model: PreTrainedModel, batch: dict[str, Any], cache: UspCache) -> dict[str, Any]:
+        """Keywords of a prefill, which is sharded, or of new tokens."""
+        check_cache(cache, self.mesh, batch)
+        if cache.length:
+            return step_inputs(batch, cache)
+        name = cache_in(batch)
+        assert name is not None
+        prompt = {key: value for key, value in batch.items() if key not in (name, "use_cache")}
+        share = self._shard_or_report(model, prompt)
+        context = context_of(*share.values())
+        assert context is not None
+        mask, layout = batch.get("attention_mask"), context.layout
+        check_padding(mask, 0)
+        cache.begin_prefill(layout, mask, number_kept(batch, layout.length))
+        context.cache, context.gathers_outputs = cache, True
+        return {**share, name: cache, "use_cache": True}
 
     def _shard_backbone(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The local batch for a call of the base model by itself."""
@@ -169,6 +205,12 @@ class ContextParallelHooks(NotSaved):
             share["output_router_logits"] = False
         return share
 
+    def _check_generation(self, model: PreTrainedModel) -> None:
+        """Before the first sharded generation: it is compared with that of one process."""
+        if self.unchecked_generation:
+            check_generation(model, self.mesh, model.device, self._from_cache, self.post_forward)
+            self.unchecked_generation = False
+
     def _check(self, model: PreTrainedModel, batch: Mapping[str, Any], measured: MeasuredTraits) -> None:
         """Refuse what this model cannot do with this batch."""
         validate_call(model, batch)
@@ -182,27 +224,7 @@ class ContextParallelHooks(NotSaved):
         if not (whole or self._gathers(batch) or batch.get(FUSED)):
             check_outside_loss(model, batch)
         refuse_scaled_noise(model)
-        positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-        # It reads the device: last, and only where it matters.
-        if not measured.knows_left_padding and positions is None and mask is not None and not bool(mask[:, 0].all()):
-            raise UspModelError(
-                f"left padding without position_ids for {type(model).__name__}",
-                rule="this model counts positions in a way of its own unless it gets position_ids",
-                remedy="pass position_ids, or pad on the right",
-            )
-        apart = measured.keeps_documents_apart or mask is not None or batch.get("cu_seq_lens_q") is not None
-        if apart or positions is None:
-            return
-        if positions.ndim == 3 and len(positions) == 4 and self.recurrent.layers:
-            positions = positions[0]  # masks of the models that take four rows heed the first; their recurrences do not
-        if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
-            raise UspModelError(
-                f"packed documents, told apart by position_ids, for {type(model).__name__}",
-                rule="a sharded run equals one process, where masks or recurrent layers of this model ignore "
-                "position_ids and documents see each other",
-                remedy="pass cu_seq_lens_q as well, which keeps documents apart as flash attention does "
-                "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or do not pack",
-            )
+        validate_positions(model, batch, measured, bool(self.recurrent.layers))
 
     def _gathers(self, batch: Mapping[str, Any]) -> bool:
         """Whether per-token outputs come back full: by default where a caller can want nothing else of the model."""
@@ -216,14 +238,18 @@ class ContextParallelHooks(NotSaved):
         """Torch calls this also when the forward raised: there is no output then."""
         self.entry.inside = False
         problem = sys.exc_info()[1]
-        if output is None and problem is not None and context_of(*kwargs.values()) is not None:
+        cache = usp_cache_in(kwargs)
+        begun = context_of(*kwargs.values()) is not None or (cache is not None and cache.mine is not None)
+        if output is None and problem is not None and begun:
             report_failure(problem)
             self.failed = problem
 
     @torch.compiler.disable
     def post_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward: the loss of the full batch, and full outputs where they are asked for."""
-        context = context_of(*kwargs.values())
+        context, cache = context_of(*kwargs.values()), usp_cache_in(kwargs)
+        if cache is not None:
+            cache.finish()
         if context is None or context.layout.mesh is not self.mesh:
             return output
         layout = context.layout
@@ -274,22 +300,6 @@ def _log_kernels(context: ForwardContext) -> None:
         logger.info("usp: attention in %s, heads of width %s: %s", request.dtype, request.widths, "; ".join(lines))
 
 
-def _beside(model: PreTrainedModel, around: nn.Module) -> Iterator[nn.Module]:
-    """Layers of further Transformers models in the module around one that attend with "usp": nobody shards for them."""
-    seen = set(model.modules())
-    for other in around.modules():
-        if isinstance(other, PreTrainedModel) and other not in seen:
-            seen.update(other.modules())
-            if attends_sharded(other):
-                yield from inspect_model(other).backbone.module.modules()
-
-
-def attends_sharded(module: nn.Module) -> bool:
-    """Whether the outermost Transformers model in a module, if there is one, has attn_implementation="usp"."""
-    model = next((candidate for candidate in module.modules() if isinstance(candidate, PreTrainedModel)), None)
-    return model is not None and attention_implementation(model.config.get_text_config()) == NAME
-
-
 def attach_hooks(
     module: nn.Module,
     mesh: UspMesh,
@@ -298,6 +308,7 @@ def attach_hooks(
     kernel: str | None = None,
     gather_outputs: bool | None = None,
     self_check: bool = True,
+    generate: str = "whole",
 ) -> ContextParallelHooks:
     """Make the Transformers model inside `module` shard its batches over `mesh`. Attaching again replaces the first."""
     model = find_model(module)
@@ -315,19 +326,14 @@ def attach_hooks(
         pass_states=False,  # until the model has shown that its kernels continue from states
     )
     return ContextParallelHooks(
-        model, traits, mesh, options, gather_outputs=gather_outputs, self_check=self_check, around=module
-    )
-
-
-def find_model(module: nn.Module) -> PreTrainedModel:
-    """The outermost Transformers model in a module (which may be wrapped by PEFT, DDP and the like)."""
-    for candidate in module.modules():
-        if isinstance(candidate, PreTrainedModel):
-            return candidate
-    raise UspModelError(
-        f"{type(module).__name__} holds no Transformers model",
-        rule="UspParallelismConfig prepares Transformers models",
-        remedy="for a module of your own use hf_usp.shard and hf_usp.usp_attention",
+        model,
+        traits,
+        mesh,
+        options,
+        gather_outputs=gather_outputs,
+        self_check=self_check,
+        generate=generate,
+        around=module,
     )
 
 

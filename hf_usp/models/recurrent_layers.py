@@ -24,6 +24,7 @@ from ..batch.context import ForwardContext
 from ..batch.sharded_tensors import context_of
 from ..errors import UspModelError
 from ..recurrent.device_schedule import state_schedule
+from ..recurrent.final_states import gather_states
 from ..recurrent.scan import causal_conv, scan_over_heads
 from ..recurrent.schedule import ScanSizes, states_pay
 from ..recurrent.state_passing import scan_by_states
@@ -114,7 +115,12 @@ def shard_recurrent_layers(model: nn.Module) -> RecurrentLayers:
 
 def has_recurrent_layers(model: nn.Module) -> bool:
     """Whether some layer of the model calls a kernel that has a sharded counterpart."""
-    return any(_kernels_of(type(module).forward) for module in model.modules())
+    return bool(recurrent_kernels(model))
+
+
+def recurrent_kernels(model: nn.Module) -> list[set[str]]:
+    """The kernels with a sharded counterpart that each recurrent layer of a model calls."""
+    return [names for module in model.modules() if (names := _kernels_of(type(module).forward))]
 
 
 def _names(function: FunctionType) -> set[str]:
@@ -155,9 +161,10 @@ def _delta_rule(
     g: Tensor,
     beta: Tensor,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """chunk_gated_delta_rule, chunk_kda (flash-linear-attention): query, key [B, L, G, N], value [B, L, H, E],
     beta [B, L, H], g [B, L, H] or [B, L, H, N]."""
+    final = _final_state(context, kwargs, "output_final_state")
     _refuse_packing(kwargs, ("initial_state", "output_final_state", "cu_seqlens"))
 
     heads, groups = {"value": value, "g": g, "beta": beta}, {"query": query, "key": key}
@@ -167,17 +174,25 @@ def _delta_rule(
     pays = context.options.pass_states
     if pays is None:
         pays = states_pay(sizes, tokens, layout.mesh.size, state_schedule(layout).busiest)
-    if pays:
+    if pays and not final:
 
         def with_states(x: Mapping[str, Tensor], first: Tensor | None, final: bool) -> tuple[Tensor, Tensor | None]:
             return original(**x, initial_state=first, output_final_state=final, **kwargs)
 
         return scan_by_states(with_states, layout, groups | heads), None
 
-    def kernel(heads: Mapping[str, Tensor], groups: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> Tensor:
-        return original(**groups, **heads, **kwargs)[0]
+    states: list[Tensor] = []
 
-    return scan_over_heads(kernel, layout, heads, groups, {}, value.shape[-1]), None
+    def kernel(heads: Mapping[str, Tensor], groups: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> Tensor:
+        out, state = original(**groups, **heads, **({"output_final_state": True} if final else {}), **kwargs)
+        states.append(state)
+        return out
+
+    out = scan_over_heads(kernel, layout, heads, groups, {}, value.shape[-1])
+    if not final:
+        return out, None
+    state_size = (key.shape[3], value.shape[3])
+    return out, gather_states(states, value.shape[2], key.shape[2], state_size, value, layout)
 
 
 def _ssd(
@@ -193,28 +208,27 @@ def _ssd(
     dt_bias: Tensor | None = None,
     z: Tensor | None = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """mamba_chunk_scan_combined (mamba-ssm, Mamba-2): x [B, L, H, E], dt [B, L, H], B, C [B, L, G, N]; A, D,
     dt_bias [H]."""
+    final = _final_state(context, kwargs, "return_final_states")
     _refuse_packing(kwargs, ("initial_states", "return_final_states", "seq_idx"))
+    states: list[Tensor] = []
     optional = {name: p for name, p in (("D", D), ("dt_bias", dt_bias)) if p is not None}
 
     def kernel(heads: Mapping[str, Tensor], groups: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
         extra = {name: own[name] for name in optional} | ({"z": heads["z"]} if z is not None else {})
-        return original(
-            heads["x"],
-            heads["dt"],
-            own["A"],
-            groups["B"],
-            groups["C"],
-            *args,
-            return_final_states=False,
-            **extra,
-            **kwargs,
-        )
+        inputs = heads["x"], heads["dt"], own["A"], groups["B"], groups["C"]
+        out = original(*inputs, *args, return_final_states=final, **extra, **kwargs)
+        if final:
+            states.append(out[1])
+        return out[0] if final else out
 
     heads = {"x": x, "dt": dt} | ({} if z is None else {"z": z})
-    return scan_over_heads(kernel, context.layout, heads, {"B": B, "C": C}, {"A": A} | optional, x.shape[-1])
+    out = scan_over_heads(kernel, context.layout, heads, {"B": B, "C": C}, {"A": A} | optional, x.shape[-1])
+    if not final:
+        return out
+    return out, gather_states(states, x.shape[2], B.shape[2], (x.shape[3], B.shape[3]), x, context.layout)
 
 
 def _selective_scan(
@@ -229,22 +243,35 @@ def _selective_scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """selective_scan_fn (mamba-ssm, Mamba): x, dt, z [B, C, L], A [C, N], B, C [B, N, L], D, delta_bias [C]; a channel
     is a head."""
+    final = _final_state(context, kwargs, "return_last_state")
     _refuse_packing(kwargs, ("return_last_state",))
+    states: list[Tensor] = []
     optional = {name: p for name, p in (("D", D), ("delta_bias", delta_bias)) if p is not None}
 
     def kernel(heads: Mapping[str, Tensor], groups: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
         # The kernel's B and C serve all channels, so a rank's group stands at index 0 whatever its channels are.
         b, c = (groups[name][:, :, 0].transpose(1, 2) for name in ("B", "C"))
-        extra = {name: own[name] for name in optional} | ({"z": heads["z"].transpose(1, 2)} if z is not None else {})
+        extra: dict[str, Any] = {name: own[name] for name in optional} | (
+            {"z": heads["z"].transpose(1, 2)} if z is not None else {}
+        )
+        extra |= {"return_last_state": True} if final else {}
         out = original(heads["x"].transpose(1, 2), heads["dt"].transpose(1, 2), own["A"], b, c, **extra, **kwargs)
-        return out.transpose(1, 2)
+        if final:
+            states.append(out[1])
+        return (out[0] if final else out).transpose(1, 2)
 
     heads = {name: t.transpose(1, 2) for name, t in (("x", x), ("dt", dt), ("z", z)) if t is not None}
     groups = {name: t.transpose(1, 2).unsqueeze(2) for name, t in (("B", B), ("C", C))}
-    return scan_over_heads(kernel, context.layout, heads, groups, {"A": A} | optional, 1).squeeze(-1).transpose(1, 2)
+    out = scan_over_heads(kernel, context.layout, heads, groups, {"A": A} | optional, 1).squeeze(-1).transpose(1, 2)
+    return (out, gather_states(states, x.shape[1], 1, (A.shape[1],), x, context.layout)) if final else out
+
+
+def _final_state(context: ForwardContext, kwargs: dict[str, Any], name: str) -> bool:
+    """Whether a layer asks for the state after the last token, which it keeps in the cache that a prefill fills."""
+    return context.cache is not None and bool(kwargs.pop(name, False))
 
 
 def _refuse_packing(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:

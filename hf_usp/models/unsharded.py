@@ -123,12 +123,11 @@ def wants_some_logits(batch: Mapping[str, Any]) -> bool:
     return keep is not None and not (isinstance(keep, int) and keep == 0)
 
 
-def is_generation(model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
-    """A call outside of training as `generate` makes it: with a cache, or without gradients for the last logits."""
+def is_generation(model: PreTrainedModel, batch: Mapping[str, Any], generating: bool) -> bool:
+    """A call outside of training that stays unsharded: within `generate`, or with a cache."""
     if has_labels(batch) or (model.training and trains(model, batch)):
         return False
-    keep = batch.get("logits_to_keep")
-    return cache_in(batch) is not None or (isinstance(keep, int) and keep == 1 and not torch.is_grad_enabled())
+    return generating or cache_in(batch) is not None
 
 
 def kept_positions(batch: Mapping[str, Any]) -> IntArray | None:

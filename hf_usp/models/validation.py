@@ -15,6 +15,7 @@ from .attention_interface import NAME, no_attention_weights
 from .backbone import accepts_any_keyword, find_backbone, validate_outer_model
 from .recurrent_layers import has_recurrent_layers
 from .tensor_parallel import check_tensor_parallel
+from .traits import MeasuredTraits
 from .unsharded import cache_in, has_labels, kept_positions, wants_some_logits
 
 
@@ -88,4 +89,31 @@ def validate_call(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
             f"{type(model).__name__} with labels and the loss {getattr(model.loss_function, '__name__', 'custom')}",
             rule="a loss is a sum over tokens that takes shift_labels and num_items_in_batch (ForCausalLMLoss)",
             remedy="use the model's ForCausalLM class with its own loss function",
+        )
+
+
+def validate_positions(
+    model: PreTrainedModel, batch: Mapping[str, Any], measured: MeasuredTraits, recurrent: bool
+) -> None:
+    """Refuse positions and padding that this model does not read as the layout does."""
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    counts_itself = not measured.knows_left_padding and positions is None
+    if counts_itself and mask is not None and not bool(mask[:, 0].all()):  # reads the device: only where it matters
+        raise UspModelError(
+            f"left padding without position_ids for {type(model).__name__}",
+            rule="this model counts positions in a way of its own unless it gets position_ids",
+            remedy="pass position_ids, or pad on the right",
+        )
+    apart = measured.keeps_documents_apart or mask is not None or batch.get("cu_seq_lens_q") is not None
+    if apart or positions is None:
+        return
+    if positions.ndim == 3 and len(positions) == 4 and recurrent:
+        positions = positions[0]  # masks of the models that take four rows heed the first; their recurrences do not
+    if positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
+        raise UspModelError(
+            f"packed documents, told apart by position_ids, for {type(model).__name__}",
+            rule="a sharded run equals one process, where masks or recurrent layers of this model ignore "
+            "position_ids and documents see each other",
+            remedy="pass cu_seq_lens_q as well, which keeps documents apart as flash attention does "
+            "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), or do not pack",
         )

@@ -79,7 +79,7 @@ def holes(batch: dict[str, Any]) -> torch.Tensor:
 def noisy(rank: int) -> None:
     """As NEFTune marks a model."""
     model = prepared().train()
-    hf_usp.models.hooks.find_model(model).get_input_embeddings().neftune_noise_alpha = 5.0
+    hf_usp.models.find.find_model(model).get_input_embeddings().neftune_noise_alpha = 5.0
     model(**batch_of("plain"))
 
 
@@ -109,7 +109,7 @@ CASES: dict[str, Any] = {
     "compiled by Accelerate": lambda rank: prepared(compiled="accelerate", rope_parameters=DYNAMIC),
     "compiled, recurrent layers": lambda rank: prepared("qwen3_5_text", compiled="accelerate", **HYBRID),
     "compiled, another head": lambda rank: prepared(compiled="head"),
-    "not a model": lambda rank: hf_usp.models.hooks.find_model(torch.nn.Linear(2, 2)),
+    "not a model": lambda rank: hf_usp.models.find.find_model(torch.nn.Linear(2, 2)),
     "world": lambda rank: hf_usp.UspMesh.build(ring_degree=3, ulysses_degree=1),
     "unknown kernel": lambda rank: attend(kernel="flash_attn_9"),
     "kernel not installed": lambda rank: attend(kernel="flash_attn"),

@@ -92,14 +92,16 @@ AROUND: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def run(folder: str, mesh: Mesh, world: int, case: str, around: str = "") -> dict[str, Any]:
+def run(folder: str, mesh: Mesh, world: int, case: str, around: str = "", generate: str = "whole") -> dict[str, Any]:
     """Three steps and an evaluation of a case on `world` processes, without a mesh in plain data parallelism."""
     with AROUND[around][0]():
-        trainer = trainer_for(folder, mesh, world, case, AROUND[around][1])
+        trainer = trainer_for(folder, mesh, world, case, AROUND[around][1], generate)
         return finished(trainer, trainer.model)
 
 
-def trainer_for(folder: str, mesh: Mesh, world: int, case: str, wrapping: dict[str, Any]) -> Any:
+def trainer_for(
+    folder: str, mesh: Mesh, world: int, case: str, wrapping: dict[str, Any], generate: str = "whole"
+) -> Any:
     import trl
     from datasets import Dataset
     from peft import LoraConfig
@@ -108,7 +110,10 @@ def trainer_for(folder: str, mesh: Mesh, world: int, case: str, wrapping: dict[s
     kind = case.partition(",")[0]
     groups = world if mesh is None else world // mesh[0]
     attention = "sdpa" if mesh is None else "usp"
-    arguments = common(folder, mesh, config_for(mesh))
+    config = config_for(mesh)
+    if config is not None:
+        config.generate = generate
+    arguments = common(folder, mesh, config)
     arguments |= {"per_device_train_batch_size": 4 // groups, "per_device_eval_batch_size": 4 // groups} | wrapping
     model = tiny_model("llama", attention)
     keywords: dict[str, Any] = {"model": model, "processing_class": tokenizer()}
@@ -179,4 +184,14 @@ def test_completions_equal_one_process(two_ranks: Ranks, four_ranks: Ranks, tmp_
 def test_sharded_weights(two_ranks: Ranks, tmp_path: Path, around: str) -> None:
     alone = run(str(tmp_path), None, 1, "grpo, reference")
     for mine in two_ranks.run(run, str(tmp_path), (2, 1), 2, "grpo, reference", around):
+        assert_same(mine, alone)
+
+
+@pytest.mark.parametrize(("generate", "around"), [("rows", ""), ("sharded", ""), ("sharded", "FSDP2")])
+def test_rollouts(four_ranks: Ranks, two_ranks: Ranks, tmp_path: Path, generate: str, around: str) -> None:
+    """Completions that ranks sample together are those that one process samples."""
+    case, folder = "grpo, reference" if around else "grpo", str(tmp_path)
+    ranks, mesh = (two_ranks, (2, 1)) if around else (four_ranks, (4, 2))
+    alone = run(folder, None, 1, case)
+    for mine in ranks.run(run, folder, mesh, mesh[0], case, around, generate):
         assert_same(mine, alone)

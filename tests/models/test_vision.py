@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hf_usp
+from hf_usp.models.hooks import get_hooks
 
 from ..harness import fresh_accelerate, prepare, step_errors, training_arguments
 from ..ranks import Ranks
@@ -166,7 +167,7 @@ def train(folder: str, sharded: bool) -> dict[str, Any]:
 
     fresh_accelerate()
     model = vision_model("qwen2_5_vl", "usp" if sharded else "eager")
-    config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2) if sharded else None
+    config = hf_usp.UspParallelismConfig(cp_size=4, ulysses_degree=2, generate="sharded") if sharded else None
     args = training_arguments(
         folder,
         save_strategy="no",
@@ -188,11 +189,16 @@ def train(folder: str, sharded: bool) -> dict[str, Any]:
     trainer.train()
     prompt = vision_batch("qwen2_5_vl", "left")
     del prompt["labels"]
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    generated = model.eval().generate(**prompt, **settings).flatten().tolist()
+    hooks = get_hooks(model)
+    if hooks is not None:
+        hooks.generation.way = "whole"
     return {
         "losses": [h["loss"] for h in trainer.state.log_history if "loss" in h],
         "norms": [h["grad_norm"] for h in trainer.state.log_history if "grad_norm" in h],
         "evaluation": [trainer.evaluate()["eval_loss"]],
-        "generated": model.eval().generate(**prompt, max_new_tokens=4, do_sample=False).flatten().tolist(),
+        "generated": [generated, model.generate(**prompt, **settings).flatten().tolist()],
         "weights": {name: p.detach().clone() for name, p in model.state_dict().items()},
     }
 
