@@ -86,6 +86,18 @@ MODEL_CHANGES = (
         lambda _, hooks: hooks is not None and bool(hooks.recurrent.layers),
     ),
     Change(
+        "layers that select their keys, and their indexers",
+        "forward pre-hook, `expand_kv`; the indexers' `forward`",
+        "a layer is lent a cache with the keys of all ranks; its indexer runs over chunks of queries",
+        lambda _, hooks: hooks is not None and bool(hooks.indexed.layers),
+    ),
+    Change(
+        "modules that look a few tokens back",
+        "`forward`: the same code on runs of tokens, each after the tokens before it",
+        "n-grams and convolutions cross the edges of shards",
+        lambda _, hooks: hooks is not None and bool(hooks.look_back.modules),
+    ),
+    Change(
         "norms that Transformers' tensor parallelism replicates inside heads",
         "forward hook; gradient hooks on their parameters",
         "gradients of several micro-batches are summed once",

@@ -24,6 +24,7 @@ from ..errors import UspMaskError, UspModelError
 from ..kernels import Softmax
 from ..sharding.masks import UNLIMITED
 from ..utils.dtypes import as_autocast
+from .indexed_attention import IndexedMask, attend_indexed, refuse_lost_selection, selected_index, with_selection
 from .mask_interface import usp_mask
 from .positions import is_temperature_tuned, with_global_temperature
 from .unsharded import refuse_unsharded, tell_of_full_sequences
@@ -74,12 +75,20 @@ def usp_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     usp: ForwardContext | SequenceLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of "usp", as `AttentionInterface` calls it: tensors [B, H, L, D], result [B, L, H, E]."""
+    """The attention function of "usp", as `AttentionInterface` calls it: tensors [B, H, L, D], result [B, L, H, E].
+
+    indices, block_indices: keys that the layer has selected (`indexed_attention.selected_index`).
+    """
     context = context_of(attention_mask, usp)
+    index = selected_index(module, attention_mask, indices, block_indices, key.shape[2])
     if context is None:
+        if index is not None:
+            attention_mask = with_selection(attention_mask, index, query.shape[1], key.shape[2])
         return _unsharded(
             module,
             query,
@@ -100,6 +109,12 @@ def usp_attention_forward(
     if is_temperature_tuned(module):
         query = with_global_temperature(query, module, context.layout)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
+    if isinstance(attention_mask, IndexedMask) and attention_mask.selecting:
+        if index is None or softcap is not None:
+            raise refuse_lost_selection(module, "selects keys and attends to others")
+        return attend_indexed(module, query, key, value, attention_mask, context, index, s_aux, softmax.scale), None
+    if index is not None:
+        raise refuse_lost_selection(module, "selects keys, and hf_usp does not see how")
     q, k, v = as_autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     if isinstance(attention_mask, ShardedMask):
         return attend((q, k, v, s_aux), attention_mask, softmax), None

@@ -40,6 +40,8 @@ from .backbone import (
 from .backbone_calls import BackboneCalls
 from .consistency import check_weights
 from .direct_calls import DirectForwardCalls
+from .indexed_layers import IndexedLayers
+from .look_back import LookBackLayers
 from .moe_aux_loss import MoeAuxLoss, wants_router_logits
 from .pickling import NotSaved
 from .positions import visible_positions
@@ -77,6 +79,7 @@ class ContextParallelHooks(NotSaved):
         self.failed: BaseException | None = None  # what ended a forward or backward on this rank
         self.unlogged = mesh.ring_rank == mesh.ulysses_rank == 0  # the kernels of the first batch
         self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
+        self.indexed, self.look_back = IndexedLayers(model), LookBackLayers(model)
         self.backbone = traits.backbone
         self._handles = (
             model.register_forward_pre_hook(self.pre_forward, with_kwargs=True),
@@ -93,6 +96,8 @@ class ContextParallelHooks(NotSaved):
         for handle in (*self._handles, *self.backbone_calls.handles):
             handle.remove()
         self.recurrent.release()
+        self.indexed.release()
+        self.look_back.release()
         self.partial.release()
         self.router.remove()
         self.layers.release()
@@ -182,6 +187,7 @@ class ContextParallelHooks(NotSaved):
         if not (whole or self._gathers(batch) or batch.get(FUSED)):
             check_outside_loss(model, batch)
         refuse_scaled_noise(model)
+        self.indexed.validate_batch(batch)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
         counts_by_mask = not measured.knows_left_padding and positions is None and mask is not None
         if counts_by_mask and not bool(mask[:, 0].all()):  # reads the device: only where it matters

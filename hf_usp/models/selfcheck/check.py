@@ -32,6 +32,7 @@ from ...distributed.mesh import UspMesh
 from ...errors import UspError, UspModelError
 from ...utils.dtypes import no_autocast
 from ..backbone import accepts_any_keyword, find_backbone
+from ..indexed_layers import small_selections
 from ..positions import length_dependent_ropes, may_count_visible, temperature_tuned, visible_positions
 from ..traits import MeasuredTraits, ModelTraits
 from .compare import compare
@@ -58,7 +59,8 @@ def measure(
         try:
             if verdict:
                 _give_verdict(model, batch, mesh, options, exact, overwritten)
-            return _measure(model, traits, batch, mesh, exact)
+            with small_selections(model):
+                return _measure(model, traits, batch, mesh, exact)
         except Exception:
             if verdict:
                 raise
@@ -76,6 +78,10 @@ def _give_verdict(
     device = batch["input_ids"].device
     try:
         found = compare(model, batch, mesh, exact)
+        with small_selections(model) as selects:  # a short row is else shorter than what a query may select
+            if selects:
+                selected = compare(model, batch, mesh, exact)
+                found = found or selected
         if exact is not options:
             with torch.autocast(device.type):  # again, in its dtype; on every rank: it communicates
                 coarse = compare(model, batch, mesh, options)
