@@ -92,6 +92,18 @@ MODEL_CHANGES = (
         lambda _, hooks: hooks is not None and bool(hooks.indexed.layers),
     ),
     Change(
+        "layers that attend to compressed entries, and their compressors",
+        "forward pre-hook; the compressors' forward hook; the indexers' `forward`",
+        "a layer is lent a cache with the tokens of all ranks; its indexer runs over chunks of queries",
+        lambda _, hooks: hooks is not None and bool(hooks.compressed.layers),
+    ),
+    Change(
+        "recurrences that are methods (RG-LRU)",
+        "forward pre-hook; `_rnn_scan`; the convolution's `forward`",
+        "states cross the edges of shards",
+        lambda _, hooks: hooks is not None and bool(hooks.gated.layers),
+    ),
+    Change(
         "modules that look a few tokens back",
         "`forward`: the same code on runs of tokens, each after the tokens before it",
         "n-grams and convolutions cross the edges of shards",

@@ -24,6 +24,7 @@ from ..errors import UspMaskError, UspModelError
 from ..kernels import Softmax
 from ..sharding.masks import UNLIMITED
 from ..utils.dtypes import as_autocast
+from .compressed_layers import CompressedMask, attend_compressed
 from .indexed_attention import IndexedMask, attend_indexed, refuse_lost_selection, selected_index, with_selection
 from .mask_interface import usp_mask
 from .positions import is_temperature_tuned, with_global_temperature
@@ -109,6 +110,8 @@ def usp_attention_forward(
     if is_temperature_tuned(module):
         query = with_global_temperature(query, module, context.layout)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
+    if isinstance(attention_mask, CompressedMask):
+        return attend_compressed(query, key, attention_mask, context, s_aux, softmax.scale), None
     if isinstance(attention_mask, IndexedMask) and attention_mask.selecting:
         if index is None or softcap is not None:
             raise refuse_lost_selection(module, "selects keys and attends to others")
@@ -229,7 +232,10 @@ def _unsharded(
     ):
         # sdpa's mask function leaves a plain causal mask to `is_causal`; queries and keys are then the same tokens.
         attention_mask = torch.ones(s_BHLS.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.is_floating_point():  # added to scores (`mask_interface`)
+        s_BHLS = s_BHLS + attention_mask
+        attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    elif attention_mask is not None:
         s_BHLS = s_BHLS.masked_fill(~attention_mask, torch.finfo(s_BHLS.dtype).min)
     if s_aux is not None:
         sinks = s_aux.to(s_BHLS.dtype)[None, :, None, None].expand(*s_BHLS.shape[:3], 1)

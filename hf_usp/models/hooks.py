@@ -38,8 +38,10 @@ from .backbone import (
     shard_for_backbone,
 )
 from .backbone_calls import BackboneCalls
+from .compressed_layers import CompressedLayers
 from .consistency import check_weights
 from .direct_calls import DirectForwardCalls
+from .gated_recurrences import GatedRecurrences
 from .indexed_layers import IndexedLayers
 from .look_back import LookBackLayers
 from .moe_aux_loss import MoeAuxLoss, wants_router_logits
@@ -80,6 +82,7 @@ class ContextParallelHooks(NotSaved):
         self.unlogged = mesh.ring_rank == mesh.ulysses_rank == 0  # the kernels of the first batch
         self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
         self.indexed, self.look_back = IndexedLayers(model), LookBackLayers(model)
+        self.compressed, self.gated = CompressedLayers(model), GatedRecurrences(model)
         self.backbone = traits.backbone
         self._handles = (
             model.register_forward_pre_hook(self.pre_forward, with_kwargs=True),
@@ -98,6 +101,8 @@ class ContextParallelHooks(NotSaved):
         self.recurrent.release()
         self.indexed.release()
         self.look_back.release()
+        self.compressed.release()
+        self.gated.release()
         self.partial.release()
         self.router.remove()
         self.layers.release()
@@ -187,10 +192,13 @@ class ContextParallelHooks(NotSaved):
         if not (whole or self._gathers(batch) or batch.get(FUSED)):
             check_outside_loss(model, batch)
         refuse_scaled_noise(model)
-        self.indexed.validate_batch(batch)
+        for layers in (self.indexed, self.compressed, self.gated):
+            layers.validate_batch(batch)
         positions, mask = batch.get("position_ids"), batch.get("attention_mask")
         counts_by_mask = not measured.knows_left_padding and positions is None and mask is not None
-        if counts_by_mask and not bool(mask[:, 0].all()):  # reads the device: only where it matters
+        if (
+            counts_by_mask and mask is not None and not bool(mask[:, 0].all())
+        ):  # reads the device: only where it matters
             raise UspModelError(
                 f"left padding without position_ids for {type(model).__name__}",
                 rule="this model counts positions in a way of its own unless it gets position_ids",

@@ -9,6 +9,7 @@ heads, D key width, E value width, R width of a latent, N width without a positi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,3 +173,17 @@ def refuse_lost_selection(module: nn.Module, found: str) -> UspModelError | UspM
         rule="a query attends to the keys that its layer has selected, and to no others",
         remedy="this model cannot be sharded exactly; train it without UspParallelismConfig",
     )
+
+
+def refuse_other_rows(module: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Refuse documents and left padding for a module that is told of neither: it counts keys from the row's start."""
+    positions, mask, seq_lens = (batch.get(name) for name in ("position_ids", "attention_mask", "cu_seq_lens_q"))
+    padded = mask is not None and not bool(mask[:, 0].all())
+    packed = seq_lens is not None or (positions is not None and bool((positions.diff(dim=-1) != 1).any()))
+    if padded or packed:
+        raise UspModelError(
+            f"{'left padding' if padded else 'packed documents'} for {type(module).__name__}, which takes keys by "
+            "their place in the row",
+            rule="a sharded run equals one process, where pads and other documents are among the keys of such a query",
+            remedy="pad on the right, and do not pack",
+        )

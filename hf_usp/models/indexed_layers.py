@@ -30,7 +30,8 @@ from ..batch.sharded_tensors import ShardedMask, context_of
 from ..batch.unshard import unshard
 from ..errors import UspModelError
 from ..sharding.selections import longest_document
-from .indexed_attention import IndexedMask, refuse_lost_selection
+from .compressed_layers import compresses
+from .indexed_attention import IndexedMask, refuse_lost_selection, refuse_other_rows
 from .pickling import NotSaved
 
 Function = Callable[..., Any]
@@ -65,7 +66,7 @@ def selects_all_of(indexer: Any) -> int:
 @contextmanager
 def small_selections(model: nn.Module) -> Iterator[bool]:
     """Indexers select so few keys that a short batch shows it. Yields whether the model has any."""
-    indexers = [module for module in model.modules() if is_indexer(module)]
+    indexers = [m for m in model.modules() if is_indexer(m) or (compresses(m) and hasattr(m, "index_topk"))]
     before = [(indexer, dict(indexer.__dict__)) for indexer in indexers]
     for indexer in indexers:
         for name, numbers in SMALL.items():
@@ -109,17 +110,8 @@ class IndexedLayers(NotSaved):
     def validate_batch(self, batch: Mapping[str, Any]) -> None:
         """Refuse documents and left padding for indexers that are told of neither."""
         blind = next((indexer for indexer in self.indexers if not heeds_masks(indexer)), None)
-        positions, mask, seq_lens = (batch.get(name) for name in ("position_ids", "attention_mask", "cu_seq_lens_q"))
-        padded = mask is not None and not bool(mask[:, 0].all())
-        packed = seq_lens is not None or (positions is not None and bool((positions.diff(dim=-1) != 1).any()))
-        if blind is not None and (padded or packed):
-            raise UspModelError(
-                f"{'left padding' if padded else 'packed documents'} for {type(blind).__name__}, which selects keys by "
-                "their place in the row",
-                rule="a sharded run equals one process, where pads and other documents compete with the keys that a "
-                "query sees, and eager and sdpa attention differ",
-                remedy="pad on the right, and do not pack",
-            )
+        if blind is not None:
+            refuse_other_rows(blind, batch)
 
     @torch.compiler.disable
     def _enter(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -154,7 +154,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "heavily_compressed_attention",
             "compressed_sparse_attention",
             "sliding_attention",
-        ]
+        ],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "index_topk": 3,
     },
     "dots1": {"layer_types": MIXED},
     "dots3_note": {
