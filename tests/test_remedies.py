@@ -458,6 +458,10 @@ def test_on_two_ranks(two_ranks: Ranks, words: str) -> None:
 
 # Words of remedies that other tests follow -> the file and the test.
 ELSEWHERE: dict[str, tuple[str, str]] = {
+    "set lora_dropout=0.0": (
+        "models/test_indexed_layers.py",
+        "test_dropout_of_an_adapter_inside_the_expansion_is_refused",
+    ),
     "name kernel='blockwise'": ("kernels/test_registry.py", "test_eager_is_refused_beyond_a_size"),
     "restore_flash_attention_impl()": ("kernels/test_registry.py", "test_an_activation_that_torch_would_refuse"),
     "get_last_complete_checkpoint(folder)": (

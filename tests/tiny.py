@@ -39,6 +39,47 @@ HYBRID = {
     "linear_value_head_dim": 8,
 }
 
+# Queries that select their keys: family -> sizes. Rows of 40 tokens see more than a query may select.
+INDEXED: dict[str, dict[str, Any]] = {
+    "deepseek_v32": {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 24,
+        "mlp_layer_types": ["dense", "sparse"],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "index_topk": 8,
+        "index_n_heads": 8,
+        "index_head_dim": 16,
+    },
+    "qwen4_exp_text": {
+        **HYBRID,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "ple_layer_ids": [1],
+        "ple_embed_dim": 32,
+        "hc_lowrank": 8,
+        "ngram_vocab_size_base": 97,
+        "split_ngram_parts": 4,
+        "heads_per_ngram": 2,
+        "indexer_n_heads": 8,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+}
+
 
 def tiny_model(
     family: str = "llama", attention: str = "usp", dtype: torch.dtype = torch.float32, **changes: Any

@@ -65,6 +65,42 @@ class KeepsKeys(Protocol):
         """Drop of the layer that has just attended what later tokens do not see under its mask."""
 
 
+class SelectionShape(NamedTuple):
+    """One attention call over selected keys, as it is counted.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: key and value heads that are gathered; 1 for latents.
+        width: width of what is gathered as a key.
+        value_width: width of a value; latents hold it in their keys.
+        selected: keys that each query has selected at most.
+        latents: whether keys are latents, of which values are a part.
+        dtype: dtype of queries, keys and values.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    selected: int
+    latents: bool
+    dtype: torch.dtype
+
+
+class IndexShape(NamedTuple):
+    """One call of an indexer, as it is counted.
+
+    Attributes:
+        heads: index heads.
+        width: width of an index key.
+        dtype: its dtype.
+    """
+
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+
 @opaque_to_fsdp
 @dataclass(eq=False)
 class ForwardContext:
@@ -81,6 +117,8 @@ class ForwardContext:
         kept: the tokens whose logits the caller wants (`logits_to_keep`); None: all.
         cache: the cache that this forward, a prefill, fills; None in every other one.
         attention_calls: attention calls by shape; those of recomputed layers count again.
+        selections: attention calls over selected keys; none where no document is longer than a selection.
+        index_keys: calls of indexers, whose keys were gathered.
         recurrent_calls: calls of kernels of recurrent layers.
         kernels: name of the kernel that computes each kind of call, for the log.
     """
@@ -95,10 +133,12 @@ class ForwardContext:
     kept: KeptTokens | None = None
     cache: KeepsKeys | None = field(default=None, repr=False)
     attention_calls: Counter[AttentionShape] = field(default_factory=Counter, repr=False)
+    selections: Counter[SelectionShape] = field(default_factory=Counter, repr=False)
+    index_keys: Counter[IndexShape] = field(default_factory=Counter, repr=False)
     recurrent_calls: int = 0
     kernels: dict[Request, str] = field(default_factory=dict, repr=False)
 
     @property
     def reached_a_layer(self) -> bool:
         """Whether some layer of the model worked on the layout."""
-        return bool(self.attention_calls) or self.recurrent_calls > 0
+        return bool(self.attention_calls or self.selections) or self.recurrent_calls > 0

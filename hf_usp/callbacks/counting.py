@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..batch.context import AttentionShape, ForwardContext
+from ..batch.context import AttentionShape, ForwardContext, IndexShape, SelectionShape
 from ..batch.layout import SequenceLayout
 from ..compat import full_shape
 from ..models.backbone import find_backbone
 from ..sharding.heads import HeadShare, split_heads
 from ..sharding.intervals import IntArray
+from ..sharding.selections import selected_area, selection_bytes
 
 
 @dataclass
@@ -49,10 +50,19 @@ class Seen:
     Attributes:
         context: of its forward; its counts go on in the backward.
         forward: attention calls of its forward.
+        selections: those over selected keys.
+        index_keys: calls of indexers in its forward.
     """
 
     context: ForwardContext
     forward: Counter[AttentionShape] = field(default_factory=Counter)
+    selections: Counter[SelectionShape] = field(default_factory=Counter)
+    index_keys: Counter[IndexShape] = field(default_factory=Counter)
+
+    @classmethod
+    def after_forward(cls, context: ForwardContext) -> Seen:
+        """What a forward that is over has counted."""
+        return cls(context, context.attention_calls.copy(), context.selections.copy(), context.index_keys.copy())
 
 
 def count(seen: Seen, counts: StepCounts) -> None:
@@ -71,6 +81,32 @@ def count(seen: Seen, counts: StepCounts) -> None:
         counts.path += float(calls * areas.max() * busiest * width * mesh.size)
         forward, backward = bytes_sent(layout, shape, shares)
         counts.sent += seen.context.attention_calls[shape] * forward + calls * backward
+    _count_selections(seen, counts)
+
+
+def _count_selections(seen: Seen, counts: StepCounts) -> None:
+    """Calls over selected keys.
+
+    An indexer's products are forward only, a third of what the report makes of pairs. Every rank scores all keys for
+    each of its queries: they have the same work.
+    """
+    layout = seen.context.layout
+    local, ranks = layout.batch * layout.local_length, layout.mesh.size
+    held = layout.positions_per_rank()
+    for shape, calls in seen.selections.items():
+        areas = np.array([selected_area(layout.mask(), positions, shape.selected) for positions in held])
+        work = calls * shape.heads * (shape.width + shape.value_width)
+        counts.pairs += float(work * areas.sum())
+        counts.path += float(work * areas.max() * ranks)
+        row = shape.kv_heads * (shape.width + (0 if shape.latents else shape.value_width)) * shape.dtype.itemsize
+        forward, backward = selection_bytes(local, ranks, row, 0)
+        counts.sent += seen.context.selections[shape] * forward + calls * backward
+    for index, calls in seen.index_keys.items():
+        area = sum(layout.mask().area(positions) for positions in held)
+        counts.pairs += calls * index.heads * index.width * area / 3
+        counts.path += calls * index.heads * index.width * area / 3
+        sent = selection_bytes(local, ranks, 0, index.width * index.dtype.itemsize)[0]
+        counts.sent += seen.context.index_keys[index] * sent
 
 
 def mask_areas(layout: SequenceLayout, shape: AttentionShape) -> IntArray:

@@ -93,7 +93,7 @@ class UspMetricsCallback(TrainerCallback):
             return
         context = context_of(*kwargs.values())
         if context is not None:
-            self.under_way.append(Seen(context, context.attention_calls.copy()))
+            self.under_way.append(Seen.after_forward(context))
             return
         tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         if tokens is None:

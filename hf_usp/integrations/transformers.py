@@ -88,6 +88,30 @@ MODEL_CHANGES = (
         lambda _, hooks: hooks is not None and bool(hooks.recurrent.layers),
     ),
     Change(
+        "layers that select their keys, and their indexers",
+        "forward pre-hook, `expand_kv`; the indexers' `forward`",
+        "a layer is lent a cache with the keys of all ranks; its indexer runs over chunks of queries",
+        lambda _, hooks: hooks is not None and bool(hooks.indexed.layers),
+    ),
+    Change(
+        "layers that attend to compressed entries, and their compressors",
+        "forward pre-hook; the compressors' forward hook; the indexers' `forward`",
+        "a layer is lent a cache with the tokens of all ranks; its indexer runs over chunks of queries",
+        lambda _, hooks: hooks is not None and bool(hooks.compressed.layers),
+    ),
+    Change(
+        "recurrences that are methods (RG-LRU)",
+        "forward pre-hook; `_rnn_scan`; the convolution's `forward`",
+        "states cross the edges of shards",
+        lambda _, hooks: hooks is not None and bool(hooks.gated.layers),
+    ),
+    Change(
+        "modules that look a few tokens back",
+        "`forward`: the same code on runs of tokens, each after the tokens before it",
+        "n-grams and convolutions cross the edges of shards",
+        lambda _, hooks: hooks is not None and bool(hooks.look_back.modules),
+    ),
+    Change(
         "norms that Transformers' tensor parallelism replicates inside heads",
         "forward hook; gradient hooks on their parameters",
         "gradients of several micro-batches are summed once",

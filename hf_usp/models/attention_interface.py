@@ -24,7 +24,9 @@ from ..errors import UspMaskError, UspModelError
 from ..kernels import Softmax
 from ..sharding.masks import UNLIMITED
 from ..utils.dtypes import as_autocast
+from .compressed_layers import CompressedMask, attend_compressed
 from .generation.decode import attend_from_cache, cache_of
+from .indexed_attention import IndexedMask, attend_indexed, refuse_lost_selection, selected_index, with_selection
 from .mask_interface import usp_mask
 from .positions import is_temperature_tuned, with_global_temperature
 from .unsharded import refuse_unsharded, tell_of_full_sequences
@@ -75,17 +77,27 @@ def usp_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     usp: ForwardContext | SequenceLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of "usp", as `AttentionInterface` calls it: tensors [B, H, L, D], result [B, L, H, E]."""
+    """The attention function of "usp", as `AttentionInterface` calls it: tensors [B, H, L, D], result [B, L, H, E].
+
+    indices, block_indices: keys that the layer has selected (`indexed_attention.selected_index`).
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     context = context_of(attention_mask, usp)
     if context is None and cache_of(attention_mask) is not None:
         _refuse(module, dropout, kwargs)
+        if indices is not None or block_indices is not None:
+            raise refuse_lost_selection(module, "selects keys of which each rank holds a part")
         inputs = query, key, value, s_aux
         return attend_from_cache(module, inputs, attention_mask, Softmax(scale, softcap)), None
+    index = selected_index(module, attention_mask, indices, block_indices, key.shape[2])
     if context is None:
+        if index is not None:
+            attention_mask = with_selection(attention_mask, index, query.shape[1], key.shape[2])
         return _unsharded(
             module,
             query,
@@ -106,6 +118,14 @@ def usp_attention_forward(
     if is_temperature_tuned(module):
         query = with_global_temperature(query, module, context.layout)
     softmax = Softmax(scale, softcap)
+    if isinstance(attention_mask, CompressedMask):
+        return attend_compressed(query, key, attention_mask, context, s_aux, softmax.scale), None
+    if isinstance(attention_mask, IndexedMask) and attention_mask.selecting:
+        if index is None or softcap is not None:
+            raise refuse_lost_selection(module, "selects keys and attends to others")
+        return attend_indexed(module, query, key, value, attention_mask, context, index, s_aux, softmax.scale), None
+    if index is not None:
+        raise refuse_lost_selection(module, "selects keys, and hf_usp does not see how")
     q, k, v = as_autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     if isinstance(attention_mask, ShardedMask):
         out = attend((q, k, v, s_aux), attention_mask, softmax)
@@ -223,7 +243,10 @@ def _unsharded(
     ):
         # sdpa's mask function leaves a plain causal mask to `is_causal`; queries and keys are then the same tokens.
         attention_mask = torch.ones(s_BHLS.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.is_floating_point():  # added to scores (`mask_interface`)
+        s_BHLS = s_BHLS + attention_mask
+        attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    elif attention_mask is not None:
         s_BHLS = s_BHLS.masked_fill(~attention_mask, torch.finfo(s_BHLS.dtype).min)
     if s_aux is not None:
         sinks = s_aux.to(s_BHLS.dtype)[None, :, None, None].expand(*s_BHLS.shape[:3], 1)

@@ -38,12 +38,16 @@ from .backbone import (
     shard_for_backbone,
 )
 from .backbone_calls import BackboneCalls
+from .compressed_layers import CompressedLayers
 from .consistency import check_weights
 from .direct_calls import DirectForwardCalls
 from .find import find_model, layers_beside
+from .gated_recurrences import GatedRecurrences
 from .generation.cache import UspCache
 from .generation.entry import GenerateCalls
 from .generation.steps import check_cache, check_padding, number_kept, step_inputs, usp_cache_in
+from .indexed_layers import IndexedLayers
+from .look_back import LookBackLayers
 from .moe_aux_loss import MoeAuxLoss, wants_router_logits
 from .pickling import NotSaved
 from .positions import visible_positions
@@ -91,6 +95,8 @@ class ContextParallelHooks(NotSaved):
         self.failed: BaseException | None = None  # what ended a forward or backward on this rank
         self.unlogged = mesh.ring_rank == mesh.ulysses_rank == 0  # the kernels of the first batch
         self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
+        self.indexed, self.look_back = IndexedLayers(model), LookBackLayers(model)
+        self.compressed, self.gated = CompressedLayers(model), GatedRecurrences(model)
         self.backbone = traits.backbone
         self._handles = (
             model.register_forward_pre_hook(self.pre_forward, with_kwargs=True),
@@ -108,6 +114,10 @@ class ContextParallelHooks(NotSaved):
         for handle in (*self._handles, *self.backbone_calls.handles):
             handle.remove()
         self.recurrent.release()
+        self.indexed.release()
+        self.look_back.release()
+        self.compressed.release()
+        self.gated.release()
         self.partial.release()
         self.router.remove()
         self.layers.release()
@@ -225,6 +235,8 @@ class ContextParallelHooks(NotSaved):
             check_outside_loss(model, batch)
         refuse_scaled_noise(model)
         validate_positions(model, batch, measured, bool(self.recurrent.layers))
+        for layers in (self.indexed, self.compressed, self.gated):
+            layers.validate_batch(batch)
 
     def _gathers(self, batch: Mapping[str, Any]) -> bool:
         """Whether per-token outputs come back full: by default where a caller can want nothing else of the model."""

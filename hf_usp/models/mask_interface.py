@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
 from ..batch.layout import MaskSpec
 from ..batch.sharded_tensors import ContextMask, ShardedMask
@@ -31,6 +31,9 @@ def usp_mask(
     """The mask function of "usp": a `ShardedMask` inside a sharded forward, else the mask that sdpa gets."""
     if isinstance(attention_mask, ContextMask):
         return _sharded_mask(mask_function, attention_mask)
+    if hasattr(kwargs.get("config"), "compress_rates"):
+        # DeepSeek-V4 appends what is added to scores; as a boolean that would be its opposite.
+        return eager_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
     # The mask is made for sdpa; layers with a softcap or sinks need a mask too where sdpa would do with is_causal.
     return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 

@@ -82,6 +82,15 @@ def _add_explain(verbs: Any) -> None:
         help="JSON lines with input_ids: explain its first batch",
     )
     add("--batch", type=int, default=1, help="rows")
+    add(
+        "--selected",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="keys that a query selects at most, by an indexer (index_topk; default: it attends to all that it sees)",
+    )
+    add("--gathered-width", type=int, default=576, help="with --selected: numbers of a token that are gathered")
+    add("--index-width", type=int, default=128, help="with --selected: width of an index key")
+    add("--index-heads", type=int, default=64, help="with --selected: heads of the indexer")
     add("--bidirectional", action="store_true", help="queries see later keys, too")
     add("--dtype", default="bf16", help="bf16, fp16, fp32 or fp64")
     add("--output", default=argparse.SUPPRESS, metavar="FILE", help="save it here (.html: a page; .png, .svg, .pdf)")

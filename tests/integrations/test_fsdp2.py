@@ -16,7 +16,7 @@ import torch.distributed as dist
 import hf_usp
 
 from ..ranks import Ranks
-from ..tiny import HYBRID, rows, tiny_model
+from ..tiny import HYBRID, INDEXED, rows, tiny_model
 from .cpu_accelerator import cpu_as_accelerator, fsdp2
 
 
@@ -34,7 +34,8 @@ def train(
         prepared, optimizer = accelerator.prepare(model, optimizer)
         result = _steps(prepared, optimizer, share_of_rows(accelerator), accelerator)
         result["sharded"] = all(type(p).__name__ == "DTensor" for p in prepared.parameters())
-        result["weights"] = {k: v.full_tensor() for k, v in prepared.state_dict().items()}
+        state = prepared.state_dict()
+        result["weights"] = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
         return result
 
 
@@ -88,6 +89,12 @@ def test_fsdp2_with_recurrent_layers(four_ranks: Ranks) -> None:
     compare(
         four_ranks.run(train, {"cp_size": 4, "ulysses_degree": 2}, *model), one_process(model[0], tuple(HYBRID.items()))
     )
+
+
+@pytest.mark.parametrize("family", INDEXED)
+def test_fsdp2_with_queries_that_select_their_keys(four_ranks: Ranks, family: str) -> None:
+    found = four_ranks.run(train, {"cp_size": 4, "ulysses_degree": 2}, family, INDEXED[family])
+    compare(found, train(None, family, INDEXED[family]))
 
 
 @pytest.mark.parametrize("plugin", [{"offload": True}, {"activation_checkpointing": True}], ids=str)

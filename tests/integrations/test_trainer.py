@@ -12,7 +12,7 @@ import hf_usp
 
 from ..harness import compare, fresh_accelerate, one_process, run_trainer, training_arguments
 from ..ranks import Ranks
-from ..tiny import HYBRID, largest_difference, rows, tiny_model
+from ..tiny import HYBRID, INDEXED, largest_difference, rows, tiny_model
 
 # (cp_size, ulysses_degree, order); the rest of the four ranks is data parallel.
 MESHES = [
@@ -60,6 +60,15 @@ def test_fifty_adamw_steps_follow_the_same_losses(four_ranks: Ranks, tmp_path: P
 def test_a_model_with_recurrent_layers(four_ranks: Ranks, tmp_path: Path) -> None:
     setup = {"rows": 12, "batch": 2, "steps": 4, "family": "qwen3_5_text", "changes": HYBRID}
     reference = one_process(setup)
+    for mine in four_ranks.run(run_trainer, str(tmp_path), (4, 2, "zigzag"), setup):
+        compare(mine, reference)
+
+
+@pytest.mark.parametrize("family", INDEXED)
+def test_queries_that_select_their_keys(four_ranks: Ranks, tmp_path: Path, family: str) -> None:
+    setup = {"rows": 12, "batch": 2, "steps": 4, "family": family, "changes": INDEXED[family]}
+    reference = one_process(setup)
+    assert reference["losses"][-1] != reference["losses"][0]
     for mine in four_ranks.run(run_trainer, str(tmp_path), (4, 2, "zigzag"), setup):
         compare(mine, reference)
 

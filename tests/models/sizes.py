@@ -154,7 +154,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "heavily_compressed_attention",
             "compressed_sparse_attention",
             "sliding_attention",
-        ]
+        ],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "index_topk": 3,
     },
     "dots1": {"layer_types": MIXED},
     "dots3_note": {
@@ -196,7 +198,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.1,
         }
     },
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 3,
+        "index_local_blocks": 1,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+    },
     "ministral": {"layer_types": MIXED},
     "qwen2": WINDOWS,
     "qwen2_moe": WINDOWS,
@@ -237,8 +246,10 @@ LONGROPE = {
 # The same architectures with other layers, as some of their checkpoints have them: type/variant -> changes.
 VARIANTS: dict[str, dict[str, Any]] = {
     "bert/both directions": {"is_decoder": False},
+    "deepseek_v32/short documents": {"index_topk": 18},
     "gemma4_text/experts": {"enable_moe_block": True},
     "gemma4_text/shared keys": {"num_kv_shared_layers": 2},
+    "glm_moe_dsa/shared indices": {"indexer_types": ["full", "shared"] * 2},
     "gpt_bigcode/key of each head": {"multi_query": False},
     "llama/dynamic rope": {
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},

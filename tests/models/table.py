@@ -71,6 +71,28 @@ def _group(verdict: Verdict) -> str:
     return verdict.summary()
 
 
+def update(page: str, verdicts: dict[str, Verdict]) -> str:
+    """A page of the installed versions with the rows of these architectures in place of what they were."""
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in re.findall(r"^\| .* \|$\n", page, re.MULTILINE)}
+    rows = {name: line for name, line in rows.items() if line.count(" |") == 7 and name != "architecture"}
+    rows |= {name: _row(name, verdict) for name, verdict in verdicts.items()}
+    outcomes = {name: row.split(" | ")[2] for name, row in rows.items() if "/" not in name}
+    groups = {name: _group_of(outcome) for name, outcome in outcomes.items()}
+    counts = Counter(groups.values())
+    lines = "".join(f"| {group} | {counts[group]} |\n" for group in sorted(counts, key=lambda g: (-counts[g], g)))
+    page = re.sub(r"(\| \| architectures \|\n\|---\|---\|\n)(?:\|.*\n)+", lambda found: found[1] + lines, page)
+    flattened = sum(row.split(" | ")[3].strip() == "cu_seq_lens" for name, row in rows.items() if "/" not in name)
+    page = re.sub(r"\d+ architectures\nneed them", f"{flattened} architectures\nneed them", page)
+    head = page[: page.index("|---|---|---|---|---|---|---|\n") + len("|---|---|---|---|---|---|---|\n")]
+    return head + "".join(rows[name] for name in sorted(rows))
+
+
+def _group_of(summary: str) -> str:
+    """The group of a verdict's summary, as `_group` has it."""
+    outcomes = {part.split(" ")[-1] if part.startswith(tuple(CASES)) else part for part in summary.split(", ")}
+    return f"{EXACT}, but refused in some form of batch" if outcomes == {EXACT, REFUSED} else summary
+
+
 def _row(name: str, verdict: Verdict) -> str:
     try:
         kinds = ", ".join(kind.replace("_attention", "") for kind in layer_kinds(tiny_config(name)))

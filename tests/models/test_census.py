@@ -34,7 +34,7 @@ def test_the_table_has_a_row_for_each() -> None:
     assert len(ROWS) > 150 and "exact" in ROWS["llama"]
 
 
-@pytest.mark.parametrize("model_type", ["minimax", "zaya", "recurrent_gemma"])
+@pytest.mark.parametrize("model_type", ["minimax"])
 def test_the_census_sees_what_is_silently_wrong(four_ranks: Ranks, model_type: str) -> None:
     """With the self-check's verdict off little stops a model whose layers look past the shard's edge.
 

@@ -18,6 +18,7 @@ import hf_usp
 from hf_usp.memory.activation_offload import CHECKPOINTING
 from hf_usp.models.generation.cache import UspCache
 from hf_usp.models.generation.entry import cache_name
+from hf_usp.models.generation.settings import refuse_cache_layers
 from hf_usp.models.hooks import get_hooks
 
 from ..harness import checkpointing, fresh_accelerate
@@ -352,6 +353,16 @@ def test_bad_input_is_refused_on_every_rank(two_ranks: Ranks) -> None:
         for case, text in texts.items():
             assert text in mine[case][1], (case, mine[case])
         assert [mine[name][0] for name in ("together", "by hand", "removed")] == ["(2, 22)", "True", "False"]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["axk2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "minimax", "qwen4_exp_text", "recurrent_gemma", "zaya"],
+)
+def test_layers_that_keep_more_than_keys_and_states_are_refused(family: str) -> None:
+    """Also where a short prompt would not show it: every key is selected as long as there are few."""
+    assert refuse_cache_layers(census_model(family, "usp")) is not None
+    assert refuse_cache_layers(census_model("deepseek_v3", "usp")) is None
 
 
 def mended() -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 With the oldest supported Transformers (`make table-oldest`) it writes a section of docs/versions.md instead.
 
-python -m tests.models.write_table                # all, and the page
-python -m tests.models.write_table llama gemma3   # these only, printed
+python -m tests.models.write_table                          # all, and the page
+python -m tests.models.write_table llama gemma3             # these only, printed
+python -m tests.models.write_table --update llama gemma3    # these, and their rows of the page
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from hf_usp.compat import OLDEST
 from ..ranks import Ranks
 from . import versions_page
 from .census import subjects
-from .table import PATH, render, versions
+from .table import PATH, render, update, versions, written_with
 from .verdict import judge
 
 
 def main(names: list[str]) -> None:
+    updates = names[:1] == ["--update"]
+    names = names[updates:]
     ranks, verdicts, start = Ranks(4), {}, time.time()
     try:
         for name in names or subjects():
@@ -34,6 +37,8 @@ def main(names: list[str]) -> None:
         versions_page.write(verdicts)
     elif not names:
         PATH.write_text(render(verdicts))
+    elif updates and written_with(PATH.read_text()) == versions():
+        PATH.write_text(update(PATH.read_text(), verdicts))
 
 
 if __name__ == "__main__":

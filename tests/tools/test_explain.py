@@ -103,6 +103,20 @@ def test_the_report_says_degrees_tokens_steps_balance_bytes_and_kernel(capsys: p
         assert expected in text, expected
 
 
+def test_queries_that_select_their_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSeek-V3.2 at 128K tokens on 8 ranks: 176 MiB are gathered, 7 / 8 of which come from others."""
+    arguments = "explain --tokens 131072 --ranks 8 --heads 128 --selected 2048"
+    assert main(arguments.split()) == 0
+    said = capsys.readouterr().out
+    mib = 16384 * 7 * (576 + 128) * 2 / 2**20
+    assert f"forward {mib:.1f} MiB" in said and mib * 8 / 7 == 176
+    assert f"backward {16384 * 7 * 576 * 2 / 2**20:.1f} MiB" in said
+    attended = 2048 * 2049 // 2 + (131072 - 2048) * 2048
+    assert f"{attended:,} (query, key) pairs a head" in said and f"{131072 * 131073 // 2:,} pairs scored" in said
+    assert main("explain --documents 2048,1000 --ranks 2 --heads 4 --selected 2048".split()) == 0
+    assert "nothing is selected" in capsys.readouterr().out
+
+
 def test_the_degrees_are_chosen_with_a_reason_and_inside_a_node(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--tokens 65536 --ranks 16 --heads 32 --kv-heads 8 --ranks-per-node 4"
     assert main(["explain", *sizes.split()]) == 0

@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from ...distributed.mesh import UspMesh
 from ...errors import UspBatchError, UspConfigError, UspError, UspModelError
 from ..backbone import find_backbone
+from ..compressed_layers import compresses
+from ..indexed_layers import is_indexer
+from ..look_back import reach_of
 from ..recurrent_layers import recurrent_kernels
 from ..unsharded import CACHES
 from .cache import ATTENTION, BOTH, NEITHER, STATES, UspCache
@@ -149,6 +152,8 @@ def refuse_cache_layers(model: PreTrainedModel) -> UspError | None:
         found = "layers that reuse keys"
     if found is None and getattr(config, "num_kv_shared_layers", None):
         found = f"num_kv_shared_layers={config.num_kv_shared_layers}"
+    if found is None and any(map(_keeps_more, model.modules())):
+        found = "whose layers keep more of earlier tokens than keys, values and states"
     if found is None:
         return None
     return UspModelError(
@@ -156,3 +161,9 @@ def refuse_cache_layers(model: PreTrainedModel) -> UspError | None:
         rule="every layer's cache is one of keys and values, of all tokens before or of a sliding window",
         remedy="use generate='whole'",
     )
+
+
+def _keeps_more(module: Any) -> bool:
+    """Index keys, compressed entries, a recurrence of its own, or the last tokens."""
+    compressor, recurrence = getattr(module, "compressor", None), getattr(module, "rg_lru", None)
+    return is_indexer(module) or compresses(compressor) or hasattr(recurrence, "_rnn_scan") or reach_of(module) > 0

@@ -32,6 +32,8 @@ from ...distributed.mesh import UspMesh
 from ...errors import UspError, UspModelError
 from ...utils.dtypes import no_autocast
 from ..backbone import accepts_any_keyword, find_backbone
+from ..compressed_layers import compresses
+from ..indexed_layers import small_selections
 from ..positions import length_dependent_ropes, may_count_visible, temperature_tuned, visible_positions
 from ..traits import MeasuredTraits, ModelTraits
 from .compare import compare
@@ -58,7 +60,8 @@ def measure(
         try:
             if verdict:
                 _give_verdict(model, batch, mesh, options, exact, overwritten)
-            return _measure(model, traits, batch, mesh, exact)
+            with small_selections(model):
+                return _measure(model, traits, batch, mesh, exact)
         except Exception:
             if verdict:
                 raise
@@ -76,6 +79,10 @@ def _give_verdict(
     device = batch["input_ids"].device
     try:
         found = compare(model, batch, mesh, exact)
+        with small_selections(model) as selects:  # a short row is else shorter than what a query may select
+            if selects:
+                selected = compare(model, batch, mesh, exact)
+                found = found or selected
         if exact is not options:
             with torch.autocast(device.type):  # again, in its dtype; on every rank: it communicates
                 coarse = compare(model, batch, mesh, options)
@@ -161,7 +168,10 @@ def _left_padding(batch: dict[str, Any]) -> Tensor:
 
 
 def random_batch(model: PreTrainedModel, mesh: UspMesh, device: torch.device) -> dict[str, Any]:
-    length = max(2 * mesh.size, 4 * mesh.ring_degree, 6) - 1  # not a multiple: the last rank gets padding of ours
+    compressors: list[Any] = [module for module in model.modules() if compresses(module)]
+    unit = max(2 * mesh.size, 4 * mesh.ring_degree, 6)
+    most = max((2 * module.compress_rate for module in compressors), default=1)  # two windows of each
+    length = -(-(most + 1) // unit) * unit - 1  # not a multiple: the last rank gets padding of ours, and a token
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=generator)

@@ -15,6 +15,7 @@ from ...distributed.comm import all_reduce_sum
 from ...distributed.mesh import UspMesh
 from ...errors import UspError, UspModelError
 from ..backbone import find_backbone, recompute_pooler, shard_for_backbone
+from ..look_back import runs_on_pieces
 
 # Largest relative error: of any token, and in low precision, where rounding may flip a router's choice, of the median
 # token. Shares are so short that an error at their edges reaches half of the tokens.
@@ -101,8 +102,9 @@ def _difference(
     Each module is measured against the size of its own output: what a layer adds to the residual stream of a freshly
     initialised model is so small that logits would not show that it is wrong.
     """
+    pieces = tuple(f"{name}." for name, module in model.named_modules() if runs_on_pieces(module))
     for name, whole in theirs.items():
-        share = mine.get(name)
+        share = None if name.startswith(pieces) else mine.get(name)
         if share is None or whole.ndim < 3 or whole.shape[:2] != (1, layout.length):
             continue
         if share.shape == whole.shape:  # around the body that is cut

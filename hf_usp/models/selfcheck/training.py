@@ -17,6 +17,7 @@ from ...batch.context import ShardOptions
 from ...distributed.comm import verify_same_across_ranks
 from ...distributed.mesh import UspMesh
 from ...errors import UspError, UspModelError
+from ..indexed_layers import small_selections
 from .check import fails_alone, isolated_forward, overwrites, random_batch, refusal, without_autocast
 from .compare import compare, module_outputs
 from .determinism import DeterministicSampling
@@ -33,7 +34,7 @@ def training_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions,
     with isolated_forward(model, device, training=True) as overwritten:
         before, seen = _python_draws(), DeterministicSampling()
         try:
-            with seen:
+            with seen, small_selections(model):
                 found = compare(model, batch, mesh, options)
             error = None if found is None else refusal(model, f"in training mode, {found}")
         except UspError:

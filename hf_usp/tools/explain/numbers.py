@@ -21,6 +21,7 @@ from ...sharding.heads import HeadShare, split_heads
 from ...sharding.intervals import IntArray
 from ...sharding.masks import UNLIMITED, Documents, Mask
 from ...sharding.schedule import RingSchedule, ring_per_node
+from ...sharding.selections import longest_document, selected_area, selection_bytes
 from ...utils.dtypes import DTYPES, check_dtype
 from ...utils.validation import check_positive_int
 
@@ -48,6 +49,10 @@ class Case:
         causal: whether a query sees no later key.
         ranks_per_node: ranks of a node; None: all.
         dtype: dtype of keys and values.
+        selected: keys that a query selects at most (`index_topk`); None: it attends to all that it sees.
+        gathered_width: numbers of a token that such a layer gathers: its latent, or its keys and values.
+        index_width: width of an index key.
+        index_heads: heads of the indexer.
     """
 
     tokens: int
@@ -64,6 +69,10 @@ class Case:
     causal: bool = True
     ranks_per_node: int | None = None
     dtype: str = "bf16"
+    selected: int | None = None
+    gathered_width: int = 576
+    index_width: int = 128
+    index_heads: int = 64
 
     @property
     def mask_spec(self) -> MaskSpec:
@@ -161,10 +170,42 @@ def explain(case: Case) -> Explanation:
     return Explanation(case, layout, reason, layout.mask(case.mask_spec), plans, shares, traffic)
 
 
+@dataclass(frozen=True)
+class SelectionCosts:
+    """What a layer costs whose queries select their keys; one figure a rank.
+
+    Attributes:
+        attended: (query, key) pairs of a head.
+        scored: (query, key) pairs of an index head.
+        forward: bytes that a rank sends.
+        backward: bytes that a rank sends in the backward.
+    """
+
+    attended: IntArray
+    scored: IntArray
+    forward: int
+    backward: int
+
+
+def selection_costs(it: Explanation) -> SelectionCosts | None:
+    """The costs of a layer that selects; None where every query selects all that it sees."""
+    case, layout = it.case, it.layout
+    if case.selected is None or longest_document(layout.documents) <= case.selected:
+        return None
+    held, item = layout.positions_per_rank(), DTYPES[case.dtype].itemsize
+    sent = selection_bytes(
+        layout.batch * layout.local_length, case.ranks, case.gathered_width * item, case.index_width * item
+    )
+    attended = np.array([selected_area(it.mask, positions, case.selected) for positions in held])
+    return SelectionCosts(attended, np.array([it.mask.area(positions) for positions in held]), *sent)
+
+
 def check_sizes(case: Case) -> None:
     """Refuse what is not a size, by name."""
     names = ("tokens", "ranks", "heads", "kv_heads", "head_dim", "batch", "window", "chunk", "ranks_per_node")
     check_positive_int(**{name: getattr(case, name) for name in names})
+    of_selections = ("selected", "gathered_width", "index_width", "index_heads")
+    check_positive_int(**{name: getattr(case, name) for name in of_selections})
     check_positive_int(most=MOST_RANKS, ranks=case.ranks)
     check_positive_int(most=MOST_HEADS, heads=case.heads, kv_heads=case.kv_heads)
     check_positive_int(most=1 << 20, head_dim=case.head_dim)

@@ -11,7 +11,7 @@ from ...kernels import Request, Softmax, choice_lines, kernel_report
 from ...sharding.degrees import ulysses_bytes
 from ...sharding.heads import HeadShare
 from ...sharding.load_balance import ALL_ORDERS, assign_tokens, balance, over_batch
-from .numbers import DTYPES, MOST_RANKS_LISTED, Case, Explanation, messages
+from .numbers import DTYPES, MOST_RANKS_LISTED, Case, Explanation, messages, selection_costs
 
 
 def title(case: Case) -> str:
@@ -32,6 +32,7 @@ def report(it: Explanation) -> str:
         ("tokens", _tokens(it)),
         ("work", _work(it)),
         ("bytes", _bytes(it)),
+        *([] if case.selected is None else [("selection", _selection(it))]),
         ("kernel", _kernel(case)),
     ]
     return "\n".join(
@@ -127,6 +128,23 @@ def _bytes(it: Explanation) -> list[str]:
     if whole:
         lines.append(f"all ranks: ring {readable(total)} = {total / whole:.2f} of the unpruned {readable(whole)}")
     return lines + _left_out(it)
+
+
+def _selection(it: Explanation) -> list[str]:
+    costs, case = selection_costs(it), it.case
+    if costs is None:
+        return [f"no document is longer than {case.selected:,} tokens: nothing is selected, all of the above holds"]
+    share = costs.attended.sum() / max(1, costs.scored.sum())
+    length = int(costs.attended.max() * len(costs.attended) / max(1, costs.attended.sum()) * 1000) / 10
+    return [
+        f"a query attends to {case.selected:,} keys at most; ring and ulysses above are not used",
+        f"{int(costs.attended.sum()):,} (query, key) pairs a head, {share:.1%} of what is seen; busiest rank "
+        f"{length:.1f}% of the mean",
+        f"{int(costs.scored.sum()):,} pairs scored by each of {case.index_heads} index heads of width "
+        f"{case.index_width}",
+        f"sent by each rank, one layer: forward {readable(costs.forward)} (latents or keys and values, and index "
+        f"keys), backward {readable(costs.backward)}",
+    ]
 
 
 def _kernel(case: Case) -> list[str]:
