@@ -98,7 +98,7 @@ def usp_attention_forward(
         _refuse_recurrent(module)
         _refuse_router_logits(module, kwargs.get("output_router_logits"))
     if is_temperature_tuned(module):
-        query = with_global_temperature(query, module, context.layout)
+        query = with_global_temperature(query, module, context)
     softmax = Softmax(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
     q, k, v = as_autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     if isinstance(attention_mask, ShardedMask):
