@@ -7,6 +7,7 @@ can go; each section says which releases were read. tests/test_laws.py refuses s
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import zlib
 from collections.abc import Callable
@@ -66,8 +67,7 @@ def is_older(package: str, oldest: str) -> bool:
 
 def sources() -> str:
     """A checksum of the installed sources of hf_usp: the same version may be another state of a checkout."""
-    total = 0
-    root = Path(__file__).parent
+    total, root = 0, Path(__file__).parent
     for path in sorted(root.rglob("*.py")):
         total = zlib.crc32(path.read_bytes(), zlib.crc32(path.relative_to(root).as_posix().encode(), total))
     return f"{total:08x}"
@@ -147,6 +147,13 @@ def has_gradient_hooks(parameter: torch.nn.Parameter) -> bool:
     return bool(parameter._backward_hooks)
 
 
+def reference_counts(tensor: Any) -> tuple[int, ...]:
+    """How often a tensor is referred to in C++, its memory, itself in Python, and both for what it is a view of."""
+    memory = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    base = () if tensor._base is None else (tensor._base._use_count(), sys.getrefcount(tensor._base))
+    return tensor._use_count(), memory, sys.getrefcount(tensor), *base
+
+
 def write_count(tensor: torch.Tensor) -> int:
     """The number that autograd increases with each write into a tensor's memory."""
     return tensor._version
@@ -177,15 +184,11 @@ def scheduler_steps(scheduler: Any) -> int:
 def cpu_flash_operators() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Flash attention for CPU, forward and backward. Goes once a public function takes and gives the log-sum-exp."""
     aten = torch.ops.aten
-    forward = aten._scaled_dot_product_flash_attention_for_cpu
-    return forward, aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def cuda_flash_operators() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """FlashAttention 2 for CUDA with variable lengths, forward and backward; looked up without a GPU.
-
-    Goes once `torch.nn.attention.varlen` has a backward that takes the output and log-sum-exp of another call.
-    """
+    """FlashAttention 2 for CUDA with variable lengths, forward and backward. Goes as `cpu_flash_operators` goes."""
     aten = torch.ops.aten
     return aten._flash_attention_forward.default, aten._flash_attention_backward.default
 
@@ -211,8 +214,7 @@ def operator_arguments(operator: Any) -> list[tuple[str, bool]]:
 def get_reshard_state(unit: Any) -> tuple[Any, Any]:
     """Whether an FSDP2 unit frees its parameters after a forward. Goes once FSDPModule has a getter."""
     state = unit._get_fsdp_state()
-    group = state._fsdp_param_group
-    return state._auto_reshard_after_forward, None if group is None else group.post_forward_mesh_info
+    return state._auto_reshard_after_forward, getattr(state._fsdp_param_group, "post_forward_mesh_info", None)
 
 
 def set_reshard_state(unit: Any, before: tuple[Any, Any]) -> None:
@@ -230,6 +232,11 @@ def checkpointing_name() -> str:
     """The name of activation checkpointing in arguments: 5.23 renamed it. Goes when 5.23 is the oldest Transformers."""
     new, models = "activation_checkpointing", importlib.import_module("transformers")
     return new if hasattr(models.PreTrainedModel, f"{new}_enable") else "gradient_checkpointing"
+
+
+def layer_forward(layer: torch.nn.Module) -> Callable[..., Any]:
+    """The forward of a layer's class without the checkpointing that Transformers wraps around it since 5.23."""
+    return inspect.unwrap(type(layer).forward, stop=lambda x: x.__code__.co_name != "forward_with_checkpointing")
 
 
 def checkpoint_function(layer: Any) -> Any:
@@ -301,8 +308,7 @@ def is_batch_rebalance_sampler(sampler: Any) -> bool:
 def calling_object() -> Any:
     """`self` of the method that called the caller of this function; None where it is no method.
 
-    TRL wraps reference and teacher models past `prepare`; only the trainer that calls `prepare` later has them. Goes
-    once TRL prepares them with the accelerator.
+    Only a trainer of TRL has the reference models that it wraps past `prepare`. Goes once TRL prepares them.
     """
     return sys._getframe(2).f_locals.get("self")
 
@@ -369,8 +375,7 @@ def import_flash_attn() -> tuple[str, Any, Any]:
 
 def flash_attn_functions(interface: Any) -> tuple[Any, Any]:
     """flash-attn's forward and backward that take and give a log-sum-exp, of the package or of a kernel of the Hub."""
-    forward = getattr(interface, "_flash_attn_varlen_forward", None)
-    return forward, getattr(interface, "_flash_attn_varlen_backward", None)
+    return tuple(getattr(interface, f"_flash_attn_varlen_{way}", None) for way in ("forward", "backward"))  # type: ignore[return-value]
 
 
 def import_flash_attn_3() -> Any:
@@ -386,13 +391,10 @@ def import_flash_attn_4() -> tuple[Any, Any]:
 
 
 def hub_kernel(repository: str, major: int, download: bool) -> Any:
-    """A kernel of the Hub that this process has loaded, else from the Hub's cache, else, with `download`, from there.
-
-    Fails where it cannot be had, by any error of `kernels`.
-    """
+    """A kernel of the Hub: loaded already, from the Hub's cache, or with `download` from there; may fail."""
     kernels = importlib.import_module("kernels")
     for loaded in kernels.get_loaded_kernels():
-        if loaded.repo_info is not None and loaded.repo_info.repo_id == repository:
+        if getattr(loaded.repo_info, "repo_id", None) == repository:
             return loaded.module
     if not download:
         kernels.install_kernel(repository, version=major, local_files_only=True)

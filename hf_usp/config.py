@@ -19,7 +19,7 @@ from .distributed.comm import world_size
 from .distributed.mesh import DeviceMesh, kept_mesh
 from .errors import UspConfigError
 from .integrations.accelerate import AcceleratorPatch
-from .integrations.transformers import check_way, validate_memory_options, validate_options
+from .integrations.transformers import check_way, validate_layer_options, validate_memory_options, validate_options
 from .planner.hardware import check_machine
 from .sharding.degrees import check_degrees
 from .utils.validation import check_positive_int, check_switches, size_from_environment
@@ -34,6 +34,8 @@ OPTIONS = (
     "gather_outputs",
     "loss_chunk_size",
     "mlp_chunk_size",
+    "layer_chunk_size",
+    "head_groups",
     "offload_checkpoints",
     "kernel",
     "self_check",
@@ -70,7 +72,13 @@ class UspParallelismConfig(ParallelismConfig):
             cp_size=1. Under tensor parallelism each rank computes the logits of its entries of the vocabulary.
         mlp_chunk_size: compute the MLPs of all layers, and all norms, in chunks of this many tokens, and again in the
             backward. Also for cp_size=1.
-        offload_checkpoints: keep the inputs of checkpointed layers (activation checkpointing) in CPU memory.
+        layer_chunk_size: compute layers in chunks of this many tokens, forward and backward; only attention sees all
+            tokens at once. Such a layer keeps its input alone, with or without activation checkpointing. One that
+            cannot compute so (recurrent, with dropout) computes as before, and the log says so. For cp_size > 1.
+        head_groups: with layer_chunk_size, compute attention in this many groups of heads, one after the other; more
+            save more memory. Default: 1.
+        offload_checkpoints: keep the inputs of checkpointed layers (activation checkpointing), and of layers in chunks,
+            in CPU memory.
         kernel: name of the attention kernel (docs/kernels.md). Default: the best installed for the device.
         self_check: whether a prepared model first compares a short random batch, sharded and unsharded.
         generate: how `model.generate` of a prepared model works (docs/generation.md). "whole": each rank
@@ -99,6 +107,8 @@ class UspParallelismConfig(ParallelismConfig):
         gather_outputs: bool | None = None,
         loss_chunk_size: int | None = None,
         mlp_chunk_size: int | None = None,
+        layer_chunk_size: int | None = None,
+        head_groups: int | None = None,
         offload_checkpoints: bool = False,
         kernel: str | None = None,
         self_check: bool = True,
@@ -114,6 +124,7 @@ class UspParallelismConfig(ParallelismConfig):
         self.sequence_order = sequence_order
         self.gather_outputs = gather_outputs
         self.loss_chunk_size, self.mlp_chunk_size = loss_chunk_size, mlp_chunk_size
+        self.layer_chunk_size, self.head_groups = layer_chunk_size, head_groups
         self.offload_checkpoints = offload_checkpoints
         self.kernel = kernel
         self.self_check, self.generate = self_check, generate
@@ -137,6 +148,7 @@ class UspParallelismConfig(ParallelismConfig):
         validate_options(self.sequence_order, self.kernel)
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
         validate_memory_options(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
+        validate_layer_options(self.layer_chunk_size, self.head_groups, cp_size)
         check_switches(gather_outputs=self.gather_outputs is None or self.gather_outputs)
         check_way(self.generate)
         check_switches(offload_checkpoints=self.offload_checkpoints, self_check=self.self_check)

@@ -349,6 +349,9 @@ TWO_RANKS: dict[str, Case] = {
     "leave out mlp_chunk_size": Case(
         call(PLAIN, {"mlp_chunk_size": 8}, family="mixtral"), exact(PLAIN, family="mixtral")
     ),
+    "leave out head_groups, or choose at most": Case(
+        call(PLAIN, {"layer_chunk_size": 8, "head_groups": 8}), exact(PLAIN, {"layer_chunk_size": 8, "head_groups": 4})
+    ),
 }
 
 
@@ -384,6 +387,17 @@ ONE_PROCESS: dict[str, Case] = {
     "choose one: loss_chunk_size for training": Case(
         lambda: hf_usp.UspParallelismConfig(cp_size=2, loss_chunk_size=8, gather_outputs=True),
         lambda: hf_usp.UspParallelismConfig(cp_size=2, loss_chunk_size=8),
+    ),
+    "leave out layer_chunk_size, or share sequences by cp_size=2": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=1, layer_chunk_size=8),
+        lambda: [hf_usp.UspParallelismConfig(cp_size=n, layer_chunk_size=8 if n > 1 else None) for n in (1, 2)],
+    ),
+    "pass layer_chunk_size=4096, too, or leave out head_groups": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, head_groups=2),
+        lambda: [
+            hf_usp.UspParallelismConfig(cp_size=2),
+            hf_usp.UspParallelismConfig(cp_size=2, layer_chunk_size=4096, head_groups=2),
+        ],
     ),
     "choose ulysses_degree from": Case(
         lambda: hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=3),

@@ -93,9 +93,14 @@ def attend(inputs: Inputs, mask: ShardedMask, softmax: Softmax) -> Tensor:
     Returns:
         out_BLHE.
     """
+    if torch.compiler.is_compiling():
+        return attend_custom_op(inputs, mask, softmax)
+    context = context_from_handle(mask.handle)
+    if context.interception is not None:
+        return context.interception.answer(inputs, mask.mask_spec, softmax)
     if needs_custom_op():
         return attend_custom_op(inputs, mask, softmax)
-    return _attend(inputs, context_from_handle(mask.handle), mask.mask_spec, softmax)
+    return _attend(inputs, context, mask.mask_spec, softmax)
 
 
 def _attend(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softmax: Softmax) -> Tensor:
@@ -109,6 +114,8 @@ def _attend(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softma
 @torch.compiler.disable
 def attend_without_mask(inputs: Inputs, context: ForwardContext, mask_spec: MaskSpec, softmax: Softmax) -> Tensor:
     """The same where no mask has brought a handle: a compiled graph ends here."""
+    if context.interception is not None:
+        return context.interception.answer(inputs, mask_spec, softmax)
     if needs_custom_op():
         return attend_custom_op(inputs, ShardedMask(make_handle(context), mask_spec), softmax)
     return _attend(inputs, context, mask_spec, softmax)

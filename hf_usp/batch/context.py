@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..kernels import Request
+from ..kernels import Request, Softmax
 from ..utils.tensors import opaque_to_fsdp
 from .layout import CAUSAL, KeptTokens, MaskSpec, SequenceLayout
 
@@ -101,6 +102,19 @@ class IndexShape(NamedTuple):
     dtype: torch.dtype
 
 
+@dataclass(eq=False)
+class Interception:
+    """A layer taken apart at its attention: who answers its attention calls in the place of the mesh.
+
+    Attributes:
+        answer: function from q_BLHD, k_BLGD, v_BLGE and sinks_H (or None), mask and softmax to out_BLHE.
+        tokens: which local tokens of each row the layer was given.
+    """
+
+    answer: Callable[[Sequence[Tensor | None], MaskSpec, Softmax], Tensor]
+    tokens: slice
+
+
 @opaque_to_fsdp
 @dataclass(eq=False)
 class ForwardContext:
@@ -114,6 +128,8 @@ class ForwardContext:
         wants_router_logits: whether the caller asked for `output_router_logits`.
         gathers_outputs: whether per-token outputs are gathered after the forward.
         of_backbone: whether the base model of a causal LM was called by itself.
+        whole_layers: whether somebody looks at the modules inside layers: none computes in chunks.
+        interception: of the attention calls of a layer that is run on some of its tokens.
         kept: the tokens whose logits the caller wants (`logits_to_keep`); None: all.
         cache: the cache that this forward, a prefill, fills; None in every other one.
         attention_calls: attention calls by shape; those of recomputed layers count again.
@@ -130,6 +146,8 @@ class ForwardContext:
     wants_router_logits: bool = False
     gathers_outputs: bool = False
     of_backbone: bool = False
+    whole_layers: bool = False
+    interception: Interception | None = None
     kept: KeptTokens | None = None
     cache: KeepsKeys | None = field(default=None, repr=False)
     attention_calls: Counter[AttentionShape] = field(default_factory=Counter, repr=False)
@@ -137,6 +155,12 @@ class ForwardContext:
     index_keys: Counter[IndexShape] = field(default_factory=Counter, repr=False)
     recurrent_calls: int = 0
     kernels: dict[Request, str] = field(default_factory=dict, repr=False)
+
+    def intercepted(self, interception: Interception) -> ForwardContext:
+        """The same forward for a layer that is taken apart; the counters are the same objects."""
+        taken_apart = copy(self)
+        taken_apart.interception = interception
+        return taken_apart
 
     @property
     def reached_a_layer(self) -> bool:

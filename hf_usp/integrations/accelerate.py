@@ -211,8 +211,9 @@ class AcceleratorPatch:
                 raise refuse_after_failure(earlier.failed)
         config, hooks = self.config, get_hooks(module)
         memory = (config.loss_chunk_size, config.mlp_chunk_size, config.offload_checkpoints)
+        of_layers: dict[str, Any] = {"layer_chunk_size": config.layer_chunk_size, "head_groups": config.head_groups}
         if config.cp_size == 1 or (hooks is not None and hooks.mesh in self.meshes.values()):
-            apply_memory_options(module, *memory)
+            apply_memory_options(module, *memory, **of_layers)
             return
         model = find_model(module)
         names = ("mixed_precision", "gradient_accumulation_steps")
@@ -228,6 +229,8 @@ class AcceleratorPatch:
             generate=config.generate,
             loss_chunk_size=config.loss_chunk_size,
             mlp_chunk_size=config.mlp_chunk_size,
+            layer_chunk_size=config.layer_chunk_size,
+            head_groups=config.head_groups,
             offload_checkpoints=config.offload_checkpoints,
         )
         applied = get_hooks(module)

@@ -10,15 +10,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..distributed.agreement import verify_same_on_all_processes
 from ..distributed.mesh import UspMesh
-from ..errors import UspConfigError
+from ..errors import UspConfigError, UspModelError
 from ..kernels import KERNELS
 from ..memory.activation_checkpointing import restore_context_functions, use_plain_function, uses_plain_function
 from ..memory.activation_offload import offload_checkpoints as offload_model
 from ..memory.activation_offload import offloads_checkpoints, restore_checkpoints
 from ..memory.chunked_loss import ChunkedLoss, chunked_loss
+from ..memory.tiled_layer import tile_layers, tiled_layer, untile_layers
 from ..memory.tiled_mlp import TiledMLP, chunked, tile_mlps, untile
 from ..memory.tiled_norm import TiledNorm, tile_norms
 from ..models.consistency import describe_model
@@ -74,6 +76,12 @@ MODEL_CHANGES = (
         "`forward`",
         "`mlp_chunk_size`: norms compute in chunks",
         lambda model, _: any(chunked(module, TiledNorm) for module in model.modules()),
+    ),
+    Change(
+        "layers that Transformers can checkpoint",
+        "`forward`",
+        "`layer_chunk_size`: layers compute in chunks, attention in groups of heads",
+        lambda model, _: any(tiled_layer(module) is not None for module in model.modules()),
     ),
     Change(
         "the model, and its checkpointed layers",
@@ -178,6 +186,8 @@ def apply_context_parallel(
     kernel: str | None = None,
     loss_chunk_size: int | None = None,
     mlp_chunk_size: int | None = None,
+    layer_chunk_size: int | None = None,
+    head_groups: int | None = None,
     offload_checkpoints: bool = False,
     generate: str = "whole",
 ) -> nn.Module:
@@ -190,8 +200,8 @@ def apply_context_parallel(
     Args:
         model: a `PreTrainedModel` with `attn_implementation="usp"`, or a module around one (PEFT, DDP).
         mesh: see `UspMesh.build`. On a mesh of one rank only the memory options below change anything.
-        sequence_order, gather_outputs, self_check, kernel, loss_chunk_size, mlp_chunk_size, offload_checkpoints,
-            generate: see `UspParallelismConfig`.
+        sequence_order, gather_outputs, self_check, kernel, loss_chunk_size, mlp_chunk_size, layer_chunk_size,
+            head_groups, offload_checkpoints, generate: see `UspParallelismConfig`.
 
     Returns:
         `model` itself.
@@ -202,11 +212,22 @@ def apply_context_parallel(
     validate_options(sequence_order, kernel)
     check_way(generate)
     validate_memory_options(loss_chunk_size, mlp_chunk_size, gather_outputs)
+    validate_layer_options(layer_chunk_size, head_groups, mesh.size)
     check_switches(gather_outputs=gather_outputs is None or gather_outputs)
     check_switches(self_check=self_check, offload_checkpoints=offload_checkpoints)
-    apply_memory_options(model, loss_chunk_size, mlp_chunk_size, offload_checkpoints)
     if mesh.size > 1:
         verify_same_on_all_processes(describe_model(find_model(model)))
+    if head_groups is not None:
+        check_head_groups(find_model(model), head_groups, mesh.ulysses_degree)
+    apply_memory_options(
+        model,
+        loss_chunk_size,
+        mlp_chunk_size,
+        offload_checkpoints,
+        layer_chunk_size=layer_chunk_size,
+        head_groups=head_groups,
+    )
+    if mesh.size > 1:
         attach_hooks(
             model,
             mesh,
@@ -220,15 +241,23 @@ def apply_context_parallel(
 
 
 def apply_memory_options(
-    model: nn.Module, loss_chunk_size: int | None, mlp_chunk_size: int | None, offload_checkpoints: bool
+    model: nn.Module,
+    loss_chunk_size: int | None,
+    mlp_chunk_size: int | None,
+    offload_checkpoints: bool,
+    *,
+    layer_chunk_size: int | None = None,
+    head_groups: int | None = None,
 ) -> None:
-    """Apply the options that need no mesh. Applying them again changes nothing."""
+    """Apply the options that save memory. Applying them again changes nothing."""
     use_plain_function(model)
     if loss_chunk_size is not None and chunked_loss(model) is None:
         ChunkedLoss(find_model(model), loss_chunk_size)
     if mlp_chunk_size is not None:
         tile_mlps(find_model(model), mlp_chunk_size)
         tile_norms(find_model(model), mlp_chunk_size)
+    if layer_chunk_size is not None:
+        tile_layers(find_model(model), layer_chunk_size, head_groups or 1)
     if offload_checkpoints:
         offload_model(find_model(model))
 
@@ -241,6 +270,7 @@ def remove_from_model(model: nn.Module) -> None:
     loss = chunked_loss(model)
     if loss is not None:
         loss.remove()
+    untile_layers(model)
     untile(model)
     restore_checkpoints(model)
     restore_context_functions(model)
@@ -285,4 +315,32 @@ def validate_memory_options(
             f"loss_chunk_size={loss_chunk_size} with gather_outputs=True",
             rule="a loss in chunks leaves no logits to be gathered",
             remedy="choose one: loss_chunk_size for training, gather_outputs for predict and compute_metrics",
+        )
+
+
+def validate_layer_options(layer_chunk_size: int | None, head_groups: int | None, ranks: int) -> None:
+    """Raise `UspConfigError` for empty chunks, groups without chunks, and chunks where nothing is sharded."""
+    check_positive_int(layer_chunk_size=layer_chunk_size, head_groups=head_groups)
+    if head_groups is not None and layer_chunk_size is None:
+        raise UspConfigError(
+            f"head_groups={head_groups} without layer_chunk_size",
+            rule="attention computes in groups of heads inside layers that compute in chunks",
+            remedy="pass layer_chunk_size=4096, too, or leave out head_groups",
+        )
+    if layer_chunk_size is not None and ranks == 1:
+        raise UspConfigError(
+            f"layer_chunk_size={layer_chunk_size} where one rank has whole sequences",
+            rule="a layer in chunks is taken apart at its sharded attention",
+            remedy="leave out layer_chunk_size, or share sequences by cp_size=2 or more",
+        )
+
+
+def check_head_groups(model: PreTrainedModel, head_groups: int, ulysses_degree: int) -> None:
+    """Raise `UspModelError` for more groups than there are heads for the ulysses ranks."""
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    if heads is not None and head_groups * ulysses_degree > heads:
+        raise UspModelError(
+            f"head_groups={head_groups} for {heads} query heads on {ulysses_degree} ulysses rank(s)",
+            rule="a group of heads has a head for every ulysses rank",
+            remedy="leave out head_groups, or choose at most the query heads of an ulysses rank",
         )

@@ -5,6 +5,8 @@ layer in bf16. Here exactly these inputs go to pinned CPU memory while the next 
 own, and come back in the backward, each fetched one layer before it is needed. Nothing else is moved: not what a policy
 such as `hf_usp.save_attention_outputs` keeps, nor what is saved outside checkpointed layers.
 
+A layer that computes in chunks (`tiled_layer.py`) is its own checkpoint. Its input comes back chunk by chunk.
+
 It wraps whatever checkpointing function the layers have when a forward begins, of either kind, so it does not matter
 who enabled it, and when.
 """
@@ -23,6 +25,7 @@ from transformers import PreTrainedModel
 from ..compat import checkpoint_function, checkpointing_name, find_hook_owner, set_checkpoint_function
 from ..errors import UspModelError
 from ..models.pickling import NotSaved
+from .tiled_layer import tiled_layer
 
 CHECKPOINTING = checkpointing_name()
 
@@ -63,6 +66,20 @@ class ActivationOffloader:
         tensor.record_stream(stream)
         self.last = OffloadedTensor(host, tensor.device, self.last)
         return self.last
+
+    def offload_apart(self, tensor: Tensor) -> Tensor | OffloadedTensor:
+        """The same for a tensor that is needed in parts: nobody brings it back as a whole."""
+        last, offloaded = self.last, self.offload(tensor)
+        self.last = last
+        return offloaded
+
+    def on_host(self, offloaded: Tensor | OffloadedTensor) -> Tensor:
+        """The copy in CPU memory; what the current stream reads of it from now on is complete."""
+        if isinstance(offloaded, Tensor):
+            return offloaded
+        streams, stream = self._streams(offloaded.device)
+        streams.current_stream(offloaded.device).wait_stream(stream)
+        return offloaded.host
 
     def fetch(self, offloaded: Tensor | OffloadedTensor) -> Tensor:
         """The tensor on its device, and the one before it on its way there."""
@@ -136,8 +153,11 @@ class OffloadedCheckpoints(NotSaved):
         if not (model.training and torch.is_grad_enabled()):
             return
         self.offloader.last = None
+        tiled = [found for found in map(tiled_layer, model.modules()) if found is not None]
+        for layer in tiled:
+            layer.offloader = self.offloader
         layers: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-        if not layers:
+        if not layers and not tiled:
             raise UspModelError(
                 f"offload_checkpoints with {type(model).__name__}, none of whose layers is checkpointed",
                 rule="what is offloaded are the inputs of checkpointed layers, by Transformers' own checkpointing",
@@ -183,6 +203,9 @@ def restore_checkpoints(model: nn.Module) -> None:
         return
     hooks.handle.remove()
     for layer in model.modules():
+        tiled = tiled_layer(layer)
+        if tiled is not None:
+            tiled.offloader = None
         function = checkpoint_function(layer)
         if isinstance(function, Offloaded):
             set_checkpoint_function(layer, function.function)

@@ -34,6 +34,7 @@ from ..utils.autograd import forbid_double_backward
 from ..utils.dtypes import autocast_dtype
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
+Autocast = Callable[[], AbstractContextManager[Any]]
 TRIED = 8  # tokens of the trial
 
 
@@ -71,11 +72,15 @@ class TiledForward(ABC):
             parts = [self.stock(module, x) for x in few_TD.tensor_split([cut], dim=1)]
         if not all(isinstance(x, Tensor) for x in (together, *parts)):
             return "returns more than hidden states"
-        tolerance = 8 * torch.finfo(together.dtype).eps ** (0.5 if together.dtype == torch.float64 else 0.75)
-        difference = (together - torch.cat(parts, dim=1)).abs().max()
-        if not difference <= tolerance * together.abs().max():
+        if not same_values(together, torch.cat(parts, dim=1)):
             return "gives other values for some tokens when the others are left out"
         return None
+
+
+def same_values(mine: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding."""
+    tolerance = 8 * torch.finfo(mine.dtype).eps ** (0.5 if mine.dtype == torch.float64 else 0.75)
+    return bool((mine - other).abs().max() <= tolerance * mine.abs().max())
 
 
 class TiledMLP(TiledForward):
@@ -213,7 +218,7 @@ class _InChunks(torch.autograd.Function):
         ctx: Any, hidden_TD: Tensor, module: nn.Module, stock: Forward, size: int, *weights: Tensor
     ) -> Tensor:
         ctx.save_for_backward(hidden_TD, *weights)
-        ctx.module, ctx.stock, ctx.size, ctx.autocast = module, stock, size, _autocast(hidden_TD)
+        ctx.module, ctx.stock, ctx.size, ctx.autocast = module, stock, size, autocast_of(hidden_TD)
         first_TD = stock(module, hidden_TD[:, :size])
         out_TD = first_TD.new_empty(1, hidden_TD.shape[1], first_TD.shape[-1])
         out_TD[:, :size] = first_TD
@@ -240,19 +245,20 @@ class _InChunks(torch.autograd.Function):
             del out_TD
             if d_hidden_TD is not None:
                 d_hidden_TD[:, chunk] = found.pop(0)
-            totals = [_add(total, part) for total, part in zip(totals, found, strict=True)]
+            totals = [add_gradient(total, part) for total, part in zip(totals, found, strict=True)]
             del found  # before those of the next chunk are made
         back = [None if total is None else total.to(p.dtype) for total, p in zip(totals, weights, strict=True)]
         return d_hidden_TD, None, None, None, *back
 
 
-def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+def add_gradient(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum of a weight's gradients over chunks, in fp32 or fp64, with one more; written into the sum before."""
     if part is None:
         return total
     return part.to(accumulation_dtype(part.dtype)) if total is None else total.add_(part)
 
 
-def _autocast(tensor: Tensor) -> Callable[[], AbstractContextManager[Any]]:
+def autocast_of(tensor: Tensor) -> Autocast:
     """The autocast of the forward, for the backward."""
     kind, dtype = tensor.device.type, autocast_dtype(tensor)
     return nullcontext if dtype is None else lambda: torch.autocast(kind, dtype)

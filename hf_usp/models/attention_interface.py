@@ -116,7 +116,7 @@ def usp_attention_forward(
         _refuse_recurrent(module)
         _refuse_router_logits(module, kwargs.get("output_router_logits"))
     if is_temperature_tuned(module):
-        query = with_global_temperature(query, module, context.layout)
+        query = with_global_temperature(query, module, context)
     softmax = Softmax(scale, softcap)
     if isinstance(attention_mask, CompressedMask):
         return attend_compressed(query, key, attention_mask, context, s_aux, softmax.scale), None

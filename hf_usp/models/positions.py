@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch.layout import SequenceLayout
+from ..batch.context import ForwardContext
 
 
 class OwnPositions:
@@ -71,7 +71,7 @@ def is_temperature_tuned(module: nn.Module) -> bool:
     return getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
 
 
-def with_global_temperature(query_BHLD: Tensor, module: Any, layout: SequenceLayout) -> Tensor:
+def with_global_temperature(query_BHLD: Tensor, module: Any, context: ForwardContext) -> Tensor:
     """Queries that a layer scaled by their local places, scaled by their places in the row instead.
 
     The scale of place i is log1p(floor((i + 1) / floor_scale)) * attn_scale + 1 (arXiv 2501.19399, as in Llama 4),
@@ -81,7 +81,9 @@ def with_global_temperature(query_BHLD: Tensor, module: Any, layout: SequenceLay
     def scale(places: Tensor) -> Tensor:
         return torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
-    places_L, _ = layout.local_indices(query_BHLD.device)
+    places_L, _ = context.layout.local_indices(query_BHLD.device)
+    if context.interception is not None:
+        places_L = places_L[context.interception.tokens]
     counted_L = torch.arange(query_BHLD.shape[2], device=query_BHLD.device)
     return (query_BHLD * (scale(places_L) / scale(counted_L))[:, None]).to(query_BHLD.dtype)
 

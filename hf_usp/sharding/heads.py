@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from ..errors import UspConfigError
@@ -86,3 +87,34 @@ def _runs(q0: int, q1: int, per_kv: int) -> tuple[tuple[int, int, int, int], ...
         else:
             runs.append((first, last, local, local + 1))
     return tuple(runs) if q1 > q0 else ()
+
+
+def group_heads(num_heads: int, num_kv_heads: int, groups: int, ulysses_degree: int) -> tuple[HeadShare, ...]:
+    """Cut heads into `groups` groups that attend one after the other; each has a head for every ulysses rank.
+
+    A group is some kv heads with their query heads. Where there are more groups than kv heads, it is a part of the
+    query heads of one kv head. Where that many groups cannot be made, there are fewer, at least one.
+
+    >>> [(g.q0, g.q1, g.k0, g.k1) for g in group_heads(8, 2, 4, 2)]
+    [(0, 2, 0, 1), (2, 4, 0, 1), (4, 6, 1, 2), (6, 8, 1, 2)]
+    >>> len(group_heads(8, 2, 8, 2))
+    4
+    """
+    check_heads(num_heads, num_kv_heads)
+    check_positive_int(required=True, groups=groups, ulysses_degree=ulysses_degree)
+    per_kv = num_heads // num_kv_heads
+    for number in range(min(groups, num_heads), 1, -1):
+        parts = -(-number // num_kv_heads)  # of each kv head, where there are more groups than those
+        if parts == 1:
+            edges = [per_kv * (i * num_kv_heads // number) for i in range(number + 1)]
+        else:
+            cuts = [i * per_kv // parts for i in range(parts)]
+            edges = [kv * per_kv + cut for kv in range(num_kv_heads) for cut in cuts] + [num_heads]
+        sizes = [q1 - q0 for q0, q1 in itertools.pairwise(edges)]
+        if min(sizes) >= ulysses_degree:
+            break
+    else:
+        edges = [0, num_heads]
+    return tuple(
+        HeadShare(q0, q1, q0 // per_kv, -(-q1 // per_kv), _runs(q0, q1, per_kv)) for q0, q1 in itertools.pairwise(edges)
+    )

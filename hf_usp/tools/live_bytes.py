@@ -59,7 +59,9 @@ class LiveBytes(TorchDispatchMode):
 
     def leave_out(self, tensor: Tensor) -> None:
         """A tensor does not count from now on: it lies in host memory."""
-        self._elsewhere.add(storage_identity(tensor))
+        place = storage_identity(tensor)
+        self._elsewhere.add(place)
+        weakref.finalize(tensor.untyped_storage(), self._elsewhere.discard, place)
         self.host += tensor.untyped_storage().nbytes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

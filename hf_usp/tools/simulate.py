@@ -77,7 +77,7 @@ def simulate(
             lasting = [local_part(p) for p in model.parameters()]
             live = LiveBytes(lasting, inventory)
             if job.offload and job.checkpointing and backward:
-                offload_checkpoints(model, _ToHost(live))
+                offload_checkpoints(model, ToHost(live))
             watch = _Phases(model, live)
             for _ in range(2 if job.accumulate and backward else 1):
                 live.phases.clear()
@@ -257,7 +257,7 @@ def _stand_ins(workspace: Workspace) -> Iterator[None]:
         patches.undo()
 
 
-class _ToHost(ActivationOffloader):
+class ToHost(ActivationOffloader):
     """Copies lie in host memory, which does not count; streams are nothing."""
 
     def __init__(self, live: LiveBytes) -> None:

@@ -7,7 +7,9 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..compat import reference_counts
 from ..errors import UspModelError
 
 Backward = Callable[..., Any]
@@ -34,3 +36,30 @@ def forbid_double_backward(backward: Backward) -> Backward:
         return backward(ctx, *grads)
 
     return checked
+
+
+def unshared_references() -> frozenset[tuple[int, ...]]:
+    """`reference_counts` of gradients that autograd's engine and one backward alone have: of a tensor, and of a view.
+
+    A backward that finds one of them, as the first that it does with `grads[0]`, may overwrite the gradient. Other
+    views, sums that it is a part of, hooks that keep it, and callers who pass it to `backward` refer to it, too.
+    """
+    found: list[tuple[int, ...]] = []
+    with torch.enable_grad():
+        for seen_as in (lambda y: y, lambda y: y.view(4)):
+            y = _Unshared.apply(torch.zeros(2, 2, requires_grad=True), found)
+            (seen_as(y) * 2).sum().backward()
+    return frozenset(found)
+
+
+class _Unshared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: list[tuple[int, ...]]) -> Tensor:
+        ctx.found = found
+        return x.clone()
+
+    @staticmethod
+    @forbid_double_backward
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.found.append(reference_counts(grads[0]))
+        return grads[0], None

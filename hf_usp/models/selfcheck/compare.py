@@ -31,6 +31,7 @@ def compare(
     """Differences on this rank between the sharded and the unsharded run of a batch, as text."""
     backbone = find_backbone(model)
     share, context = shard_for_backbone(backbone, model, batch, mesh, options)
+    context.whole_layers = True
     layout = context.layout
     items = share.pop("num_labels", None)
     given = {} if items is None else {"num_items_in_batch": items}
