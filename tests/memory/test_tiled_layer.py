@@ -1,4 +1,4 @@
-"""Layers in chunks, attention in groups of heads: the stock model's numbers, few bytes; layers that cannot compute so."""
+"""Layers in chunks, attention in groups of heads: the stock model's numbers, few bytes; layers that cannot."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ LOCAL = 448  # tokens of a rank
 
 
 def slopes(groups: int, times: tuple[float, ...], training: bool = True) -> list[float]:
-    """Bytes of a step in bf16 on a ring of 4 that grow with a rank's tokens, in hidden states, between two lengths each.
+    """Bytes of a step in bf16 on a ring of 4 that grow with a rank's tokens, in hidden states, between two lengths.
 
     Inputs of layers are in host memory, which does not count.
     """
