@@ -270,7 +270,8 @@ class UspCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens; a positive number is the length to keep (until Transformers 5.23)."""
-        length = tokens_to_remove if tokens_to_remove > 0 else self.length - abs(tokens_to_remove)
+        given = int(tokens_to_remove)  # a tensor, from prompt lookup
+        length = given if given > 0 else self.length + given
         least = max(layer.least for layer in self.usp_layers)
         if length < least:
             raise UspModelError(
@@ -280,7 +281,7 @@ class UspCache(Cache):
             )
         self.length = self.seen = length
         self._held = int(np.searchsorted(self.positions, length))
-        super().crop(tokens_to_remove)
+        super().crop(given)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         if self.first_B.any():
