@@ -61,7 +61,7 @@ class Seen:
 
     @classmethod
     def after_forward(cls, context: ForwardContext) -> Seen:
-        """What a forward that is over has counted."""
+        """The counts of a forward that is over."""
         return cls(context, context.attention_calls.copy(), context.selections.copy(), context.index_keys.copy())
 
 

@@ -103,7 +103,7 @@ class CompressedLayers(NotSaved):
 
 
 class _LayerCache:
-    """What a layer sees as its cache, and as the cache's entry for it."""
+    """Stands where a layer's cache, and the cache's entry for the layer, stand."""
 
     def __init__(self, context: ForwardContext, rate: int) -> None:
         self.context, self.rate = context, rate

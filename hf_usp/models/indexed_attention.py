@@ -135,7 +135,7 @@ def absorb_expansion(module: Any, query_BHLD: Tensor) -> tuple[Tensor, Tensor]:
 def selected_index(
     module: Any, mask: Any, indices: Tensor | None, block_indices: Tensor | None, length: int
 ) -> Tensor | None:
-    """What a layer has selected, as tokens of a row [B, 1 or G, L, K]; None where it has selected nothing.
+    """The selection of a layer, as tokens of a row [B, 1 or G, L, K]; None where it has selected nothing.
 
     mask: the layer's mask. indices [B, L, K], block_indices [B, G, L, K]: keywords of its attention call. length: S.
     """

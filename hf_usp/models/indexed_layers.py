@@ -36,7 +36,7 @@ from .pickling import NotSaved
 
 Function = Callable[..., Any]
 
-# What an indexer calls on its cache, or on the cache's layer.
+# Methods that an indexer calls on its cache, or on the cache's layer.
 PROTOCOL = {"update_indexer", "update_index"}
 # Attributes of indexers that say how many visible keys a query may select, and small numbers for a short batch.
 SMALL = {
@@ -192,7 +192,7 @@ class LentCache:
 
 
 class _IndexCache:
-    """What an indexer sees as its cache. Some indexers ask the cache, others its layer."""
+    """Stands where an indexer's cache stands. Some indexers ask the cache, others its layer."""
 
     @property
     def layers(self) -> Any:

@@ -1,4 +1,4 @@
-"""What a layer costs whose queries select their keys: pairs and bytes. Integers only: no torch."""
+"""The costs of a layer whose queries select their keys: pairs and bytes. Integers only: no torch."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def causal_lm_types() -> list[str]:
 
 def subjects() -> list[str]:
     """The cases of the census: every model type, and "type/variant" for layers that only some checkpoints have."""
-    return sorted([*causal_lm_types(), *VARIANTS])
+    types = causal_lm_types()
+    return sorted([*types, *(subject for subject in VARIANTS if subject.split("/")[0] in types)])
 
 
 def tiny_config(subject: str, **changes: Any) -> Any:

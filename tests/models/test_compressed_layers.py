@@ -45,7 +45,7 @@ def test_one_process_sees_the_entries_that_eager_sees(form: str) -> None:
 
 
 def traces_on(model: Any) -> dict[str, Any]:
-    """What hooks leave on the modules of a model."""
+    """Traces that hooks leave on the modules of a model."""
     modules = model.named_modules()
     return {name: (set(m.__dict__), len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in modules}
 

@@ -180,7 +180,7 @@ def test_adapters_and_checkpointing(four_ranks: Ranks, family: str) -> None:
 
 
 def verdict_of_broken(short_only: bool) -> str:
-    """What the self-check says of a model that attends to other keys than those that it has selected."""
+    """The verdict of the self-check on a model that attends to other keys than those that it has selected."""
     model = tiny_model("deepseek_v32", "usp", index_topk=2048).eval()
     honest = ChunkedIndexer._select
 

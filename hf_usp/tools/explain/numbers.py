@@ -172,7 +172,7 @@ def explain(case: Case) -> Explanation:
 
 @dataclass(frozen=True)
 class SelectionCosts:
-    """What a layer costs whose queries select their keys; one figure a rank.
+    """Costs of a layer whose queries select their keys; one figure a rank.
 
     Attributes:
         attended: (query, key) pairs of a head.
