@@ -17,6 +17,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
 TORCH ?= 2.11.0
+# Files of tests that run at a time; each has ranks of its own, 6 processes and 4 GB.
+WORKERS ?= 2
 OF_TORCH := tests/kernels tests/sharding tests/attention/test_attention.py tests/models/test_models.py tests/recurrent/test_recurrent.py \
   tests/memory/test_activation_checkpointing.py tests/memory/test_activation_offload.py tests/attention/test_compile.py tests/integrations/test_trainer.py tests/integrations/test_fsdp2.py \
   tests/models/test_tensor_parallel.py tests/integrations/test_precision.py tests/distributed/test_comm.py tests/utils/test_autograd.py tests/attention/test_counts.py \
@@ -55,7 +57,7 @@ fast: lint
 	HYPOTHESIS_PROFILE=fast HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(FAST)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 fuzz: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.run
