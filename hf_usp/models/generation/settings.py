@@ -165,5 +165,5 @@ def refuse_cache_layers(model: PreTrainedModel) -> UspError | None:
 
 def _keeps_more(module: Any) -> bool:
     """Index keys, compressed entries, a recurrence of its own, or the last tokens."""
-    compressor, recurrence = getattr(module, "compressor", None), getattr(module, "rg_lru", None)
-    return is_indexer(module) or compresses(compressor) or hasattr(recurrence, "_rnn_scan") or reach_of(module) > 0
+    keeps = compresses(getattr(module, "compressor", None)) or getattr(module, "rg_lru", None) is not None
+    return keeps or is_indexer(module) or reach_of(module) > 0
