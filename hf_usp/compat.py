@@ -21,9 +21,7 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch.distributed import distributed_c10d
 from torch.utils import _python_dispatch, checkpoint
-
-# The base of what sees every operator.
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the base of what sees every operator
 
 # Leaves of nested lists, dicts and model outputs. Go once `torch.utils.pytree` is there (pytorch/pytorch#65761).
 from torch.utils._pytree import tree_leaves as tree_leaves

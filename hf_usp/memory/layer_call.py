@@ -91,21 +91,23 @@ class LayerCall:
         """The layer's output for some of its tokens, its attention calls answered by `answer`."""
         context = self.context.intercepted(Interception(answer, tokens))
         handle = make_handle(context)
+        args = [self._cut(value, tokens, context, handle) for value in self._args]
+        kwargs = {name: self._cut(value, tokens, context, handle) for name, value in self._kwargs.items()}
+        return self._stock(self.layer, hidden_BlX, *args, **kwargs)
 
-        def cut(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(cut(x) for x in value)
-            if isinstance(value, ShardedMask):
-                return ShardedMask(handle, value.mask_spec)
-            if isinstance(value, CARRIERS):
-                return context
-            if not self.is_by_token(value):
-                return value
-            part = value[:, tokens]
-            return ContextMask.of(part.as_subclass(Tensor), handle) if isinstance(value, ContextMask) else part
-
-        kwargs = {name: cut(value) for name, value in self._kwargs.items()}
-        return self._stock(self.layer, hidden_BlX, *(cut(value) for value in self._args), **kwargs)
+    def _cut(self, value: Any, tokens: slice, context: ForwardContext, handle: Tensor) -> Any:
+        """An argument for some tokens, with another context. No function inside `run`: one that calls itself would keep
+        what the answer holds until Python looks for cycles."""
+        if isinstance(value, tuple):
+            return tuple(self._cut(x, tokens, context, handle) for x in value)
+        if isinstance(value, ShardedMask):
+            return ShardedMask(handle, value.mask_spec)
+        if isinstance(value, CARRIERS):
+            return context
+        if not self.is_by_token(value):
+            return value
+        part = value[:, tokens]
+        return ContextMask.of(part.as_subclass(Tensor), handle) if isinstance(value, ContextMask) else part
 
     def is_by_token(self, value: Any) -> bool:
         """Whether an argument has an entry for each token, [B, L, ...] or [1, L, ...]; the trial finds out if not."""
