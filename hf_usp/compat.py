@@ -35,6 +35,7 @@ Owner = TypeVar("Owner")
 
 OLDEST = (("torch", "2.11"), ("transformers", "5.17"), ("accelerate", "1.15"))
 FLASH_ATTN = ((2, 7), (3, 0))  # before 2.7 the window was one tuple; FlashAttention 3 is another interface
+RG_LRU_SCAN = "_rnn_scan"  # the recurrence of RecurrentGemma, a method. Goes when it is a function of its module
 
 
 def check_versions() -> None:

@@ -70,7 +70,7 @@ class LayerAttention:
         return chunk
 
     def before(self, x_BlX: Tensor, tokens: slice) -> AttentionRequest:
-        """What the layer asks of attention, in the autocast of the forward."""
+        """The layer's request to attention, in the autocast of the forward."""
         with self.autocast():
             return self.call.before(x_BlX, tokens)
 

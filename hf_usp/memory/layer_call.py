@@ -32,7 +32,7 @@ class _Stopped(BaseException):
 
 
 class AttentionRequest(NamedTuple):
-    """What a layer asks of attention.
+    """A layer's request to attention.
 
     Attributes:
         inputs: q_BlHD, k_BlGD, v_BlGE, sinks_H or None.
@@ -70,7 +70,7 @@ class LayerCall:
         self.returns_tuple = False
 
     def before(self, hidden_BlX: Tensor, tokens: slice) -> AttentionRequest:
-        """What the layer asks of attention for some of its tokens."""
+        """The layer's request to attention for some of its tokens."""
         requests: list[AttentionRequest] = []
 
         def stop(inputs: Any, mask_spec: MaskSpec, softmax: Softmax) -> Tensor:
@@ -128,6 +128,6 @@ class LayerCall:
             yield from inside(str(name), value)
 
     def signature(self) -> tuple[Any, ...]:
-        """What the layer's trial holds for: modes, and what is cut of the arguments."""
+        """The calls that a trial holds for: modes, and what is cut of the arguments."""
         cut = tuple((name, type(value), self.is_by_token(value)) for name, value in self.arguments())
         return self.layer.training, torch.is_grad_enabled(), cut

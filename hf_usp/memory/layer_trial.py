@@ -23,7 +23,7 @@ from .tiled_mlp import TRIED, same_values
 
 
 def unsuited(call: LayerCall, hidden: Any) -> str | None:
-    """What shows without a trial that a layer cannot be computed in chunks, in words."""
+    """The reason, without a trial, that a layer cannot be computed in chunks, in words."""
     layer = call.layer
     if any(is_zero3_parameter(p) for p in layer.parameters()) or _gathers_inside(layer):
         return "has weights that are gathered inside it (ZeRO-3, or FSDP2 around single modules)"
@@ -44,7 +44,7 @@ def _gathers_inside(layer: nn.Module) -> bool:
 
 
 def try_layer(call: LayerCall, hidden_BLX: Tensor) -> str | None:
-    """What shows that a layer cannot be computed in chunks, in words. Random state and gradients stay as they were."""
+    """The reason that a layer cannot be computed in chunks, in words. Random state and gradients stay as they were."""
     few = min(TRIED, call.length)
     cut = -(-few // 3)
     try:
@@ -142,6 +142,6 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _draws(device: torch.device) -> list[Any]:
-    """What changes where random numbers are drawn."""
+    """State that changes where random numbers are drawn."""
     of_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
     return [random.getstate(), torch.get_rng_state(), *of_device]

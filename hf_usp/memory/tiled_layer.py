@@ -114,7 +114,7 @@ class TiledLayer:
 
 
 def _agreed(found: str | None, call: LayerCall, device: torch.device) -> str | None:
-    """What any rank of the mesh has found: ranks that cut otherwise would send other messages."""
+    """The finding of any rank of the mesh: ranks that cut otherwise would send other messages."""
     group = call.context.layout.mesh.group
     if group is None:
         return found
@@ -149,7 +149,7 @@ def tile_layers(model: PreTrainedModel, chunk: int, groups: int) -> list[nn.Modu
 
 
 def tiled_layer(module: nn.Module) -> TiledLayer | None:
-    """What computes a layer in chunks; None for other modules."""
+    """The object that computes a layer in chunks; None for other modules."""
     return getattr(module.__dict__.get("forward"), "tiled_layer", None)
 
 

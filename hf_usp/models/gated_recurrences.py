@@ -1,6 +1,6 @@
 """Recurrences that are a method of their module (RG-LRU of RecurrentGemma), on a sharded sequence.
 
-`recurrent_layers` finds kernels by the names of functions. Here the recurrence is `_rnn_scan`, a gated sum for each
+`recurrent_layers` finds kernels by the names of functions. Here the recurrence is a gated sum for each
 channel, and the convolution before it a module. Channels are exchanged for tokens (`recurrent.scan`), as heads are.
 
 Shape suffixes: B rows, L tokens of a row on this rank, N rows of M tokens (documents), C channels.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..batch.context import ForwardContext
 from ..batch.sharded_tensors import context_of
+from ..compat import RG_LRU_SCAN
 from ..errors import UspModelError
 from ..recurrent.scan import causal_conv, scan_over_heads
 from .pickling import NotSaved
@@ -24,14 +25,15 @@ from .unsharded import refuse_unsharded
 
 
 class GatedRecurrences(NotSaved):
-    """The layers of one prepared model whose recurrence is `_rnn_scan`, and the context that they are part of."""
+    """The layers of one prepared model whose recurrence is a method, and the context that they are part of."""
 
     def __init__(self, model: nn.Module) -> None:
         self.context: ForwardContext | None = None
-        self.layers: list[Any] = [m for m in model.modules() if hasattr(getattr(m, "rg_lru", None), "_rnn_scan")]
+        self.layers: list[Any] = [m for m in model.modules() if hasattr(getattr(m, "rg_lru", None), RG_LRU_SCAN)]
         for layer in self.layers:
             scan, conv = layer.rg_lru, layer.conv_1d
-            scan._rnn_scan = MethodType(_Replacement(self, type(scan)._rnn_scan, "_rnn_scan", _scan), scan)
+            stock = getattr(type(scan), RG_LRU_SCAN)
+            setattr(scan, RG_LRU_SCAN, MethodType(_Replacement(self, stock, RG_LRU_SCAN, _scan), scan))
             conv.forward = MethodType(_Replacement(self, type(conv).forward, "forward", _conv), conv)
         self.handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.layers]
 
@@ -39,7 +41,8 @@ class GatedRecurrences(NotSaved):
         for handle in self.handles:
             handle.remove()
         for layer in self.layers:
-            del layer.rg_lru._rnn_scan, layer.conv_1d.forward
+            delattr(layer.rg_lru, RG_LRU_SCAN)
+            del layer.conv_1d.forward
         self.layers = []
 
     def validate_batch(self, batch: Mapping[str, Any]) -> None:
