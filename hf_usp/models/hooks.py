@@ -113,12 +113,8 @@ class ContextParallelHooks(NotSaved):
     def remove(self) -> None:
         for handle in (*self._handles, *self.backbone_calls.handles):
             handle.remove()
-        self.recurrent.release()
-        self.indexed.release()
-        self.look_back.release()
-        self.compressed.release()
-        self.gated.release()
-        self.partial.release()
+        for part in (self.recurrent, self.indexed, self.look_back, self.compressed, self.gated, self.partial):
+            part.release()
         self.router.remove()
         self.layers.release()
         self.entry.remove()
