@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import hf_usp
+from hf_usp.memory.tiled_layer import tiled_layer
 
 from ..ranks import Ranks
 from ..tiny import HYBRID, INDEXED, rows, tiny_model
@@ -33,6 +34,9 @@ def train(
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
         prepared, optimizer = accelerator.prepare(model, optimizer)
         result = _steps(prepared, optimizer, share_of_rows(accelerator), accelerator)
+        if "layer_chunk_size" in sizes:
+            tiled = [layer for layer in map(tiled_layer, prepared.modules()) if layer is not None]
+            assert [set(layer.verdicts.values()) for layer in tiled] == [{None}] * 2
         result["sharded"] = all(type(p).__name__ == "DTensor" for p in prepared.parameters())
         state = prepared.state_dict()
         result["weights"] = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
@@ -76,6 +80,7 @@ SIZES = [
     {"cp_size": 2, "ulysses_degree": 2, "dp_shard_size": 2},
     {"cp_size": 2, "ulysses_degree": 1, "dp_replicate_size": 2},
     {"cp_size": 2, "ulysses_degree": 1, "dp_shard_size": 2, "loss_chunk_size": 5, "mlp_chunk_size": 7},
+    {"cp_size": 4, "ulysses_degree": 2, "layer_chunk_size": 4, "head_groups": 2},
 ]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from hf_usp.memory.tiled_layer import tiled_layer
+
 from ..harness import fresh_accelerate, training_arguments
 from ..ranks import Ranks
 from ..tiny import largest_difference, rows, tiny_model
@@ -52,6 +54,9 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype="auto", **sharded)
     trainer = Trainer(model=model, args=args, train_dataset=rows(40, 40), eval_dataset=rows(3, 40))
     trainer.train()
+    layers = [layer for layer in map(tiled_layer, model.modules()) if layer is not None]
+    if layers and model.config.model_type == "llama":
+        assert [None in layer.verdicts.values() for layer in layers] == [True] * 2
     logs = trainer.state.log_history
     return {
         "losses": [entry["loss"] for entry in logs if "loss" in entry],
@@ -77,12 +82,12 @@ def compare(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
 @pytest.mark.parametrize("heads", [(4, 2), (6, 6)], ids=str)
 def test_tp_around_the_mesh(four_ranks: Ranks, tmp_path: Path, heads: tuple[int, int], ulysses: int) -> None:
     """(6, 6): three heads after TP, split unevenly over two ulysses ranks; norms inside heads; widths that TP cuts
-    unevenly. With ulysses, MLPs in chunks."""
+    unevenly. With ulysses, MLPs in chunks, else layers (but those with norms inside heads)."""
     changes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 8 * heads[0]}
     uneven = {"head_dim": 8, "intermediate_size": 65, "vocab_size": 65}
     path = saved(tmp_path, **changes) if heads == (4, 2) else saved(tmp_path, "qwen3", **changes, **uneven)
     mesh, sharding = {"cp_size": 2, "ulysses_degree": ulysses}, {"tp_size": 2, "fsdp_size": 2}
-    mesh |= {"mlp_chunk_size": 7} if ulysses > 1 else {}
+    mesh |= {"mlp_chunk_size": 7} if ulysses > 1 else {"layer_chunk_size": 7}
     compare(four_ranks.run(train, path, mesh, sharding, 2), train(path, None, None, 2))
 
 
