@@ -492,6 +492,14 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "recurrent/test_recurrent.py",
         "test_packed_documents_start_from_nothing",
     ),
+    "leave out layer_chunk_size": (
+        "memory/test_tiled_layer.py",
+        "test_a_model_without_layers_to_compute_in_chunks_is_refused",
+    ),
+    "call model.train() or model.eval() before the forward": (
+        "memory/test_tiled_layer.py",
+        "test_another_mode_in_the_backward_is_refused",
+    ),
     "train it without UspParallelismConfig": ("models/test_models.py", "eager"),
     "load the weights in float32": ("models/test_tensor_parallel.py", "test_experts_dealt_to_ranks"),
     "choose a tp_size that divides": ("models/test_tensor_parallel.py", "test_tp_around_the_mesh"),

@@ -20,6 +20,7 @@ from hf_usp.memory.activation_offload import offload_checkpoints
 from hf_usp.memory.tiled_layer import tile_layers, tiled_layer, untile_layers
 
 from ..harness import compare, one_process, relative, run_trainer, step
+from ..models.census import tiny_model as census_model
 from ..ranks import Ranks
 from ..tiny import batch_of, tiny_model
 
@@ -281,6 +282,17 @@ def test_another_mode_in_the_backward_is_refused() -> None:
     model.eval()
     with pytest.raises(hf_usp.UspModelError, match=r"training is False in the backward.*Rule: .*Remedy: "):
         loss.backward()
+    model.train()
+    model(**local(batch_of("plain")), use_cache=False).loss.backward()
+    model.eval()
+
+
+def test_a_model_without_layers_to_compute_in_chunks_is_refused() -> None:
+    """CTRL's layers are of a kind that Transformers cannot checkpoint; without the option it is prepared."""
+    model = census_model("ctrl", "usp")
+    with pytest.raises(hf_usp.UspModelError, match="no layer that Transformers can checkpoint"):
+        apply_memory_options(model, None, None, False, layer_chunk_size=7, head_groups=1)
+    apply_memory_options(model, None, None, False, layer_chunk_size=None, head_groups=None)
 
 
 @pytest.mark.parametrize(
