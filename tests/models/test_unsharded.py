@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import pickle
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_usp
+from hf_usp.models import unsharded
 from hf_usp.models.hooks import get_hooks
 from hf_usp.models.unsharded import CACHES, MARK
 
@@ -371,3 +373,48 @@ def test_a_reference_model_that_trl_wraps_is_sharded(two_ranks: Ranks) -> None:
     for log_probs, tokens in two_ranks.run(reference_model):
         assert tokens == 20
         torch.testing.assert_close(log_probs, right, atol=1e-5, rtol=1e-5)
+
+
+class Lines(logging.Handler):
+    """What `tell_of_full_sequences` logs while it is attached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __enter__(self) -> list[str]:
+        unsharded.logger.warning_once.cache_clear()  # this process may have said it before
+        unsharded.logger.addHandler(self)
+        return self.found
+
+    def __exit__(self, *problem: Any) -> None:
+        unsharded.logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+def told(mesh: bool) -> tuple[list[str], list[str], Tensor]:
+    """Lines of a prepared model's calls, of those of a second one that is not prepared; its logits."""
+    model, second, ids = tiny_model("llama"), tiny_model("qwen2"), batch_of("plain")["input_ids"]
+    if mesh:
+        hf_usp.apply_context_parallel(model, hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1))
+    with Lines() as prepared, torch.no_grad():
+        model(ids)
+        model.eval()(ids)
+        model.generate(ids[:1], max_new_tokens=2, do_sample=False, pad_token_id=0)  # whole, as it is meant to be
+    with Lines() as other:
+        logits = [second(ids).logits for _ in range(2)]
+        second(ids[:, :1])  # a step has nothing to share
+    assert torch.equal(*logits)
+    return prepared, other, logits[0].detach()
+
+
+def test_a_model_that_nobody_prepared_says_so_once(two_ranks: Ranks) -> None:
+    prepared, other, right = told(False)
+    assert prepared == other == []  # without a mesh there is nothing to say
+    for prepared, other, logits in two_ranks.run(told, True):
+        assert prepared == []
+        assert len(other) == 1 and "Qwen2Attention of a model that is not prepared runs full sequences" in other[0]
+        assert "accelerator.prepare_model(model)" in other[0]
+        torch.testing.assert_close(logits, right)
