@@ -312,21 +312,21 @@ def calling_object() -> Any:
     return sys._getframe(2).f_locals.get("self")
 
 
-# TRL's method that samples completions and scores them, that which gathers rewards, and the standard deviation that is
-# called by its module's name. Go once TRL counts rewards of processes that share a batch once.
+# TRL's methods that score completions; gather rewards; take rows by `process_index` (SDPO); reward own rows (OnlineDPO)
+# Functions that they call by their modules' names. Go once TRL counts processes that share a batch once.
 SCORING, REWARDS, DEVIATION = "_generate_and_score_completions", "_calculate_rewards", "nanstd"
+SLICING, OWN_REWARDS, GATHER = "_prepare_training_batch", "_calculate_rewards_from_functions", "gather_object"
 
 
-def scoring_modules(trainer: Any) -> list[Any]:
-    """The modules of a trainer's classes that define that method, as far as they call that deviation."""
-    modules = [sys.modules[kind.__module__] for kind in type(trainer).__mro__ if SCORING in vars(kind)]
-    return [module for module in modules if hasattr(module, DEVIATION)]
+def modules_of(trainer: Any, method: str, function: str) -> list[Any]:
+    """The modules of a trainer's classes that define that method, as far as they call that function."""
+    modules = [sys.modules[kind.__module__] for kind in type(trainer).__mro__ if method in vars(kind)]
+    return [module for module in modules if hasattr(module, function)]
 
 
 def is_repeat_sampler(sampler: Any) -> bool:
     """Whether a sampler is TRL's, which repeats chunks of prompts; by its name, for TRL is not imported to ask."""
-    names = [(kind.__name__, kind.__module__.partition(".")[0]) for kind in type(sampler).__mro__]
-    return ("RepeatSampler", "trl") in names
+    return any((kind.__name__, kind.__module__[:4]) == ("RepeatSampler", "trl.") for kind in type(sampler).__mro__)
 
 
 def prepared_schedulers(accelerator: Any) -> list[Any]:

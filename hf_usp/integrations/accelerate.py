@@ -23,7 +23,7 @@ from ..models.find import attends_sharded, find_model
 from ..models.hooks import ContextParallelHooks, get_hooks
 from ..models.traits import inspect_model
 from ..utils.patches import AttributePatches
-from .completions import check_streamed_prompts, repeat_for_groups, score_once
+from .completions import check_streamed_prompts, count_once, repeat_for_groups
 from .data_loader import same_order, same_rows
 from .deepspeed import prepare_for_deepspeed, under_deepspeed
 from .gathering import Gathering, refuse_shares
@@ -195,7 +195,7 @@ class AcceleratorPatch:
             if isinstance(module, torch.nn.Module) and attends_sharded(module):
                 self.shard(module)
         group_size = self.config.cp_size * self.config.tp_size
-        score_once(caller, group_size, self.patches)
+        count_once(caller, group_size, self.patches)
         for loader in args:
             if isinstance(loader, DataLoader):
                 check_streamed_prompts(caller, loader, world_size() // group_size)

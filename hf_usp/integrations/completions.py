@@ -1,4 +1,4 @@
-"""Trainers that sample completions of prompts and compare them (TRL's GRPO, RLOO, distillation).
+"""Trainers that sample completions of prompts and compare them (TRL's GRPO, RLOO, distillation, OnlineDPO, SDPO).
 
 - Their sampler hands out a chunk of prompts several times and counts the rows of a chunk by processes. Here a chunk has
   the rows of all groups of ranks that share a batch.
@@ -7,6 +7,8 @@
 - Rewards are gathered over all processes, by a function of `accelerate.utils` that knows no groups. Copies of whole
   blocks change no mean and no advantage; they do change a standard deviation over all rewards, which divides by the
   number of rewards less one.
+- SDPO gathers rows by its accelerator, which hands out those of a group once, and finds its own by the number of its
+  process. Here it finds them by the number of its group.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import gather, gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..compat import DEVIATION, REWARDS, SCORING, is_repeat_sampler, scoring_modules
+from ..compat import DEVIATION, GATHER, OWN_REWARDS, REWARDS, SCORING, SLICING, is_repeat_sampler, modules_of
 from ..distributed.agreement import named
 from ..distributed.comm import world_size
 from ..distributed.failures import on_every_rank
 from ..errors import UspBatchError, UspConfigError
 from ..utils.patches import AttributePatches
+from .process_groups import GroupIndexState
 
 
 def repeat_for_groups(loader: DataLoader, groups: int, patches: AttributePatches) -> None:
@@ -72,17 +76,30 @@ def check_streamed_prompts(trainer: Any, loader: DataLoader, groups: int) -> Non
         )
 
 
-def score_once(trainer: Any, copies: int, patches: AttributePatches) -> None:
-    """Let a trainer's standard deviations over all gathered rewards count those of `copies` ranks once.
+def count_once(trainer: Any, copies: int, patches: AttributePatches) -> None:
+    """Let a trainer that gathers rewards count those of `copies` ranks that share rows once.
 
-    Before that, the rewards of ranks that share rows are compared.
+    Standard deviations over all gathered rewards do, and rows that are found by the number of a process. Rewards of
+    ranks that share rows are compared, unless the first rank's are the ones that are used.
     """
-    score = getattr(trainer, SCORING, None)
-    modules = scoring_modules(trainer)
-    if score is None or not modules or isinstance(vars(trainer).get(SCORING), partial):
-        return
-    patches.set(trainer, SCORING, partial(_score, score, modules, copies))
-    patches.set(trainer, REWARDS, partial(_agreed_rewards, getattr(trainer, REWARDS), copies))
+    scoring, slicing = modules_of(trainer, SCORING, DEVIATION), modules_of(trainer, SLICING, GATHER)
+    functions: dict[str, Callable[..., Any]] = {}
+    if scoring:
+        functions = {SCORING: partial(_score, scoring), REWARDS: _agreed_rewards}
+    elif slicing:
+        functions = {SLICING: partial(_sliced, trainer.accelerator, slicing)}
+    elif hasattr(trainer, OWN_REWARDS):
+        functions = {OWN_REWARDS: _agreed_own_rewards}
+    for name, function in functions.items():
+        if not isinstance(vars(trainer).get(name), partial):
+            patches.set(trainer, name, partial(function, getattr(trainer, name), copies))
+
+
+def _agreed_own_rewards(stock: Callable[..., Tensor], copies: int, *args: Any, **kwargs: Any) -> Tensor:
+    """The rewards of this rank's rows [rows], of ranks that agree on theirs. Raises as `_agreed_rewards`."""
+    rewards = stock(*args, **kwargs)
+    _agreed_rewards(gather, copies, rewards[:, None])
+    return rewards
 
 
 def _agreed_rewards(stock: Callable[..., Tensor], copies: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -106,7 +123,7 @@ def _agreed_rewards(stock: Callable[..., Tensor], copies: int, *args: Any, **kwa
     return rewards
 
 
-def _score(score: Callable[..., Any], modules: list[Any], copies: int, *args: Any, **kwargs: Any) -> Any:
+def _score(modules: list[Any], score: Callable[..., Any], copies: int, *args: Any, **kwargs: Any) -> Any:
     """The trainer's method, for the length of which the deviation in its modules is ours."""
     patches = AttributePatches()
     for module in modules:
@@ -115,6 +132,28 @@ def _score(score: Callable[..., Any], modules: list[Any], copies: int, *args: An
         return score(*args, **kwargs)
     finally:
         patches.undo()
+
+
+def _sliced(
+    accelerator: Any, modules: list[Any], method: Callable[..., Any], copies: int, *args: Any, **kwargs: Any
+) -> Any:
+    """The trainer's method, for the length of which the accelerator's `process_index` is the number of the group.
+
+    Gathered objects are then those of one rank of every group, as gathered tensors are.
+    """
+    patches = AttributePatches()
+    patches.set(accelerator, "state", GroupIndexState(accelerator.state, copies))
+    for module in modules:
+        patches.set(module, GATHER, partial(_objects_once, copies))
+    try:
+        return method(*args, **kwargs)
+    finally:
+        patches.undo()
+
+
+def _objects_once(copies: int, objects: list[Any]) -> list[Any]:
+    """The objects of all groups of `copies` ranks that hold the same ones, once."""
+    return [each for those_of_rank in gather_object([objects])[::copies] for each in those_of_rank]
 
 
 def deviation(

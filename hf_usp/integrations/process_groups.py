@@ -41,6 +41,20 @@ class GroupState(AcceleratorState):
         return self.__dict__["parallelism_config"].of_groups()
 
 
+class GroupIndexState(GroupState):
+    """A state that also tells the number of this rank's group of `copies` ranks as that of its process."""
+
+    __slots__ = ("copies",)  # not an attribute of the state itself
+
+    def __init__(self, state: AcceleratorState, copies: int) -> None:
+        super().__init__(state)
+        self.copies = copies
+
+    @property
+    def process_index(self) -> int:
+        return self.__dict__["process_index"] // self.copies
+
+
 @contextmanager
 def all_processes(accelerator: Accelerator) -> Iterator[None]:
     """While this lasts, the accelerator tells of all processes."""

@@ -14,6 +14,8 @@ import pytest
 import torch.distributed as dist
 from datasets import Dataset
 
+import hf_usp
+
 from ..ranks import Ranks
 from ..tiny import largest_difference, tiny_model
 from .trl_runs import Mesh, common, config_for, dataset, full, tokenizer, words
@@ -29,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     "OnlineDPO": {"beta": 0.5, "max_length": 40, "max_new_tokens": 6, "missing_eos_penalty": 0.3},
     "SDFT": {"num_generations": 2, "max_completion_length": 6, "teacher_update_rate": 0.5, "distillation_topk": 8}
     | {"teacher_model_kind": "ema"},
+    "SDPO": {"num_generations": 2, "max_completion_length": 6, "success_reward_threshold": 3.0}
+    | {"scale_rewards": "batch", "distillation_weight": 0.5, "teacher_model_kind": "live"},
 }
 FOLDERS = {"OnlineDPO": "online_dpo"}
 
@@ -48,7 +52,7 @@ def model_of(folder: str, attention: str) -> Any:
     return model
 
 
-def run(folder: str, mesh: Mesh, world: int, case: str) -> dict[str, Any]:
+def run(folder: str, mesh: Mesh, world: int, case: str, reward: Any = numbers) -> dict[str, Any]:
     """Three steps of a case on `world` processes: the logs and the weights."""
     kind, config = case.partition(",")[0], config_for(mesh)
     attention, groups = "sdpa" if mesh is None else "usp", world if mesh is None else world // mesh[0]
@@ -60,7 +64,7 @@ def run(folder: str, mesh: Mesh, world: int, case: str) -> dict[str, Any]:
     else:
         hint = {"privileged_context": words(5, 50)} if kind == "SDFT" else {}
         data = Dataset.from_list([{"prompt": words(3 + i % 3, i), **hint} for i in range(24)])
-        keywords = {} if kind == "SDFT" else {"reward_funcs": numbers}
+        keywords = {} if kind == "SDFT" else {"reward_funcs": reward}
     arguments = common(folder, mesh, config) | {"per_device_train_batch_size": 4 // groups, "eval_strategy": "no"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -95,3 +99,19 @@ def test_experimental_trainers_equal_one_process(two_ranks: Ranks, tmp_path: Pat
     assert all(log["grad_norm"] > 1e-3 for log in alone["logs"])
     for mine in two_ranks.run(run, str(tmp_path), (2, 1), 2, case):
         assert_same(mine, alone)
+
+
+def by_rank(completions: list[str], **_: Any) -> list[float]:
+    return [float(i * (1 - 2 * dist.get_rank())) for i, _ in enumerate(completions)]
+
+
+def refusal(folder: str) -> str:
+    with pytest.raises(hf_usp.UspBatchError) as problem:
+        run(folder, (2, 1), 2, "OnlineDPO", by_rank)
+    return str(problem.value)
+
+
+def test_rewards_that_ranks_do_not_agree_on_are_refused(two_ranks: Ranks, tmp_path: Path) -> None:
+    """OnlineDPO chooses a completion on every rank by the rewards of that rank."""
+    for message in two_ranks.run(refusal, str(tmp_path)):
+        assert "rewards of rank 1 that differ" in message and "hf_usp.once" in message

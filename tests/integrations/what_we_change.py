@@ -36,6 +36,8 @@ accelerators, and the class, are untouched. `hf_usp.remove_context_parallel(acce
 restores what the accelerator has prepared: samplers, `worker_init_fn` and datasets of data loaders, `step` of
 schedulers. Of a TRL trainer that compares rewards it restores `_generate_and_score_completions` and
 `_calculate_rewards`. While the first of these runs, and only then, `nanstd` of the modules that define it is ours.
+Of OnlineDPO it is `_calculate_rewards_from_functions`; of SDPO `_prepare_training_batch`, and while that runs, and only
+then, `gather_object` of its module is ours and the accelerator's `process_index` is the number of the group.
 
 | attribute | replacement | why | upstream |
 |---|---|---|---|
