@@ -376,7 +376,7 @@ def test_a_reference_model_that_trl_wraps_is_sharded(two_ranks: Ranks) -> None:
 
 
 class Lines(logging.Handler):
-    """What `tell_of_full_sequences` logs while it is attached."""
+    """The log of `tell_of_full_sequences` while it is attached."""
 
     def __init__(self) -> None:
         super().__init__()
