@@ -189,7 +189,7 @@ def as_table(lines: list[dict[str, Any]]) -> str:
         usp = line["way"] == "usp"
         name = (mesh if line["processes"] > 1 else "1 process") if usp else "1 process, plain Transformers"
         guess = f"{line['predicted'] / 1e6:.0f}" if usp else ""
-        ratios = [f"{line[x] / alone[x]:.2f}" if usp else "" for x in ("live", "rss")]
+        ratios = [f"{line[x] / alone[x]:.2f}" if usp and alone[x] else "" for x in ("live", "rss")]
         rows.append(
             [name, f"{line['tokens']:,}", f"{line['live'] / 1e6:.0f}", guess, ratios[0], f"{line['rss'] / 1e6:.0f}"]
         )

@@ -142,7 +142,9 @@ def selected_index(
     if block_indices is not None:
         if block_indices.shape[-1] == 0:
             return None
-        size = module.indexer.block_size
+        size = getattr(getattr(module, "indexer", None), "block_size", None)
+        if size is None:
+            raise refuse_lost_selection(module, "selects blocks of keys, and hf_usp does not see how large")
         tokens = block_indices.long()[..., None] * size + torch.arange(size, device=block_indices.device)
         return tokens.masked_fill((block_indices < 0)[..., None] | (tokens >= length), -1).flatten(-2)
     if isinstance(mask, IndexedMask) and mask.selected is not None:

@@ -79,7 +79,8 @@ class LiveBytes(TorchDispatchMode):
     def _look(self) -> None:
         """FSDP2 gives storages up, and takes them again, by their size: all are asked each time."""
         phase = self.phases.setdefault(self.phase, Phase())
-        alive = [(ref(), made) for place, (ref, made) in self._alive.items() if place not in self._elsewhere]
+        # A copy: other threads let go of tensors meanwhile.
+        alive = [(ref(), made) for place, (ref, made) in self._alive.copy().items() if place not in self._elsewhere]
         now = sum(storage.nbytes() for storage, _ in alive if storage is not None)
         if now <= phase.peak:
             return

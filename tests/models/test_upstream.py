@@ -54,7 +54,8 @@ CREATORS = {
 # Keywords at the calls of attention in modeling files: those that usp translates, those that it refuses by name, and
 # the names of tensors where they are passed by name.
 KEYWORDS = {"scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "query", "key", "value"}
-REFUSED = {"position_bias", "block_indices", "indices", "sinks", "deterministic"}
+SELECTIONS = {"block_indices": "how large", "indices": "does not see how"}  # translated for layers with an indexer
+REFUSED = {"position_bias", "sinks", "deterministic"}
 
 
 def of_masking_utils(pattern: str) -> set[str]:
@@ -125,7 +126,7 @@ def modeling_files() -> Iterator[str]:
 def test_no_keyword_reaches_attention_unknown() -> None:
     found = keywords_of(modeling_files())
     assert found >= {"scaling", "dropout", "sliding_window", "softcap", "s_aux"}, "the calls were not found"
-    new = found - KEYWORDS - REFUSED - HARMLESS - {"attention_mask"}
+    new = found - KEYWORDS - REFUSED - HARMLESS - set(SELECTIONS) - {"attention_mask"}
     assert not new, (
         f"translate {new} in modeling.usp_attention_forward, or see that they are refused, and list them here"
     )
@@ -139,6 +140,14 @@ def test_no_documented_keyword_is_unknown() -> None:
 def test_a_new_keyword_would_be_noticed() -> None:
     source = "x = attention_interface(self, q, k, v, mask, dropout=0.0 if a else f(1), brand_new=self.b, **kwargs)"
     assert keywords_of(iter([source])) == {"dropout", "brand_new"}
+
+
+@pytest.mark.parametrize("keyword", SELECTIONS)
+def test_selections_of_layers_without_an_indexer_are_refused(keyword: str) -> None:
+    context = ForwardContext(None)  # type: ignore[arg-type]  # refused before the layout is looked at
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(hf_usp.UspModelError, match=f"Identity selects .*{SELECTIONS[keyword]}"):
+        usp_attention_forward(torch.nn.Identity(), x, x, x, None, usp=context, **{keyword: torch.ones(2)})
 
 
 @pytest.mark.parametrize("keyword", [*sorted(REFUSED), "brand_new"])
