@@ -177,7 +177,7 @@ def slopes(groups: int, times: tuple[float, ...], training: bool = True) -> list
 
 
 def within(ranks: Ranks, most: float, *args: Any) -> list[float]:
-    """The slopes of all ranks, the lowest of three runs: a thread of gloo may hold a message's bytes a moment longer."""
+    """The slopes of all ranks, the lowest of three runs: a thread of gloo may hold a message a moment longer."""
     found: list[float] = []
     for _ in range(3):
         found.append(max(max(each) for each in ranks.run(slopes, *args)))
