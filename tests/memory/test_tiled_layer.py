@@ -176,27 +176,17 @@ def slopes(groups: int, times: tuple[float, ...], training: bool = True) -> list
     return [(b - a) / step for (a, b), step in zip(itertools.pairwise(peaks), steps, strict=True)]
 
 
-def within(ranks: Ranks, most: float, *args: Any) -> list[float]:
-    """The slopes of all ranks, the lowest of three runs: a thread of gloo may hold a message a moment longer."""
-    found: list[float] = []
-    for _ in range(3):
-        found.append(max(max(each) for each in ranks.run(slopes, *args)))
-        if found[-1] <= most:
-            break
-    return found
-
-
 @pytest.mark.parametrize(("groups", "most"), [(1, 11.0), (2, 7.0), (4, 5.5)])
 def test_bytes_of_a_step_on_a_ring(four_ranks: Ranks, groups: int, most: float) -> None:
     """Whole layers, checkpointed, with MLPs and norms in chunks: 14; without: 22."""
-    found = within(four_ranks, most, groups, (1.0, 2.0))
-    assert min(found) <= most, found
+    found = four_ranks.run(slopes, groups, (1.0, 2.0))
+    assert max(max(each) for each in found) <= most, found
 
 
 def test_bytes_of_an_evaluation_on_a_ring(four_ranks: Ranks) -> None:
     """Whole layers: 11. Rotary tables and log-sum-exps, small in a large model, are 0.2 of it here."""
-    found = within(four_ranks, 4.7, 4, (1.0, 2.0), False)
-    assert min(found) <= 4.7, found
+    found = four_ranks.run(slopes, 4, (1.0, 2.0), False)
+    assert max(max(each) for each in found) <= 4.8, found
 
 
 class Mixing(nn.Linear):
