@@ -10,39 +10,23 @@ For a model on the machines that trained it. A service with many users is vLLM's
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
+import generating
 import texts
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import hf_usp
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="+", help="UTF-8 text files, read one after the other")
     parser.add_argument("--question", required=True, nargs="+", help="one or several, each asked after the last answer")
-    parser.add_argument("--model", required=True, help="a folder or a hub name")
-    parser.add_argument("--tokenizer", help="default: the model's; 'bytes': no tokenizer, ids 0 to 256")
+    generating.add_flags(parser)
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--ring_degree", type=int, default=1)
-    parser.add_argument("--ulysses_degree", type=int, default=1)
     args = parser.parse_args()
 
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if gpu else "gloo")
-    name = args.tokenizer or args.model
-    tokenizer = texts.ByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="usp").eval()
-    mesh = hf_usp.UspMesh.build(ring_degree=args.ring_degree, ulysses_degree=args.ulysses_degree)
-    hf_usp.apply_context_parallel(torch.nn.Module.to(model, device), mesh, generate="sharded")
+    model, tokenizer, mesh = generating.load(args)
     text = "\n".join(texts.read_documents(args.text))
     ids: list[int] = []
     kept: dict[str, Any] = {}
@@ -50,7 +34,7 @@ def main() -> None:
         # The document is read once: its keys stay for the next question.
         asked = f"{'' if ids else text}\n\nQuestion: {question}\nAnswer:"
         ids += tokenizer(asked, add_special_tokens=not ids, verbose=False)["input_ids"]
-        given = torch.tensor([ids], device=device)
+        given = torch.tensor([ids], device=model.device)
         out = model.generate(
             given,
             attention_mask=torch.ones_like(given),

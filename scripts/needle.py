@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import texts
+import generating
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
-import hf_usp
 from hf_usp.errors import UspError
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -137,28 +135,15 @@ def report(grid: dict[tuple[int, float], float], task: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder or a hub name")
-    parser.add_argument("--tokenizer", help="default: the model's; 'bytes': no tokenizer, ids 0 to 256")
+    generating.add_flags(parser)
     parser.add_argument("--task", choices=TASKS, default="needle")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--ring_degree", type=int, default=1)
-    parser.add_argument("--ulysses_degree", type=int, default=1)
     parser.add_argument("--output", default="runs/needle.png", help="the picture; numbers stand beside it as .json")
     args = parser.parse_args()
 
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if gpu else "gloo")
-    name = args.tokenizer or args.model
-    tokenizer = texts.ByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="usp").eval()
-    mesh = hf_usp.UspMesh.build(ring_degree=args.ring_degree, ulysses_degree=args.ulysses_degree)
-    hf_usp.apply_context_parallel(torch.nn.Module.to(model, device), mesh, generate="sharded")
+    model, tokenizer, mesh = generating.load(args)
     grid = needle_grid(model, tokenizer, args.lengths, args.depths, args.task, args.samples)
     if mesh.rank == 0:
         report(grid, args.task, Path(args.output))

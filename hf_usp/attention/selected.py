@@ -45,6 +45,12 @@ class Selection:
         return index.clamp_min(0) + start, seen.expand(-1, kv_heads, -1, -1)
 
 
+def marked_keys(seen: Tensor) -> Tensor:
+    """A boolean selection [..., S] as numbers of keys [..., K], -1 where a query has selected fewer than another."""
+    marks, index = seen.to(torch.int8).topk(max(int(seen.sum(-1).max()), 1), dim=-1)
+    return index.masked_fill(marks == 0, -1)
+
+
 def queries_per_chunk(numbers: int, length: int) -> int:
     """Queries that a chunk takes of `length`, where each of them needs a tensor of so many numbers."""
     return max(1, min(length, CHUNK_NUMBERS // max(numbers, 1)))

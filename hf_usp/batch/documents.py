@@ -83,6 +83,11 @@ def find_documents(
     return Documents.from_bounds(np.union1d(starts, inside))
 
 
+def is_left_padded(attention_mask_BS: Tensor | None) -> bool:
+    """Whether a row begins with padding. It reads the device: ask only where it matters."""
+    return attention_mask_BS is not None and not bool(attention_mask_BS[:, 0].all())
+
+
 def _rows_with_padding(attention_mask_BS: Tensor, starts: IntArray) -> Documents:
     mask = attention_mask_BS.bool()
     count = mask.sum(1)

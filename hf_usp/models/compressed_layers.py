@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..attention.selected import Selection, attend_to_selected, queries_per_chunk
+from ..attention.selected import Selection, attend_to_selected, marked_keys, queries_per_chunk
 from ..batch.context import ForwardContext, SelectionShape
 from ..batch.layout import MaskSpec
 from ..batch.sharded_tensors import ShardedMask, context_of
@@ -31,6 +31,7 @@ from ..utils.dtypes import as_autocast
 from ..utils.tensors import opaque_to_fsdp
 from .indexed_attention import refuse_other_rows, seen_intervals
 from .pickling import NotSaved
+from .unsharded import cache_keyword
 
 PROTOCOL = "store_compression_weights"
 
@@ -89,7 +90,7 @@ class CompressedLayers(NotSaved):
         if context is None or not isinstance(mask, ShardedMask):
             return None
         self.mask = CompressedMask(mask.handle, mask.mask_spec, [])
-        name = "cache" if "cache" in inspect.signature(type(layer).forward).parameters else "past_key_values"
+        name = cache_keyword(type(layer).forward)
         return args, {
             **kwargs,
             "attention_mask": self.mask,
@@ -203,9 +204,8 @@ def attend_compressed(
     window_BLW = last[..., None] - 1 - torch.arange(widest, device=query.device)
     index = window_BLW.masked_fill(window_BLW < first[..., None], -1)
     for bias in mask.biases:
-        seen = (bias == 0)[:, 0]
-        marks, entries = seen.to(torch.int8).topk(max(int(seen.sum(-1).max()), 1), dim=-1)
-        index = torch.cat([index, (entries + layout.length).masked_fill(marks == 0, -1)], dim=-1)
+        entries = marked_keys((bias == 0)[:, 0])
+        index = torch.cat([index, (entries + layout.length).masked_fill(entries < 0, -1)], dim=-1)
     everything = torch.full_like(first, key.shape[2])
     selection = Selection(index[:, None].to(torch.int32), torch.zeros_like(first), everything)
     query, key = as_autocast(query, key)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.context import ForwardContext
+from ..batch.documents import is_left_padded
 from ..batch.sharded_tensors import context_of
 from ..compat import RG_LRU_SCAN
 from ..errors import UspModelError
@@ -47,8 +48,7 @@ class GatedRecurrences(NotSaved):
 
     def validate_batch(self, batch: Mapping[str, Any]) -> None:
         """Refuse left padding: pads run through the recurrence, and nothing hides them from it."""
-        mask = batch.get("attention_mask")
-        if self.layers and mask is not None and not bool(mask[:, 0].all()):
+        if self.layers and is_left_padded(batch.get("attention_mask")):
             raise UspModelError(
                 f"left padding for {type(self.layers[0]).__name__}, through whose recurrence pads flow into tokens",
                 rule="a sharded run equals one process, where what pads hold differs between eager and sdpa attention",

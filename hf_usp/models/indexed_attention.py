@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..attention.selected import Selection, attend_to_selected
 from ..batch.context import ForwardContext, SelectionShape
+from ..batch.documents import is_left_padded
 from ..batch.layout import MaskSpec, SequenceLayout
 from ..batch.sharded_tensors import ShardedMask
 from ..errors import UspMaskError, UspModelError
@@ -180,7 +181,7 @@ def refuse_lost_selection(module: nn.Module, found: str) -> UspModelError | UspM
 def refuse_other_rows(module: nn.Module, batch: Mapping[str, Any]) -> None:
     """Refuse documents and left padding for a module that is told of neither: it counts keys from the row's start."""
     positions, mask, seq_lens = (batch.get(name) for name in ("position_ids", "attention_mask", "cu_seq_lens_q"))
-    padded = mask is not None and not bool(mask[:, 0].all())
+    padded = is_left_padded(mask)
     packed = seq_lens is not None or (positions is not None and bool((positions.diff(dim=-1) != 1).any()))
     if padded or packed:
         raise UspModelError(

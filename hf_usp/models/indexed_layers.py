@@ -16,6 +16,7 @@ Shape suffixes: B rows, L tokens of a row on this rank, S tokens of a row, C que
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
@@ -24,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..attention.selected import queries_per_chunk
+from ..attention.selected import marked_keys, queries_per_chunk
 from ..batch.context import ForwardContext, IndexShape
 from ..batch.sharded_tensors import ShardedMask, context_of
 from ..batch.unshard import unshard
@@ -33,6 +34,7 @@ from ..sharding.selections import longest_document
 from .compressed_layers import compresses
 from .indexed_attention import IndexedMask, refuse_lost_selection, refuse_other_rows
 from .pickling import NotSaved
+from .unsharded import cache_keyword
 
 Function = Callable[..., Any]
 
@@ -132,7 +134,7 @@ class IndexedLayers(NotSaved):
         if self.latents:
             refuse_dropout(layer)
         kwargs = {**kwargs, "attention_mask": IndexedMask(mask.handle, mask.mask_spec, selecting, self.latents)}
-        kwargs[_cache_name(type(layer).forward)] = LentCache(context, selecting)
+        kwargs[cache_keyword(type(layer).forward)] = LentCache(context, selecting)
         return args, kwargs
 
 
@@ -166,11 +168,6 @@ def refuse_dropout(layer: Any) -> None:
         )
 
 
-def _cache_name(function: Function) -> str:
-    """The keyword of a forward that takes its cache."""
-    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
-
-
 class LentCache:
     """Stands where a layer's cache stands: answers with keys and values of all ranks, in the order of the row.
 
@@ -191,7 +188,7 @@ class LentCache:
         return k.to(keys.dtype), v.to(values.dtype)
 
 
-class _IndexCache:
+class _IndexCache(ABC):
     """Stands where an indexer's cache stands. Some indexers ask the cache, others its layer."""
 
     @property
@@ -201,8 +198,9 @@ class _IndexCache:
     def __getitem__(self, layer_idx: int) -> Any:
         return self
 
+    @abstractmethod
     def update_indexer(self, keys_BLD: Tensor, *args: Any) -> Tensor:
-        raise NotImplementedError
+        """Take the keys of some tokens; returns those of all."""
 
     def update_index(self, keys_B1LD: Tensor) -> Tensor:
         return self.update_indexer(keys_B1LD.squeeze(1)).unsqueeze(1)
@@ -234,7 +232,7 @@ class ChunkedIndexer(NotSaved):
 
     def __init__(self, original: Function) -> None:
         self.original, self.__name__ = original, "forward"  # pickled, the bound method is the indexer's own
-        self.signature, self.cache = inspect.signature(original), _cache_name(original)
+        self.signature, self.cache = inspect.signature(original), cache_keyword(original)
         # QSA takes the rotary embedding of all keys, of which the last are the queries'; others that of the queries.
         self.rotary_of_all = "full_cos" in inspect.unwrap(original).__code__.co_varnames
 
@@ -300,6 +298,4 @@ def _as_index(indexer: nn.Module, selected: Any) -> Tensor:
         raise refuse_lost_selection(indexer, "returns something else than indices or a boolean selection of keys")
     if selected.dtype != torch.bool:
         return selected
-    selected = selected[:, 0]
-    marks, index = selected.to(torch.int8).topk(max(int(selected.sum(-1).max()), 1), dim=-1)
-    return index.masked_fill(marks == 0, -1).to(torch.int32)
+    return marked_keys(selected[:, 0]).to(torch.int32)

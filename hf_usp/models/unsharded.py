@@ -9,7 +9,8 @@ and each of them computes the numbers of one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,11 @@ CACHES = (
     "speaker_cache",
 )
 MARK = "_usp_prepared"
+
+
+def cache_keyword(function: Callable[..., Any]) -> str:
+    """The keyword with which a forward takes its cache."""
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
 
 
 class Prepared:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..batch.documents import is_left_padded
 from ..compat import attention_implementation, has_attention_interface
 from ..errors import UspModelError
 from .attention_interface import NAME, no_attention_weights
@@ -98,7 +99,7 @@ def validate_positions(
     """Refuse positions and padding that this model does not read as the layout does."""
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     counts_itself = not measured.knows_left_padding and positions is None
-    if counts_itself and mask is not None and not bool(mask[:, 0].all()):  # reads the device: only where it matters
+    if counts_itself and is_left_padded(mask):
         raise UspModelError(
             f"left padding without position_ids for {type(model).__name__}",
             rule="this model counts positions in a way of its own unless it gets position_ids",

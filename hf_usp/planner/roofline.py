@@ -128,7 +128,6 @@ def predict(
     layers: of `attentions`, which ways to save memory share. Raises `UspConfigError` for sizes that no run has.
     """
     check(model, degrees, job)
-    kinds = [(None, model.layers - model.sliding_layers), (model.window, model.sliding_layers)]
     layers = attentions(model, degrees, job, machine) if layers is None else layers
     again = 2 if job.checkpointing else 1
 
@@ -146,7 +145,7 @@ def predict(
     if in_chunks:  # every chunk adds to gradients in fp32: read, read and written
         added = (8 + job.element) * model.active_mlp_params * model.layers / degrees.tp
         linear += added * local / mlp_tokens(job, local) / machine.memory_bandwidth
-    areas = sum(count * mask_area(job.tokens, window) for window, count in kinds)
+    areas = sum(count * mask_area(job.tokens, window) for window, count in model.layer_kinds)
     attention_flops = job.rows * 3 * 4 * areas * model.heads * model.head_dim / (degrees.cp * degrees.tp)
     compute = total("tiles") + total("merges") + linear
     return Prediction(
@@ -171,7 +170,7 @@ def attentions(
 ) -> list[tuple[int, Attention, Attention]]:
     """Number of layers, their attention forward and backward: of full layers, and of those with a window."""
     found = []
-    for window, count in ((None, model.layers - model.sliding_layers), (model.window, model.sliding_layers)):
+    for window, count in model.layer_kinds:
         ahead, back = (attention(model, degrees, job, machine, window, backward=b) for b in (False, True))
         found.append((count, ahead, back))
     return found

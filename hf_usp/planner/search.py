@@ -154,7 +154,7 @@ def _packed(what: PlanRequest, it: Prediction) -> Prediction:
     """
     model, kept = what.model, [min(n, what.tokens) for n in what.documents]
     whole = packed = 0.0
-    for window, layers in ((None, model.layers - model.sliding_layers), (model.window, model.sliding_layers)):
+    for window, layers in model.layer_kinds:
         packed += layers * sum(mask_area(n, window) for n in kept) / sum(kept) * what.tokens
         whole += layers * mask_area(what.tokens, window)
     share = packed / whole

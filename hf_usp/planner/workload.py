@@ -45,6 +45,11 @@ class ModelShape:
     head_norms: bool = False
 
     @property
+    def layer_kinds(self) -> tuple[tuple[int | None, int], ...]:
+        """Window and number of layers: of those that see all keys, and of sliding ones."""
+        return (None, self.layers - self.sliding_layers), (self.window, self.sliding_layers)
+
+    @property
     def layer_params(self) -> int:
         """Parameters of one layer."""
         return self._attention_params + self.mlp_params

@@ -22,6 +22,7 @@ from ...distributed.mesh import UspMesh
 from ...errors import UspConfigError
 from ..direct_calls import DirectForwardCalls
 from ..pickling import NotSaved
+from ..unsharded import cache_keyword
 from .agreement import SameTokens, same_draws
 from .cache import UspCache
 from .rows import generate_rows, refuse_rows
@@ -153,8 +154,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 def cache_name() -> str:
     """The keyword with which models take a cache; Transformers 5.24 renamed it."""
-    prepare = inspect.signature(GenerationMixin.prepare_inputs_for_generation)  # models' own may leave it to **kwargs
-    return next(name for name in CACHE_NAMES if name in prepare.parameters)
+    return cache_keyword(GenerationMixin.prepare_inputs_for_generation)  # models' own may leave it to **kwargs
 
 
 def _on(value: Any, device: torch.device) -> Any:
