@@ -114,6 +114,12 @@ MODEL_CHANGES = (
         lambda _, hooks: hooks is not None and bool(hooks.gated.layers),
     ),
     Change(
+        "layers of lightning attention",
+        "`forward`: the same loop over blocks, on whole documents and some heads",
+        "states cross the edges of shards",
+        lambda _, hooks: hooks is not None and bool(hooks.lightning.layers),
+    ),
+    Change(
         "modules that look a few tokens back",
         "`forward`: the same code on runs of tokens, each after the tokens before it",
         "n-grams and convolutions cross the edges of shards",

@@ -47,6 +47,7 @@ from .generation.cache import UspCache
 from .generation.entry import GenerateCalls
 from .generation.steps import check_cache, check_padding, number_kept, step_inputs, usp_cache_in
 from .indexed_layers import IndexedLayers
+from .lightning_attention import LightningAttention
 from .look_back import LookBackLayers
 from .moe_aux_loss import MoeAuxLoss, wants_router_logits
 from .pickling import NotSaved
@@ -97,6 +98,7 @@ class ContextParallelHooks(NotSaved):
         self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
         self.indexed, self.look_back = IndexedLayers(model), LookBackLayers(model)
         self.compressed, self.gated = CompressedLayers(model), GatedRecurrences(model)
+        self.lightning = LightningAttention(model)
         self.backbone = traits.backbone
         self._handles = (
             model.register_forward_pre_hook(self.pre_forward, with_kwargs=True),
@@ -113,7 +115,8 @@ class ContextParallelHooks(NotSaved):
     def remove(self) -> None:
         for handle in (*self._handles, *self.backbone_calls.handles):
             handle.remove()
-        for part in (self.recurrent, self.indexed, self.look_back, self.compressed, self.gated, self.partial):
+        recurrent = (self.recurrent, self.look_back, self.gated, self.lightning)
+        for part in (*recurrent, self.indexed, self.compressed, self.partial):
             part.release()
         self.router.remove()
         self.layers.release()
