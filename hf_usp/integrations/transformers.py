@@ -126,6 +126,12 @@ MODEL_CHANGES = (
         lambda _, hooks: hooks is not None and bool(hooks.look_back.modules),
     ),
     Change(
+        "embeddings of places in a row, and the decoder around them",
+        "forward pre-hooks",
+        "a rank's tokens get their places in the full row",
+        lambda _, hooks: hooks is not None and bool(hooks.places.embeddings),
+    ),
+    Change(
         "norms that Transformers' tensor parallelism replicates inside heads",
         "forward hook; gradient hooks on their parameters",
         "gradients of several micro-batches are summed once",
