@@ -62,8 +62,8 @@ PARTS: dict[str, Part] = {
     "waits": Part(
         "Waits of the host for the device in a micro-batch",
         f"{gpu_host.WAITS_OF_A_BATCH} on one rank, the same for 2 layers and for 6. More with more layers: the device "
-        "idles in every layer. On a mesh no more: the ranks' agreement comes in the same copy. torch also counts copies "
-        "from pageable memory, which are made once a mask and batch.",
+        "idles in every layer. On a mesh no more: the ranks' agreement comes in the same copy. torch also counts "
+        "copies from pageable memory, which are made once a mask and batch.",
         gpu_host.host_waits,
     ),
     "rates": Part(
