@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,12 @@ from .versions import part_of_the_range
 def pytest_report_header() -> list[str]:
     """At the head of a run: which part of the supported range it covers."""
     return part_of_the_range()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a collection of garbage (each Trainer asks for some) need not walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
