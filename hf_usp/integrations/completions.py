@@ -8,8 +8,8 @@
   blocks change no mean and no advantage; they do change a standard deviation over all rewards, which divides by the
   number of rewards less one.
 - SDPO gathers rows by its accelerator, which hands out those of a group once, and finds its own by the number of its
-  process. Here it finds them by the number of its group. So do clients of a vLLM server, which gather the prompts of all
-  processes: the server gets those of a group once, and every rank of it the same completions.
+  process. Here it finds them by the number of its group. So do clients of a vLLM server, which gather the prompts of
+  all processes: the server gets those of a group once, and every rank of it the same completions.
 """
 
 from __future__ import annotations

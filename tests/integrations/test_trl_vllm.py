@@ -93,3 +93,19 @@ def test_a_server_completes_each_prompt_once(two_ranks: Ranks, four_ranks: Ranks
     alone = run(case, str(tmp_path), None, 1)
     for mine in two_ranks.run(run, case, str(tmp_path), (2, 1), 2):
         assert_same(mine, alone)
+
+
+def refusal(folder: str) -> str:
+    with served(tokenizer(), dist.get_rank() == 0) as server:
+        url = "unused" if server is None else f"http://127.0.0.1:{server.server_port}"
+        trainer = trainer_for("GRPO", folder, (2, 1), 2, vllm_mode="server", vllm_server_base_url=url)
+    trainer.args.vllm_mode = "colocate"  # an engine needs a GPU
+    with pytest.raises(hf_usp.UspConfigError) as problem:
+        trainer.train()
+    assert trainer.state.global_step == 0
+    return str(problem.value)
+
+
+def test_engines_in_each_process_are_refused(two_ranks: Ranks, tmp_path: Path) -> None:
+    for message in two_ranks.run(refusal, str(tmp_path)):
+        assert 'vllm_mode="colocate" with batches that 2 ranks share' in message

@@ -1,11 +1,12 @@
 """A stand-in for a vLLM server and for the parts of vLLM that TRL's client imports, on loopback and without a GPU.
 
-The server speaks the routes that the client of TRL 1.16 asks. A completion depends on its prompt, its number among those of
-the prompt, and the number of the request. Weights come past HTTP, as over NCCL.
+The server speaks the routes that the client of TRL 1.16 asks. A completion depends on its prompt, its number among
+those of the prompt, and the number of the request. Weights come past HTTP, as over NCCL.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ from typing import Any
 import pytest
 import torch
 
+MODULES = (
+    "trl.generation.vllm_client",
+    "trl.generation.vllm_generation",
+    "trl.trainer.distillation_trainer",
+    "trl.experimental.online_dpo.online_dpo_trainer",
+)
 INFO = {"model_config": {"logprobs_mode": "processed_logprobs"}, "weight_transfer_config": {"backend": "nccl"}}
 ANSWERS = {
     "/health": {},
@@ -57,7 +64,7 @@ class VLLMServer(ThreadingHTTPServer):
         for row, i in ((row, i) for row in rows for i in range(n)):
             generator = torch.Generator().manual_seed(sum(row) * 100 + 10 * self.requests + i)
             ids = [*torch.randint(4, 62, (longest - 1 - (sum(row) + i) % 3,), generator=generator).tolist(), 2]
-            names, values = [f"token_id:{x}" for x in ids], [-4.0 - x / 50 for x in ids]
+            names, values = [f"token_id:{x}" for x in ids], [-4.1 - x / 1000 for x in ids]  # near a fresh model's
             top = [{name: value} for name, value in zip(names, values, strict=True)]
             logprobs = {"tokens": names, "token_logprobs": values, "top_logprobs": top}
             made.append({"prompt_token_ids": row, "token_ids": ids, "logprobs": logprobs})
@@ -76,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(said)
 
-    do_GET = do_POST
+    do_GET = do_POST  # noqa: N815 - the base class asks for the name
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -86,7 +93,6 @@ class Handler(BaseHTTPRequestHandler):
 def served(tokenizer: Any, main: bool) -> Iterator[VLLMServer | None]:
     """A server in the main process, and in all of them what TRL needs of vLLM to ask it."""
     import trl.generation.vllm_client as client
-    import trl.generation.vllm_generation as generation
 
     server = VLLMServer(tokenizer) if main else None
 
@@ -101,10 +107,11 @@ def served(tokenizer: Any, main: bool) -> Iterator[VLLMServer | None]:
         self.communicator = "communicator"
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (client, generation):
-            patch.setattr(module, "is_vllm_available", lambda **_: True)
+        for module in MODULES:
+            patch.setattr(importlib.import_module(module), "is_vllm_available", lambda **_: True)
         patch.setattr(client.VLLMClient, "init_communicator", init_communicator)
         engine = SimpleNamespace(trainer_send_weights=send)
+        patch.setattr(importlib.import_module(MODULES[-1]), "SamplingParams", SimpleNamespace, raising=False)
         patch.setattr(client, "NCCLWeightTransferEngine", engine, raising=False)
         patch.setattr(client, "NCCLTrainerSendWeightsArgs", SimpleNamespace, raising=False)
         if server is None:
