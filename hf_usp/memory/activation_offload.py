@@ -50,7 +50,8 @@ class OffloadedTensor:
 class ActivationOffloader:
     """Moves tensors to CPU memory and back, beside the computation. Tensors that are there already stay as they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
         self.last: OffloadedTensor | None = None
         self.streams: dict[torch.device, Any] = {}
 

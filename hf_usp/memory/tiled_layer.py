@@ -122,7 +122,7 @@ def _agreed(found: str | None, call: LayerCall, device: torch.device) -> str | N
     return "does not pass its trial on another rank" if found is None and bool(flags.any()) else found
 
 
-def tile_layers(model: PreTrainedModel, chunk: int, groups: int) -> list[nn.Module]:
+def tile_layers(model: PreTrainedModel, chunk: int, groups: int, keep_attention: bool | int = False) -> list[nn.Module]:
     """Make the layers of a model compute in chunks of so many tokens; returns them. Again changes nothing.
 
     Raises:
@@ -136,6 +136,12 @@ def tile_layers(model: PreTrainedModel, chunk: int, groups: int) -> list[nn.Modu
             f"layer_chunk_size with {type(model).__name__}, which has no layer that Transformers can checkpoint",
             rule="a layer in chunks is a GradientCheckpointingLayer of Transformers",
             remedy="leave out layer_chunk_size",
+        )
+    if keep_attention > len(layers):
+        raise UspModelError(
+            f"keep_attention={keep_attention} with {type(model).__name__}, which has {len(layers)} such layers",
+            rule="attention's output is kept of so many layers, at most all of them",
+            remedy="pass keep_attention=True for all layers, or at most their number",
         )
     sizes, tiled, told = Sizes(chunk, groups, unshared_references()), list[nn.Module](), set[str]()
     for layer in layers:
