@@ -17,9 +17,10 @@ from ..distributed.mesh import UspMesh
 from ..errors import UspConfigError, UspModelError
 from ..kernels import KERNELS
 from ..memory.activation_checkpointing import restore_context_functions, use_plain_function, uses_plain_function
-from ..memory.activation_offload import ActivationOffloader, offloads_checkpoints, restore_checkpoints
 from ..memory.activation_offload import offload_checkpoints as offload_model
+from ..memory.activation_offload import offloads_checkpoints, restore_checkpoints
 from ..memory.chunked_loss import ChunkedLoss, chunked_loss
+from ..memory.offloader import ActivationOffloader
 from ..memory.tiled_layer import tile_layers, tiled_layer, untile_layers
 from ..memory.tiled_mlp import TiledMLP, chunked, tile_mlps, untile
 from ..memory.tiled_norm import TiledNorm, tile_norms
