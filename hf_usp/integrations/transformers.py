@@ -87,7 +87,7 @@ MODEL_CHANGES = (
     Change(
         "the model, and its checkpointed layers",
         "forward pre-hook; the layers' checkpointing function",
-        "`offload_checkpoints`: inputs of checkpointed layers are kept in host memory",
+        "`offload_checkpoints`: inputs of checkpointed layers, and what `keep_attention` keeps, are in host memory",
         lambda model, _: offloads_checkpoints(model),
     ),
     Change(
