@@ -183,28 +183,32 @@ def test_it_neither_attends_nor_exchanges_again(four_ranks: Ranks, ring: int, ul
             assert mine["host"] == (bytes_on_host(2 * 64 // 4, kept), 0)
 
 
-def refused(short_rank: int) -> str:
-    """What each rank says where one has no host memory left."""
+def refused(short_rank: int, folder: str) -> list[str]:
+    """What each rank says where one has no host memory left, without offloading and with a file."""
     model = tiny_model().train()
     mesh = hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1)
-    hf_usp.apply_context_parallel(model, mesh, layer_chunk_size=5, keep_attention=True, self_check=False)
-    offload_checkpoints(model, StandIn())
-    available, host_arena.available_memory = host_arena.available_memory, lambda: 1000
-    try:
-        if dist.get_rank() != short_rank:
-            host_arena.available_memory = available
-        model(**batch_of("plain"), use_cache=False)
-        return "nothing"
-    except hf_usp.UspError as refusal:
-        return str(refusal)
-    finally:
-        host_arena.available_memory = available
+    available, said = host_arena.available_memory, []
+    if dist.get_rank() == short_rank:
+        host_arena.available_memory = lambda: 1000
+    for offloader in (StandIn(), None, StandIn(folder)):
+        hf_usp.remove_context_parallel(model)
+        hf_usp.apply_context_parallel(model, mesh, layer_chunk_size=5, keep_attention=True, self_check=False)
+        if offloader is not None:
+            offload_checkpoints(model, offloader)
+        try:
+            model(**batch_of("plain"), use_cache=False).loss.backward()
+            said.append("")
+        except hf_usp.UspConfigError as refusal:
+            said.append(str(refusal))
+    host_arena.available_memory = available
+    return said
 
 
-def test_a_rank_without_the_memory_stops_all(two_ranks: Ranks) -> None:
-    first, second = two_ranks.run(refused, 1)
+def test_a_rank_without_the_memory_stops_all(two_ranks: Ranks, tmp_path: Path) -> None:
+    (first, *others), (second, *more) = two_ranks.run(refused, 1, str(tmp_path))
     assert "no room in host memory on rank(s) 1 of the mesh" in first
     assert "GB of host memory for each of 1 rank(s)" in second
+    assert others == more == ["", ""], "without offloading, and with a file"
 
 
 @pytest.mark.parametrize(
@@ -226,3 +230,4 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], named: str
 def test_more_layers_than_there_are() -> None:
     with pytest.raises(hf_usp.UspModelError, match="keep_attention=3 with LlamaForCausalLM, which has 2 such layers"):
         tile_layers(tiny_model(), 8, 1, 3)
+    assert len(tile_layers(tiny_model(), 8, 1, True)) == 2
