@@ -519,6 +519,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "as a multiple of num_generations": ("integrations/test_completions.py", "test_every_prompt_is_sampled_once"),
     "leave generation_batch_size out": ("integrations/test_completions.py", "test_every_prompt_is_sampled_once"),
     "wrap the reward function in hf_usp.once": ("integrations/test_completions.py", "once_mends_it"),
+    'give vllm_mode="server"': ("integrations/test_trl_vllm.py", "test_a_server_completes_each_prompt_once"),
     "pass a function that returns its result": ("integrations/test_completions.py", "once_by_hand"),
     "prepare a second Transformers model by itself": ("models/test_unsharded.py", "prepared_modules(twin"),
     "leave offload=True out of": ("memory/test_activation_offload.py", "offload=True"),

@@ -114,10 +114,22 @@ MODEL_CHANGES = (
         lambda _, hooks: hooks is not None and bool(hooks.gated.layers),
     ),
     Change(
+        "layers of lightning attention",
+        "`forward`: the same loop over blocks, on whole documents and some heads",
+        "states cross the edges of shards",
+        lambda _, hooks: hooks is not None and bool(hooks.lightning.layers),
+    ),
+    Change(
         "modules that look a few tokens back",
         "`forward`: the same code on runs of tokens, each after the tokens before it",
         "n-grams and convolutions cross the edges of shards",
         lambda _, hooks: hooks is not None and bool(hooks.look_back.modules),
+    ),
+    Change(
+        "embeddings of places in a row, and the decoder around them",
+        "forward pre-hooks",
+        "a rank's tokens get their places in the full row",
+        lambda _, hooks: hooks is not None and bool(hooks.places.embeddings),
     ),
     Change(
         "norms that Transformers' tensor parallelism replicates inside heads",
