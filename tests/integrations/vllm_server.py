@@ -34,7 +34,7 @@ ANSWERS = {
 
 
 class VLLMServer(ThreadingHTTPServer):
-    """What it was asked: prompts of each request, announced names of weights, the weights of the last update."""
+    """Its requests: prompts of each request, announced names of weights, the weights of the last update."""
 
     daemon_threads = True
 
