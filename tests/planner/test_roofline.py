@@ -10,7 +10,7 @@ from hf_usp.errors import UspConfigError
 from hf_usp.planner.hardware import GB, MACHINES, Link, Machine, Rate
 from hf_usp.planner.memory_model import memory
 from hf_usp.planner.roofline import attention, exposed_of, mask_area, predict, transfers
-from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep
+from hf_usp.planner.workload import Degrees, Indexer, ModelShape, Selected, TrainingStep
 from hf_usp.sharding.load_balance import fixed_assignment
 from hf_usp.sharding.masks import UNLIMITED, Documents, Mask
 from hf_usp.sharding.schedule import make_ring_schedule, ring_per_node
@@ -268,3 +268,26 @@ def test_data_parallel_shards_weights_and_adds_tokens() -> None:
 def test_refusals(shape: ModelShape, degrees: Degrees, job: TrainingStep, named: str) -> None:
     with pytest.raises(UspConfigError, match=named):
         predict(shape, degrees, job, ideal(1e9))
+
+
+def test_layers_that_select_keys_cost_the_same_on_every_mesh() -> None:
+    """DeepSeek-V3.2, the indexer's scores bound by memory: closed formulas, and the usual attention for short rows."""
+    indexer, machine = Indexer(61, 61, 2048, 64, 128, 576, 1088), ideal(1e9)
+    model = ModelShape(61, 7168, 2048, 128, 128, 64, 129280, indexer=indexer)
+    assert [(int(window or 0), count) for window, count in model.layer_kinds] == [(0, 0), (0, 0), (2048, 61)]
+    job, kind = TrainingStep(131072), Selected(2048)
+    ahead = [attention(model, Degrees(u, 8 // u), job, machine, kind) for u in (1, 2, 8)]
+    assert ahead[0] == ahead[1] == ahead[2] and ahead[0].ulysses == ahead[0].merges == 0
+    assert ahead[0].ring_exposed == pytest.approx(131072 * (576 + 128) * 2 * 7 / 8 / 1e9)
+    back = attention(model, Degrees(1, 8), job, machine, kind, backward=True)
+    assert back.ring == pytest.approx(131072 * 576 * 2 * 7 / 8 / 1e9)
+    pairs, rate = mask_area(131072, 2048) / 8, machine.flops * machine.matmul
+    assert back.tiles == pytest.approx(2.5 * 2 * pairs * 128 * 1088 / rate)
+    scored = 2 * 131072 * 131072 / 8 * 64 * 128 / rate
+    assert ahead[0].tiles == pytest.approx(back.tiles / 2.5 + scored)
+    slow = attention(model, Degrees(1, 8), job, replace(machine, memory_bandwidth=1e12), kind)
+    assert slow.tiles == pytest.approx((3 * 2 * 16384 * 2048 * 576 + 12 * 131072 * 16384 * 64) / 1e12)
+    short, usual = TrainingStep(2048), replace(model, indexer=None)
+    assert attention(model, Degrees(2, 4), short, machine, kind) == attention(usual, Degrees(2, 4), short, machine)
+    fewer = predict(model, Degrees(1, 8), job, machine).flops
+    assert predict(usual, Degrees(1, 8), job, machine).flops > 2 * fewer
