@@ -184,7 +184,8 @@ def host_operators(degrees: Degrees, job: TrainingStep) -> int:
     (`benchmarks/host_cost.py`; it is not repeated when a checkpointed layer is).
     """
     of_layer = 70 * (2 if job.checkpointing else 1) + 140
-    return of_layer + 21 + (82 if degrees.ulysses > 1 else 0) + 53 * (degrees.ring - 1)
+    of_ring = 16 + 41 * (degrees.ring - 1) if degrees.ring > 1 else 0
+    return of_layer + 21 + (82 if degrees.ulysses > 1 else 0) + of_ring
 
 
 def attention(
