@@ -89,6 +89,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class TorchWithDevice:
+    """torch for the module of OnlineDPO, which asks what device its client sends weights from."""
+
+    accelerator = SimpleNamespace(current_accelerator=lambda: torch.device("cpu"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
 @contextmanager
 def served(tokenizer: Any, main: bool) -> Iterator[VLLMServer | None]:
     """A server in the main process, and in all of them what TRL needs of vLLM to ask it."""
@@ -111,7 +120,9 @@ def served(tokenizer: Any, main: bool) -> Iterator[VLLMServer | None]:
             patch.setattr(importlib.import_module(module), "is_vllm_available", lambda **_: True)
         patch.setattr(client.VLLMClient, "init_communicator", init_communicator)
         engine = SimpleNamespace(trainer_send_weights=send)
-        patch.setattr(importlib.import_module(MODULES[-1]), "SamplingParams", SimpleNamespace, raising=False)
+        online = importlib.import_module(MODULES[-1])
+        patch.setattr(online, "SamplingParams", SimpleNamespace, raising=False)
+        patch.setattr(online, "torch", TorchWithDevice())
         patch.setattr(client, "NCCLWeightTransferEngine", engine, raising=False)
         patch.setattr(client, "NCCLTrainerSendWeightsArgs", SimpleNamespace, raising=False)
         if server is None:
