@@ -19,7 +19,13 @@ from .distributed.comm import world_size
 from .distributed.mesh import DeviceMesh, kept_mesh
 from .errors import UspConfigError
 from .integrations.accelerate import AcceleratorPatch
-from .integrations.transformers import check_way, validate_layer_options, validate_memory_options, validate_options
+from .integrations.transformers import (
+    check_way,
+    validate_layer_options,
+    validate_memory_options,
+    validate_offload,
+    validate_options,
+)
 from .planner.hardware import check_machine
 from .sharding.degrees import check_degrees
 from .utils.validation import check_positive_int, check_switches, size_from_environment
@@ -36,6 +42,7 @@ OPTIONS = (
     "mlp_chunk_size",
     "layer_chunk_size",
     "head_groups",
+    "keep_attention",
     "offload_checkpoints",
     "kernel",
     "self_check",
@@ -77,8 +84,11 @@ class UspParallelismConfig(ParallelismConfig):
             cannot compute so (recurrent, with dropout) computes as before, and the log says so. For cp_size > 1.
         head_groups: with layer_chunk_size, compute attention in this many groups of heads, one after the other; more
             save more memory. Default: 1.
+        keep_attention: with layer_chunk_size, keep attention's output and log-sum-exp of all layers (True) or of this
+            many, the last ones, until the backward, which then neither attends forward nor sends forward messages. In
+            host memory with offload_checkpoints, else on the device.
         offload_checkpoints: keep the inputs of checkpointed layers (activation checkpointing), and of layers in chunks,
-            in CPU memory.
+            in host memory, page-locked; or, given a folder, in a file there that has no name and ends with the run.
         kernel: name of the attention kernel (docs/kernels.md). Default: the best installed for the device.
         self_check: whether a prepared model first compares a short random batch, sharded and unsharded.
         generate: how `model.generate` of a prepared model works (docs/generation.md). "whole": each rank
@@ -109,7 +119,8 @@ class UspParallelismConfig(ParallelismConfig):
         mlp_chunk_size: int | None = None,
         layer_chunk_size: int | None = None,
         head_groups: int | None = None,
-        offload_checkpoints: bool = False,
+        keep_attention: bool | int = False,
+        offload_checkpoints: bool | str = False,
         kernel: str | None = None,
         self_check: bool = True,
         generate: str = "whole",
@@ -125,7 +136,7 @@ class UspParallelismConfig(ParallelismConfig):
         self.gather_outputs = gather_outputs
         self.loss_chunk_size, self.mlp_chunk_size = loss_chunk_size, mlp_chunk_size
         self.layer_chunk_size, self.head_groups = layer_chunk_size, head_groups
-        self.offload_checkpoints = offload_checkpoints
+        self.keep_attention, self.offload_checkpoints = keep_attention, offload_checkpoints
         self.kernel = kernel
         self.self_check, self.generate = self_check, generate
         self.ranks_per_node, self.machine, self.sequence_length = ranks_per_node, machine, sequence_length
@@ -148,10 +159,11 @@ class UspParallelismConfig(ParallelismConfig):
         validate_options(self.sequence_order, self.kernel)
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
         validate_memory_options(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
-        validate_layer_options(self.layer_chunk_size, self.head_groups, cp_size)
+        validate_layer_options(self.layer_chunk_size, self.head_groups, self.keep_attention, cp_size)
+        validate_offload(self.offload_checkpoints)
         check_switches(gather_outputs=self.gather_outputs is None or self.gather_outputs)
         check_way(self.generate)
-        check_switches(offload_checkpoints=self.offload_checkpoints, self_check=self.self_check)
+        check_switches(self_check=self.self_check)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
         try:

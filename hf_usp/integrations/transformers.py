@@ -20,6 +20,7 @@ from ..memory.activation_checkpointing import restore_context_functions, use_pla
 from ..memory.activation_offload import offload_checkpoints as offload_model
 from ..memory.activation_offload import offloads_checkpoints, restore_checkpoints
 from ..memory.chunked_loss import ChunkedLoss, chunked_loss
+from ..memory.offloader import ActivationOffloader
 from ..memory.tiled_layer import tile_layers, tiled_layer, untile_layers
 from ..memory.tiled_mlp import TiledMLP, chunked, tile_mlps, untile
 from ..memory.tiled_norm import TiledNorm, tile_norms
@@ -27,9 +28,10 @@ from ..models.consistency import describe_model
 from ..models.find import find_model
 from ..models.generation.entry import check_way
 from ..models.hooks import ContextParallelHooks, attach_hooks, get_hooks
+from ..models.indexed_layers import selects_keys
 from ..models.traits import inspect_model
 from ..sharding.load_balance import ALL_ORDERS
-from ..utils.validation import check_positive_int, check_switches
+from ..utils.validation import check_folder, check_positive_int, check_switches
 
 
 class Change(NamedTuple):
@@ -86,7 +88,7 @@ MODEL_CHANGES = (
     Change(
         "the model, and its checkpointed layers",
         "forward pre-hook; the layers' checkpointing function",
-        "`offload_checkpoints`: inputs of checkpointed layers are kept in host memory",
+        "`offload_checkpoints`: inputs of checkpointed layers, and what `keep_attention` keeps, are in host memory",
         lambda model, _: offloads_checkpoints(model),
     ),
     Change(
@@ -200,7 +202,8 @@ def apply_context_parallel(
     mlp_chunk_size: int | None = None,
     layer_chunk_size: int | None = None,
     head_groups: int | None = None,
-    offload_checkpoints: bool = False,
+    keep_attention: bool | int = False,
+    offload_checkpoints: bool | str = False,
     generate: str = "whole",
 ) -> nn.Module:
     """Make a Transformers model take full batches and shard them over `mesh`. Every process of the world calls it.
@@ -211,9 +214,10 @@ def apply_context_parallel(
 
     Args:
         model: a `PreTrainedModel` with `attn_implementation="usp"`, or a module around one (PEFT, DDP).
-        mesh: see `UspMesh.build`. On a mesh of one rank only the memory options below change anything.
+        mesh: see `UspMesh.build`. On a mesh of one rank only the memory options below change anything; but layers whose
+            queries select their keys then compute in chunks (`docs/indexed-attention.md`).
         sequence_order, gather_outputs, self_check, kernel, loss_chunk_size, mlp_chunk_size, layer_chunk_size,
-            head_groups, offload_checkpoints, generate: see `UspParallelismConfig`.
+            head_groups, keep_attention, offload_checkpoints, generate: see `UspParallelismConfig`.
 
     Returns:
         `model` itself.
@@ -224,9 +228,10 @@ def apply_context_parallel(
     validate_options(sequence_order, kernel)
     check_way(generate)
     validate_memory_options(loss_chunk_size, mlp_chunk_size, gather_outputs)
-    validate_layer_options(layer_chunk_size, head_groups, mesh.size)
+    validate_layer_options(layer_chunk_size, head_groups, keep_attention, mesh.size)
+    validate_offload(offload_checkpoints)
     check_switches(gather_outputs=gather_outputs is None or gather_outputs)
-    check_switches(self_check=self_check, offload_checkpoints=offload_checkpoints)
+    check_switches(self_check=self_check)
     if mesh.size > 1:
         verify_same_on_all_processes(describe_model(find_model(model)))
     if head_groups is not None:
@@ -238,14 +243,16 @@ def apply_context_parallel(
         offload_checkpoints,
         layer_chunk_size=layer_chunk_size,
         head_groups=head_groups,
+        keep_attention=keep_attention,
     )
-    if mesh.size > 1:
+    alone = mesh.size == 1
+    if not alone or selects_keys(find_model(model)):
         attach_hooks(
             model,
             mesh,
             sequence_order=sequence_order,
             kernel=kernel,
-            gather_outputs=gather_outputs,
+            gather_outputs=alone or gather_outputs,  # one rank's share is everything
             self_check=self_check,
             generate=generate,
         )
@@ -256,10 +263,11 @@ def apply_memory_options(
     model: nn.Module,
     loss_chunk_size: int | None,
     mlp_chunk_size: int | None,
-    offload_checkpoints: bool,
+    offload_checkpoints: bool | str,
     *,
     layer_chunk_size: int | None = None,
     head_groups: int | None = None,
+    keep_attention: bool | int = False,
 ) -> None:
     """Apply the options that save memory. Applying them again changes nothing."""
     use_plain_function(model)
@@ -269,9 +277,10 @@ def apply_memory_options(
         tile_mlps(find_model(model), mlp_chunk_size)
         tile_norms(find_model(model), mlp_chunk_size)
     if layer_chunk_size is not None:
-        tile_layers(find_model(model), layer_chunk_size, head_groups or 1)
+        tile_layers(find_model(model), layer_chunk_size, head_groups or 1, keep_attention)
     if offload_checkpoints:
-        offload_model(find_model(model))
+        folder = offload_checkpoints if isinstance(offload_checkpoints, str) else None
+        offload_model(find_model(model), ActivationOffloader(folder))
 
 
 def remove_from_model(model: nn.Module) -> None:
@@ -330,8 +339,10 @@ def validate_memory_options(
         )
 
 
-def validate_layer_options(layer_chunk_size: int | None, head_groups: int | None, ranks: int) -> None:
-    """Raise `UspConfigError` for empty chunks, groups without chunks, and chunks where nothing is sharded."""
+def validate_layer_options(
+    layer_chunk_size: int | None, head_groups: int | None, keep_attention: object, ranks: int
+) -> None:
+    """Raise `UspConfigError` for empty chunks, what needs chunks without them, and chunks where nothing is sharded."""
     check_positive_int(layer_chunk_size=layer_chunk_size, head_groups=head_groups)
     if head_groups is not None and layer_chunk_size is None:
         raise UspConfigError(
@@ -339,12 +350,29 @@ def validate_layer_options(layer_chunk_size: int | None, head_groups: int | None
             rule="attention computes in groups of heads inside layers that compute in chunks",
             remedy="pass layer_chunk_size=4096, too, or leave out head_groups",
         )
+    if not isinstance(keep_attention, bool):
+        check_positive_int(required=True, keep_attention=keep_attention)
+    if keep_attention and layer_chunk_size is None:
+        raise UspConfigError(
+            f"keep_attention={keep_attention} without layer_chunk_size",
+            rule="attention's output is kept of layers that compute in chunks",
+            remedy="pass layer_chunk_size=4096, too, or leave out keep_attention (checkpointed layers keep it by "
+            "hf_usp.save_attention_outputs())",
+        )
     if layer_chunk_size is not None and ranks == 1:
         raise UspConfigError(
             f"layer_chunk_size={layer_chunk_size} where one rank has whole sequences",
             rule="a layer in chunks is taken apart at its sharded attention",
             remedy="leave out layer_chunk_size, or share sequences by cp_size=2 or more",
         )
+
+
+def validate_offload(offload_checkpoints: object) -> None:
+    """Raise `UspConfigError` for what is neither a switch nor a folder that can be written into."""
+    if isinstance(offload_checkpoints, str):
+        check_folder(offload_checkpoints, "offload_checkpoints")
+    else:
+        check_switches(offload_checkpoints=offload_checkpoints)
 
 
 def check_head_groups(model: PreTrainedModel, head_groups: int, ulysses_degree: int) -> None:

@@ -248,7 +248,7 @@ def _selecting(
     flops = (2.5 if backward else 1.0) * 2 * pairs * model.heads * indexer.products / degrees.tp
     copied = (2 * 3 * job.element + 12 if backward else 3 * job.element) * queries * indexer.selected * indexer.gathered
     seconds = max(flops / (machine.flops * machine.matmul), copied / machine.memory_bandwidth)
-    size = job.rows * job.tokens * indexer.gathered * job.element
+    size: float = job.rows * job.tokens * indexer.gathered * job.element
     if not backward:
         scores = queries * job.tokens * indexer.heads * scoring
         scored = 2 * scores * indexer.width / (machine.flops * machine.matmul)
