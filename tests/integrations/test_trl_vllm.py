@@ -65,7 +65,7 @@ def run(case: str, folder: str, mesh: Mesh, world: int) -> dict[str, Any]:
         ended = finished(trainer, trainer.model)
         if server is not None:
             ended |= {"prompts": server.prompts, "updates": server.updates, "served": server.weights}
-            assert server.requests > 2
+            assert server.requests > 2 and server.announced == server.sent
     return ended
 
 
