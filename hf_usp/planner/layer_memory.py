@@ -170,7 +170,8 @@ def tiled_layer(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Tiled
     of_head = local * model.head_dim * element / degrees.tp
     q, lse = of_head * model.heads, 4 * local * model.heads / degrees.tp
     kv = of_head * 2 * sum(group.num_kv for group in groups) * degrees.tp
-    others = 1 - largest.num_query * degrees.tp / model.heads
+    mine = heads / model.heads
+    others = 1 - mine
     around = whole.hidden if job.offload else 2 * whole.hidden
 
     chunk = replace(job, layer_chunk_size=None, rows=1, tokens=round(min(local, job.layer_chunk_size or local)))
@@ -180,6 +181,8 @@ def tiled_layer(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Tiled
     inner = part.mlp / 4  # of an MLP that is whole inside its chunk
     mlp_back = max(part.mlp_back + part.hidden + mlp_grads / 3, 4 * inner + mlp_grads) if inner else part.mlp_back
     after = part.hidden + part.norm + mlp_back
+    collected = mine * (q + kv) + part.ahead + 2 * part.hidden  # of a group, the last chunk of it at work
+    ahead, core = max(ahead, collected), max(core, mine * (2 * q + lse) + collected)
     return TiledLayer(
         hidden=whole.hidden,
         norm=whole.norm,

@@ -168,7 +168,7 @@ def _linear(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Mac
     """
     whole = min(local, job.layer_chunk_size or local)
     layers, chunked = model.layers / degrees.tp, mlp_tokens(job, whole) < whole
-    params = (4 if job.input_alone else 3) * model.active_layer_params
+    params: float = (4 if job.input_alone else 3) * model.active_layer_params
     if chunked:  # once more, in the backward
         params += model.active_mlp_params
     if job.layer_chunk_size is not None:
@@ -190,13 +190,14 @@ def attentions(
 
     Groups of heads attend one after the other, each with messages of its own.
     """
-    found = []
     groups = head_groups(model, degrees, job) if job.layer_chunk_size is not None else 1
     of_group = replace(model, heads=-(-model.heads // groups), kv_heads=-(-model.kv_heads // groups))
-    for window, count in model.layer_kinds:
-        ahead, back = (attention(of_group, degrees, job, machine, window, backward=b) for b in (False, True))
-        found.append((count, *(replace(it, **{k: groups * v for k, v in vars(it).items()}) for it in (ahead, back))))
-    return found
+
+    def of_all(window: int | None, backward: bool) -> Attention:
+        it = attention(of_group, degrees, job, machine, window, backward=backward)
+        return Attention(**{name: groups * seconds for name, seconds in vars(it).items()})
+
+    return [(count, of_all(window, False), of_all(window, True)) for window, count in model.layer_kinds]
 
 
 def host_operators(degrees: Degrees, job: TrainingStep, groups: int = 1) -> int:
