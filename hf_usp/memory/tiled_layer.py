@@ -28,6 +28,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -79,10 +80,13 @@ class TiledLayer:
         """The layer's output. A graph of torch.compile ends here."""
         context = context_of(*args[1:], *kwargs.values())
         hidden = args[0] if args else None
-        if context is None or context.whole_layers or not isinstance(hidden, Tensor):
+        way = None if context is None else context.way
+        whole = context is None or context.whole_layers or (way is not None and way.layer_chunk_size is None)
+        if whole or not isinstance(hidden, Tensor):
             return type(layer).forward(layer, *args, **kwargs)
         if hidden.ndim == 3 and hidden.shape[1] <= self.sizes.chunk:
             return type(layer).forward(layer, *args, **kwargs)
+        assert context is not None
         call = LayerCall(layer, self.stock, args[1:], kwargs, context, hidden)
         found = self._found(call, hidden)
         if found is not None:
@@ -90,10 +94,11 @@ class TiledLayer:
             return type(layer).forward(layer, *args, **kwargs)
         weights = [p for p in layer.parameters() if p.requires_grad]
         hooks: Any = nullcontext()
-        if self.offloader is not None and torch.is_grad_enabled():
+        sizes = self.sizes if way is None else replace(self.sizes, groups=way.head_groups)
+        if self.offloader is not None and torch.is_grad_enabled() and (way is None or way.offload):
             hooks = saved_tensors_hooks(self.offloader.offload_apart, self.offloader.on_host)
         with hooks:
-            output = _InChunks.apply(hidden, call, self.sizes, *weights)
+            output = _InChunks.apply(hidden, call, sizes, *weights)
         if autocast_dtype(hidden) is not None:
             torch.clear_autocast_cache()  # the casts of weights made here have no gradients
         return (output,) if call.returns_tuple else output

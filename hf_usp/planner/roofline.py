@@ -352,7 +352,7 @@ def _offload(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Ma
     if job.input_alone and job.offload:
         often = 2 if job.layer_chunk_size is None else 2 * head_groups(model, degrees, job) + 3
         moved += often * local * model.hidden * job.element * model.layers
-    if job.layer_chunk_size is not None:  # out and back
+    if job.offload and job.layer_chunk_size is not None:  # out and back
         moved += 2 * job.keep_attention * attention_output(model, degrees, job)
     if job.offload_states:
         mine = model.params / (degrees.tp * param_shards(degrees, job))

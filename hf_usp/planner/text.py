@@ -117,6 +117,8 @@ def flags(what: PlanRequest, best: Candidate) -> list[str]:
         given += ["--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", str(d.ulysses)]
     if d.tp > 1:
         given += ["--tensor-model-parallel-size", str(d.tp)]
+    if what.auto:
+        return [*given, "--memory", "auto"]
     if best.job.checkpointing:
         given.append("--activation_checkpointing")
     if best.job.loss_chunk_size:

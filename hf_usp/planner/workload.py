@@ -129,11 +129,13 @@ class TrainingStep:
         mlp_chunk_size: tokens whose MLP activations exist at once; None: all.
         layer_chunk_size: layers compute in chunks of so many tokens; None: whole.
         head_groups: groups of heads that attend one after the other in such layers.
-        keep_attention: such layers whose attention output is kept in host memory: their backward does not attend again.
+        keep_attention: such layers whose attention output is kept, where their inputs are: their backward does not
+            attend again.
         gradients: bytes of an element of dK and dV while they are sent.
         relay: a ring that passes full blocks on and merges in separate operators, as other libraries do.
         overlap: a step's transfer runs while tiles are computed.
         accumulate: gradients of earlier rows exist from the start.
+        trained: share of the parameters that are trained, which alone have gradients and a state of the optimizer.
         kernel: attention kernel, one of `hf_usp.planner.hardware.WORKSPACES`; None: the machine's first, without
             workspace.
     """
@@ -155,6 +157,7 @@ class TrainingStep:
     relay: bool = False
     overlap: bool = True
     accumulate: bool = False
+    trained: float = 1.0
     kernel: str | None = None
 
     @property

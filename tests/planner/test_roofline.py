@@ -279,12 +279,12 @@ def test_what_layers_in_chunks_cost() -> None:
     assert sum(LLAMA3_8B.weights_around_attention.values()) == LLAMA3_8B.layer_params
     once = 2 * job.tokens / 8 * before / (machine.flops * machine.matmul)
     for groups in (1, 4):
-        tiled = replace(job, checkpointing=False, layer_chunk_size=4096, head_groups=groups)
+        tiled = replace(job, checkpointing=False, layer_chunk_size=4096, head_groups=groups, offload=True)
         mine = predict(LLAMA3_8B, Degrees(1, 8), tiled, machine)
         assert (mine.linear - whole.linear) / once == pytest.approx(3 * groups + 5 - 4)
         kept = predict(LLAMA3_8B, Degrees(1, 8), replace(tiled, keep_attention=32), machine)
         assert (mine.linear - kept.linear) / once == pytest.approx(groups)
-        assert kept.attention < 0.8 * mine.attention and kept.memory.host - mine.memory.host == pytest.approx(
+        assert kept.attention < 0.82 * mine.attention and kept.memory.host - mine.memory.host == pytest.approx(
             32 * (1 << 17) * 32 * (128 * 2 + 4)
         )
         assert mine.ring_hidden + mine.ring >= whole.ring_hidden + whole.ring
