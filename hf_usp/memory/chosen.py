@@ -21,8 +21,7 @@ from ..batch.sharded_tensors import context_of
 from ..compat import checkpoint_function, find_hook_owner
 from ..models.pickling import NotSaved
 from ..planner.request import PlanRequest
-from ..planner.search import Candidate
-from ..planner.way import told, way_of
+from ..planner.way import Way, told, way_of
 from ..planner.workload import Degrees
 from .activation_offload import CHECKPOINTING, ActivationOffloader
 from .tiled_layer import tiled_layer
@@ -43,7 +42,7 @@ class ChosenMemory(NotSaved):
         from transformers.modeling_layers import GradientCheckpointingLayer  # which loads every auto class
 
         self.what, self.degrees, self.telling = what, degrees, telling
-        self.ways: dict[tuple[int, int, bool], Candidate] = {}
+        self.ways: dict[tuple[int, int, bool], Way] = {}
         self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.enabled = any(layer.gradient_checkpointing for layer in self.layers)
         self.offloader = ActivationOffloader()
@@ -77,7 +76,7 @@ class ChosenMemory(NotSaved):
         if context is not None:
             context.way = way
 
-    def way(self, rows: int, length: int, training: bool) -> Candidate:
+    def way(self, rows: int, length: int, training: bool) -> Way:
         """Of so many rows of a batch."""
         key = rows, length, training
         if key not in self.ways:

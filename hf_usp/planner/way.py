@@ -5,16 +5,31 @@ Decided from what all ranks of a mesh know equally: the model's config, sizes, a
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 from ..errors import UspConfigError
 from .memory_model import memory
 from .request import PlanRequest
-from .search import Candidate, best_way, jobs, longest
+from .search import best_way, jobs, longest
 from .workload import Degrees, TrainingStep
 
 
-def way_of(what: PlanRequest, degrees: Degrees, *, training: bool = True) -> Candidate:
+@dataclass(frozen=True)
+class Way:
+    """How a batch saves memory.
+
+    Attributes:
+        job: the step with these options.
+        device: bytes of a rank's device at the peak.
+        host: bytes of host memory.
+    """
+
+    job: TrainingStep
+    device: float
+    host: float
+
+
+def way_of(what: PlanRequest, degrees: Degrees, *, training: bool = True) -> Way:
     """The fastest way to save memory that fits.
 
     In an evaluation: the first one whose forward fits.
@@ -22,39 +37,44 @@ def way_of(what: PlanRequest, degrees: Degrees, *, training: bool = True) -> Can
     Raises:
         UspConfigError: none fits; it says what is missing where, and the longest row that fits.
     """
-    if not training:
-        for job in jobs(what, degrees):
-            if sum(memory(what.model, degrees, job).moments["evaluation"].values()) <= what.budget:
-                return replace(best_way(what, degrees), job=job)
-    best = best_way(what, degrees)
-    if training and best.fits:
-        return best
-    raise _too_long(what, degrees, best)
+    if training:
+        best = best_way(what, degrees)
+        it = Way(best.job, best.prediction.memory.total, best.prediction.memory.host)
+    else:
+        ways = [Way(job, _of_evaluation(what, degrees, job), 0.0) for job in jobs(what, degrees)]
+        it = next((way for way in ways if way.device <= what.budget), min(ways, key=lambda way: way.device))
+    if it.device <= what.budget and it.host <= what.host_budget:
+        return it
+    raise _too_long(what, degrees, it)
 
 
-def _too_long(what: PlanRequest, degrees: Degrees, best: Candidate) -> UspConfigError:
-    need, reach = best.prediction.memory, longest(what, degrees) or longest(what, degrees, degrees.cp)
+def _of_evaluation(what: PlanRequest, degrees: Degrees, job: TrainingStep) -> float:
+    return sum(memory(what.model, degrees, job).moments["evaluation"].values())
+
+
+def _too_long(what: PlanRequest, degrees: Degrees, best: Way) -> UspConfigError:
+    reach = longest(what, degrees) or longest(what, degrees, degrees.cp)
     missing = [
         f"{side}: {size / 1e9:,.4g} of {there / 1e9:,.4g} GB"
-        for side, size, there in (("device", need.total, what.budget), ("host", need.host, what.host_budget))
+        for side, size, there in (("device", best.device, what.budget), ("host", best.host, what.host_budget))
         if size > there
     ]
     row = f"{what.rows} row{'s' * (what.rows > 1)} of {what.tokens:,} tokens"
     return UspConfigError(
-        f"memory: {row} on {degrees.cp} ranks need more than there is ({'; '.join(missing)}, with {best.savings})",
+        f"memory: {row} on {degrees.cp} rank(s) need more than there is ({'; '.join(missing)}, with "
+        f"{in_words(best.job)})",
         rule="what a step makes on a rank fits into its memory, what is offloaded into its share of the host's",
-        remedy=(f"rows of {reach:,} tokens fit; or share" if reach else "share")
+        remedy=(f"rows of {reach:,} tokens fit in a step; or share" if reach else "share")
         + " a sequence by more ranks (cp_size), or shard weights (FSDP2); memory={...} fixes options by hand",
     )
 
 
-def told(what: PlanRequest, degrees: Degrees, way: Candidate) -> str:
+def told(what: PlanRequest, degrees: Degrees, way: Way) -> str:
     """One line: what was chosen, and why."""
-    job, need = way.job, way.prediction.memory
-    saved = f", {need.host / 1e9:,.4g} of {what.host_budget / 1e9:,.4g} GB of the host" if need.host else ""
+    saved = f", {way.host / 1e9:,.3g} of {what.host_budget / 1e9:,.3g} GB of the host" if way.host else ""
     return (
-        f"memory: {what.rows * what.tokens // degrees.cp:,} tokens a rank: {in_words(job)}, "
-        f"{need.total / 1e9:,.3g} of {what.budget / 1e9:,.3g} GB{saved}"
+        f"memory: {what.rows * what.tokens // degrees.cp:,} tokens a rank: {in_words(way.job)}, "
+        f"{way.device / 1e9:,.3g} of {what.budget / 1e9:,.3g} GB{saved}"
     )
 
 

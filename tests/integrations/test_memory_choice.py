@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import pytest
 import torch
 
 import hf_usp
+from hf_usp.batch.sharded_tensors import context_of
 from hf_usp.integrations import memory_choice
 from hf_usp.integrations.memory_choice import choose_memory
+from hf_usp.memory.activation_offload import ActivationOffloader
 from hf_usp.memory.chosen import chosen_memory
-from hf_usp.memory.tiled_layer import tiled_layer
-from hf_usp.planner.way import in_words
+from hf_usp.memory.tiled_layer import tile_layers, tiled_layer
+from hf_usp.planner import PlanRequest
+from hf_usp.planner.hardware import MACHINES
+from hf_usp.planner.way import in_words, told, way_of
+from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep
 from hf_usp.utils.patches import AttributePatches
 
 from ..harness import fresh_accelerate, relative, step
@@ -27,6 +33,19 @@ from ..tiny import batch_of, tiny_model
 MEMORY = {128: "whole layers", 256: "whole layers, checkpointed", 512: "layers in chunks of 8, 2 groups of heads"}
 LIMIT = 520_000
 CHUNK = 8
+LARGE = PlanRequest(
+    "Llama 3 8B",
+    ModelShape(32, 4096, 14336, 32, 8, 128, 128256),
+    MACHINES["h100-nvlink"],
+    tokens=1,
+    gpus=8,
+    budget=73.6e9,
+    allow_offload=True,
+    layer_chunk_size=4096,
+    auto=True,
+    like=TrainingStep(1, kernel="cudnn"),
+    host_budget=212e9,
+)
 
 
 def machine_file(folder: Path, memory: float) -> str:
@@ -96,13 +115,13 @@ def test_another_length_gets_another_way(four_ranks: Ranks, tmp_path: Path) -> N
         assert ways == MEMORY
         assert found["verdicts"] == [{None}] * 2, "layers have been computed in chunks"
         assert found["left"] == ([False] * 2, None) and "memory=" in found["described"]
-        for said in ("device: ", "rows of ", " tokens fit", "Remedy: "):
+        for said in ("device: ", "rows of ", " tokens fit in a step", "Remedy: "):
             assert said in found["refused"]
         lines = [line for line in found["lines"] if "tokens a rank" in line]
         assert len(lines) == (4 if rank == 0 else 0), lines
     told = results[0]["lines"][1]
     assert told.startswith(
-        "usp: memory: 128 tokens a rank: layers in chunks of 8, 2 groups of heads, 0.000509 of 0.00052 GB"
+        "usp: memory: 128 tokens a rank: layers in chunks of 8, 2 groups of heads, 0.00051 of 0.00052 GB"
     )
     assert "memory='auto'" in results[0]["config"]
 
@@ -112,14 +131,14 @@ def test_one_rank_has_whole_layers_checkpointed_or_not(tmp_path: Path) -> None:
     from accelerate import Accelerator
 
     fresh_accelerate()
-    config = hf_usp.UspParallelismConfig(memory="auto", machine=machine_file(tmp_path, 560_000))
+    config = hf_usp.UspParallelismConfig(memory="auto", machine=machine_file(tmp_path, 600_000))
     model = Accelerator(cpu=True, parallelism_config=config).prepare(tiny_model(attention="eager").train())
     reference = tiny_model(attention="eager").train()
     batches = [rows_of(32), rows_of(96)]
     losses = [model(**batch, use_cache=False).loss for batch in batches]
     for loss, batch in zip(losses, batches, strict=True):
         model.zero_grad()
-        loss.backward()
+        (loss * 3).backward()
         expected, gradients, _ = step(reference, **batch)
         assert loss.item() == pytest.approx(expected, abs=1e-5)
         for name, p in model.named_parameters():
@@ -177,6 +196,59 @@ def test_memory_that_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "meminfo").write_text("MemTotal: 1 kB\n")
     with pytest.raises(hf_usp.UspConfigError, match="memory='auto' on a host"):
         memory_choice._available(str(tmp_path / "meminfo"))
-    del model.config.num_hidden_layers
-    with pytest.raises((hf_usp.UspConfigError, AttributeError)):
+    model.config.num_attention_heads = 0
+    with pytest.raises(hf_usp.UspConfigError, match="without layers, hidden size, heads or vocabulary"):
         choose_memory(model, None, torch.device("cpu"))
+
+
+def test_a_way_says_whether_inputs_are_offloaded_and_how_many_groups_there_are() -> None:
+    """Read by layers in chunks from the context of their forward."""
+    model = tiny_model().train()
+    batch = hf_usp.shard(rows_of(32), hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1))
+    loss, gradients, _ = step(model, **batch)
+    context, calls = context_of(*batch.values()), list[int]()
+    assert context is not None
+
+    class Recording(ActivationOffloader):
+        def offload_apart(self, tensor: torch.Tensor) -> Any:
+            calls.append(tensor.numel())
+            return super().offload_apart(tensor)
+
+    for layer in tile_layers(model, CHUNK, 1):
+        tiled = tiled_layer(layer)
+        assert tiled is not None
+        tiled.offloader = Recording()
+    for way, groups, often in (
+        ({"layer_chunk_size": CHUNK, "head_groups": 2, "offload": True}, 2, 2),
+        ({"layer_chunk_size": CHUNK, "head_groups": 4}, 4, 0),
+        ({"checkpointing": True}, 1, 0),
+    ):
+        calls.clear()
+        context.attention_calls.clear()
+        context.way = TrainingStep(32, **way)  # type: ignore[arg-type]
+        again, mine, _ = step(model, **batch)
+        assert again == pytest.approx(loss, rel=1e-6) and len(calls) == often
+        assert all(relative(mine[name], gradients[name]) < 1e-5 for name in gradients)
+        widths = {shape.heads for shape in context.attention_calls}
+        assert widths == {4 // groups}, context.attention_calls
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (1 << 16, "whole layers"),
+        (1 << 18, "whole layers, checkpointed"),
+        (1 << 21, "layers in chunks of 4,096, inputs in host memory"),
+        (1 << 22, "layers in chunks of 4,096, 2 groups of heads, inputs in host memory"),
+    ],
+)
+def test_ways_of_a_large_model(tokens: int, said: str) -> None:
+    """Llama 3 8B on 8 GPUs of 80 GB, weights and AdamW's state in fp32 over all of them."""
+    found = way_of(replace(LARGE, tokens=tokens), Degrees(1, 8))
+    assert in_words(found.job) == said
+    assert f": {said}, " in told(replace(LARGE, tokens=tokens), Degrees(1, 8), found)
+
+
+def test_a_host_that_is_too_small_is_named() -> None:
+    with pytest.raises(hf_usp.UspConfigError, match=r"host: [\d,.]+ of 212 GB.*rows of [\d,]+ tokens fit in a step"):
+        way_of(replace(LARGE, tokens=6 << 20), Degrees(1, 8))

@@ -174,12 +174,13 @@ def test_layers_in_chunks_are_planned_where_they_are_asked_for(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes: dict[str, Any] = {"tokens": 65536, "gpus": 8, "machine": "h100-nvlink", "most_tp": 1, "mlp_chunk_size": 4096}
+    sizes |= {"allow_offload": True, "host_memory_gb": 50_000}
     without, with_them = (request(model, **sizes, layer_chunk_size=n) for n in (None, 4096))
     assert all(c.job.layer_chunk_size is None for c in ranked(without))
     assert longest_of_all(with_them)[0] > 1.5 * longest_of_all(without)[0]
     reach, degrees = longest_of_all(with_them)
     assert degrees.cp > 1 and best_way(replace(with_them, tokens=reach), degrees).job.head_groups > 1
-    host = replace(with_them, tokens=1 << 20, allow_offload=True, keep_attention=True)
+    host = replace(with_them, tokens=1 << 20, keep_attention=True)
     kept = [best_way(replace(host, host_budget=size), Degrees(1, 8)) for size in (30e9, 60e9, 1e12)]
     assert 0 < kept[1].job.keep_attention < kept[2].job.keep_attention == 36, [c.savings for c in kept]
     assert all(c.fits for c in kept) and kept[2].prediction.seconds < kept[1].prediction.seconds
