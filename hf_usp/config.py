@@ -21,7 +21,13 @@ from .distributed.mesh import DeviceMesh, kept_mesh
 from .errors import UspConfigError
 from .integrations.accelerate import AcceleratorPatch
 from .integrations.memory_choice import AUTO, check_auto, memory_options
-from .integrations.transformers import check_way, validate_layer_options, validate_memory_options, validate_options
+from .integrations.transformers import (
+    check_way,
+    validate_layer_options,
+    validate_memory_options,
+    validate_offload,
+    validate_options,
+)
 from .planner.hardware import check_machine
 from .sharding.degrees import check_degrees
 from .utils.validation import check_positive_int, check_switches, size_from_environment
@@ -38,6 +44,7 @@ OPTIONS = (
     "mlp_chunk_size",
     "layer_chunk_size",
     "head_groups",
+    "keep_attention",
     "offload_checkpoints",
     "memory",
     "kernel",
@@ -80,10 +87,13 @@ class UspParallelismConfig(ParallelismConfig):
             cannot compute so (recurrent, with dropout) computes as before, and the log says so. For cp_size > 1.
         head_groups: with layer_chunk_size, compute attention in this many groups of heads, one after the other; more
             save more memory. Default: 1.
+        keep_attention: with layer_chunk_size, keep attention's output and log-sum-exp of all layers (True) or of this
+            many, the last ones, until the backward, which then neither attends forward nor sends forward messages. In
+            host memory with offload_checkpoints, else on the device.
         offload_checkpoints: keep the inputs of checkpointed layers (activation checkpointing), and of layers in chunks,
-            in CPU memory.
+            in host memory, page-locked; or, given a folder, in a file there that has no name and ends with the run.
         memory: "auto": each batch in the fastest way to save memory that fits its length, of whole layers, activation
-            checkpointing, layers in chunks, their inputs in host memory, groups of heads; the log says which
+            checkpointing, layers in chunks, attention kept, inputs in host memory, groups of heads; the log says which
             (docs/memory.md). A dict fixes options by their names: {"layer_chunk_size": 4096, "head_groups": 4}.
             Default: what the options themselves say.
         kernel: name of the attention kernel (docs/kernels.md). Default: the best installed for the device.
@@ -116,7 +126,8 @@ class UspParallelismConfig(ParallelismConfig):
         mlp_chunk_size: int | None = None,
         layer_chunk_size: int | None = None,
         head_groups: int | None = None,
-        offload_checkpoints: bool = False,
+        keep_attention: bool | int = False,
+        offload_checkpoints: bool | str = False,
         memory: str | Mapping[str, Any] | None = None,
         kernel: str | None = None,
         self_check: bool = True,
@@ -132,11 +143,11 @@ class UspParallelismConfig(ParallelismConfig):
         self.sequence_order = sequence_order
         self.gather_outputs = gather_outputs
         given = {"loss_chunk_size": loss_chunk_size, "mlp_chunk_size": mlp_chunk_size}
-        given |= {"layer_chunk_size": layer_chunk_size, "head_groups": head_groups}
+        given |= {"layer_chunk_size": layer_chunk_size, "head_groups": head_groups, "keep_attention": keep_attention}
         options = memory_options(memory, given | {"offload_checkpoints": offload_checkpoints})
         self.loss_chunk_size, self.mlp_chunk_size = options["loss_chunk_size"], options["mlp_chunk_size"]
         self.layer_chunk_size, self.head_groups = options["layer_chunk_size"], options["head_groups"]
-        self.offload_checkpoints = options["offload_checkpoints"]
+        self.keep_attention, self.offload_checkpoints = options["keep_attention"], options["offload_checkpoints"]
         self.memory = AUTO if memory == AUTO else None  # a dict says what the options say
         self.kernel = kernel
         self.self_check, self.generate = self_check, generate
@@ -161,10 +172,11 @@ class UspParallelismConfig(ParallelismConfig):
         check_auto(self.memory, self.gather_outputs)
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
         validate_memory_options(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
-        validate_layer_options(self.layer_chunk_size, self.head_groups, cp_size)
+        validate_layer_options(self.layer_chunk_size, self.head_groups, self.keep_attention, cp_size)
+        validate_offload(self.offload_checkpoints)
         check_switches(gather_outputs=self.gather_outputs is None or self.gather_outputs)
         check_way(self.generate)
-        check_switches(offload_checkpoints=self.offload_checkpoints, self_check=self.self_check)
+        check_switches(self_check=self.self_check)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
         try:

@@ -219,7 +219,7 @@ class AcceleratorPatch:
     def _apply(self, module: torch.nn.Module) -> None:
         config, hooks = self.config, get_hooks(module)
         memory = (config.loss_chunk_size, config.mlp_chunk_size, config.offload_checkpoints)
-        of_layers: dict[str, Any] = {"layer_chunk_size": config.layer_chunk_size, "head_groups": config.head_groups}
+        of_layers = {n: getattr(config, n) for n in ("layer_chunk_size", "head_groups", "keep_attention")}
         if config.cp_size == 1 or (hooks is not None and hooks.mesh in self.meshes.values()):
             apply_memory_options(module, *memory, **of_layers)
             return
@@ -237,8 +237,7 @@ class AcceleratorPatch:
             generate=config.generate,
             loss_chunk_size=config.loss_chunk_size,
             mlp_chunk_size=config.mlp_chunk_size,
-            layer_chunk_size=config.layer_chunk_size,
-            head_groups=config.head_groups,
+            **of_layers,
             offload_checkpoints=config.offload_checkpoints,
         )
         applied = get_hooks(module)

@@ -33,6 +33,7 @@ OPTIONS: dict[str, Any] = {
     "mlp_chunk_size": None,
     "layer_chunk_size": None,
     "head_groups": None,
+    "keep_attention": False,
     "offload_checkpoints": False,
 }
 
@@ -127,6 +128,7 @@ def choose_memory(
         budget=budget,
         allow_offload=device.type != "cpu",  # what is in host memory there is there already
         layer_chunk_size=AUTO_CHUNK,
+        keep_attention=True,
         auto=True,
         like=_with_share(step or _step_of(model), model, kernel),
         host_budget=host,

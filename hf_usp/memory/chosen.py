@@ -1,9 +1,10 @@
 """`memory="auto"`: each batch in the fastest way to save memory that fits its length.
 
 Before each forward the planner is asked for the way of as many local tokens. Whole layers, with and without activation
-checkpointing: the public flag `gradient_checkpointing` of each layer. Layers in chunks, groups of heads, and inputs in
-host memory: the context of the forward carries the way, and layers in chunks (`tiled_layer.py`) look at it, so that a
-backward finds the way of its own forward. The loss is computed in chunks in every way, and so is the final norm.
+checkpointing: the public flag `gradient_checkpointing` of each layer. The rest is in the context of the forward, at
+which layers in chunks (`tiled_layer.py`) look: groups of heads, layers that keep attention's output, whether what they
+keep is in host memory. So a backward finds the way of its own forward. The loss is computed in chunks in every way, and
+so is the final norm.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ..models.pickling import NotSaved
 from ..planner.request import PlanRequest
 from ..planner.way import Way, told, way_of
 from ..planner.workload import Degrees
-from .activation_offload import CHECKPOINTING, ActivationOffloader
+from .activation_offload import CHECKPOINTING
+from .offloader import ActivationOffloader
 from .tiled_layer import tiled_layer
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ class ChosenMemory(NotSaved):
         else:
             rows, length = tokens.shape[:2]
         way = self.way(rows, length, training).job
+        if training and way.offload:
+            self.offloader.begin(sum(tiled_layer(layer) is not None for layer in self.layers))
         for layer in self.layers:
             if way.input_alone and checkpoint_function(layer) is None:
                 getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})

@@ -17,7 +17,6 @@ sizes, and these formulas are tested against it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from .layer_memory import TiledLayer, WholeLayer, attention_output, tiled_layer, whole_layer
@@ -148,7 +147,7 @@ def memory(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Memory:
     for place, (others, gradients, moving) in _places(model, degrees, part, job, states, layer, head).items():
         for name, (activations, of_weights) in part.backward().items():
             moments[f"{place}, {name}"] = moment(gradients + of_weights, others + activations, moving)
-    host = model.layers * _pinned(part.hidden) if away else 0.0
+    host = model.layers * part.hidden if away else 0.0
     return Memory(moments, states.host + host + (attended if away else 0.0))
 
 
@@ -182,8 +181,3 @@ def _places(
         if below > 1:
             places["second layer"] = (kept, of_head + (below - 1) * of_layer, 3 * layer)
     return places
-
-
-def _pinned(size: float) -> float:
-    """Bytes of a buffer in pinned memory: torch rounds it up to a power of two."""
-    return 2.0 ** math.ceil(math.log2(size))

@@ -9,6 +9,7 @@ m = max(g, U), d head width, e bytes of an element, u = s d e. Per rank and laye
                       the area. Exposed is what the transfer takes longer than the step: hidden once
                       n >= e F / (G B), G = h / g, F FLOP/s, B bytes/s. No step overlaps with the last gradients
     merge             every step but the first reads and writes the fp32 output, and in the backward dq
+    selected keys     in layers whose queries select them: latents and index keys of all tokens are gathered
 
 Hops are in the order of `shifts` (`sharding/schedule.py`): those between nodes first, those inside the node last.
 Times are those of the slowest rank: in zigzag order one receives whole blocks in every step although the mean is 3/4.
@@ -28,7 +29,7 @@ from ..sharding.schedule import ring_per_node, shifts
 from .hardware import Machine
 from .layer_memory import attention_output, head_groups, mlp_tokens
 from .memory_model import Memory, memory, param_shards
-from .workload import Degrees, ModelShape, TrainingStep, check
+from .workload import Degrees, Indexer, ModelShape, Selected, TrainingStep, check
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,10 @@ def attention(
 ) -> Attention:
     """One layer's attention in one direction, between heads of local tokens and heads of local tokens."""
     check(model, degrees, job)
+    if isinstance(window, Selected) and model.indexer is not None:
+        if job.tokens > window:
+            return _selecting(model, model.indexer, degrees, job, machine, backward)
+        window = None  # every query selects all that it sees
     ulysses, ring, stride = degrees.ulysses, degrees.ring, degrees.tp
     shares = split_heads(-(-model.heads // stride), max(1, model.kv_heads // stride), ulysses)
     busiest = max(shares, key=lambda share: share.num_query)
@@ -255,6 +260,30 @@ def attention(
         ring_seconds = away + back
         exposed = exposed_of(stages, away, back) if job.overlap else sum(ring_seconds)
     return Attention(tiles + hops * step, hops * merge, exchange, sum(ring_seconds), exposed)
+
+
+def _selecting(
+    model: ModelShape, indexer: Indexer, degrees: Degrees, job: TrainingStep, machine: Machine, backward: bool
+) -> Attention:
+    """One layer whose queries select their keys: the same on every mesh of as many ranks.
+
+    Selected keys are copied for every query: read, written and read again; the backward does so twice, and adds their
+    gradients in fp32 (read, read and written). Scores of the indexer, forward only, are written, read by
+    their activation and by their sum, in fp32. No transfer overlaps with anything.
+    """
+    queries, scoring = job.rows * job.tokens / degrees.cp, indexer.scoring / indexer.layers
+    pairs = job.rows * mask_area(job.tokens, indexer.selected) / degrees.cp
+    flops = (2.5 if backward else 1.0) * 2 * pairs * model.heads * indexer.products / degrees.tp
+    copied = (2 * 3 * job.element + 12 if backward else 3 * job.element) * queries * indexer.selected * indexer.gathered
+    seconds = max(flops / (machine.flops * machine.matmul), copied / machine.memory_bandwidth)
+    size: float = job.rows * job.tokens * indexer.gathered * job.element
+    if not backward:
+        scores = queries * job.tokens * indexer.heads * scoring
+        scored = 2 * scores * indexer.width / (machine.flops * machine.matmul)
+        seconds += max(scored, 12 * scores / machine.memory_bandwidth)
+        size += job.rows * job.tokens * indexer.width * job.element * scoring
+    moved = machine.ring_collective(size, degrees.cp, degrees.tp)
+    return Attention(seconds, 0.0, 0.0, moved, moved)
 
 
 def transfers(degrees: Degrees, machine: Machine, size: float, of_window: int | None = None) -> list[float]:

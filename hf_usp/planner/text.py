@@ -20,6 +20,7 @@ def table(what: PlanRequest, found: list[Candidate]) -> str:
         f"{what.machine.name}{node}, {what.budget / 1e9:.0f} GB usable a rank, "
         f"{what.host_budget / 1e9:.0f} GB of the host",
         _kernel(what),
+        *_selection(what),
         "",
         f"{'tp':>3} {'ulysses':>7} {'ring':>4} {'data':>4} {'step':>9} {'exposed':>8} {'tokens/s':>10} {'MFU':>6} "
         f"{'memory':>9}  saving memory by; limited by",
@@ -62,6 +63,17 @@ def _kernel(what: PlanRequest) -> str:
     source = f" ({rate.source})" if rate.source else ""
     backward = f"{rate.full * rate.backward:.0%} backward"
     return f"attention by {what.like.kernel}: {rate.full:.0%} of the peak, {backward}{source}"
+
+
+def _selection(what: PlanRequest) -> list[str]:
+    """What is assumed of layers whose queries select their keys."""
+    it = what.model.indexer
+    if it is None or what.tokens <= it.selected:
+        return []
+    return [
+        f"in {it.layers} of {what.model.layers} layers queries select {it.selected:,} keys: they are gathered in plain "
+        "PyTorch, bound by memory bandwidth; memory is that of full attention"
+    ]
 
 
 def accelerate_config(what: PlanRequest, best: Candidate, path: str = "plan.yaml") -> str:

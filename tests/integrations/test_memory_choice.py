@@ -15,8 +15,8 @@ import hf_usp
 from hf_usp.batch.sharded_tensors import context_of
 from hf_usp.integrations import memory_choice
 from hf_usp.integrations.memory_choice import choose_memory
-from hf_usp.memory.activation_offload import ActivationOffloader
 from hf_usp.memory.chosen import chosen_memory
+from hf_usp.memory.offloader import ActivationOffloader
 from hf_usp.memory.tiled_layer import tile_layers, tiled_layer
 from hf_usp.planner import PlanRequest
 from hf_usp.planner.hardware import MACHINES
@@ -201,7 +201,7 @@ def test_memory_that_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         choose_memory(model, None, torch.device("cpu"))
 
 
-def test_a_way_says_whether_inputs_are_offloaded_and_how_many_groups_there_are() -> None:
+def test_a_way_says_what_is_offloaded_and_kept_and_how_many_groups_there_are() -> None:
     """Read by layers in chunks from the context of their forward."""
     model = tiny_model().train()
     batch = hf_usp.shard(rows_of(32), hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1))
@@ -210,18 +210,24 @@ def test_a_way_says_whether_inputs_are_offloaded_and_how_many_groups_there_are()
     assert context is not None
 
     class Recording(ActivationOffloader):
-        def offload_apart(self, tensor: torch.Tensor) -> Any:
+        def start(self, tensor: torch.Tensor) -> None:
             calls.append(tensor.numel())
-            return super().offload_apart(tensor)
+            super().start(tensor)
 
     for layer in tile_layers(model, CHUNK, 1):
         tiled = tiled_layer(layer)
         assert tiled is not None
         tiled.offloader = Recording()
-    for way, groups, often in (
-        ({"layer_chunk_size": CHUNK, "head_groups": 2, "offload": True}, 2, 2),
-        ({"layer_chunk_size": CHUNK, "head_groups": 4}, 4, 0),
-        ({"checkpointing": True}, 1, 0),
+    for way, groups, often, attends in (
+        ({"layer_chunk_size": CHUNK, "head_groups": 2, "offload": True}, 2, 2, 2 * 2 * 2),
+        (
+            {"layer_chunk_size": CHUNK, "head_groups": 2, "keep_attention": 1, "offload": True},
+            2,
+            2 + 2 * 2,
+            2 * (2 + 1),
+        ),
+        ({"layer_chunk_size": CHUNK, "head_groups": 4, "keep_attention": 2}, 4, 0, 4 * 2),
+        ({"checkpointing": True}, 1, 0, 2),
     ):
         calls.clear()
         context.attention_calls.clear()
@@ -229,6 +235,7 @@ def test_a_way_says_whether_inputs_are_offloaded_and_how_many_groups_there_are()
         again, mine, _ = step(model, **batch)
         assert again == pytest.approx(loss, rel=1e-6) and len(calls) == often
         assert all(relative(mine[name], gradients[name]) < 1e-5 for name in gradients)
+        assert sum(context.attention_calls.values()) == attends, "the last layers keep attention"
         widths = {shape.heads for shape in context.attention_calls}
         assert widths == {4 // groups}, context.attention_calls
 
@@ -251,4 +258,4 @@ def test_ways_of_a_large_model(tokens: int, said: str) -> None:
 
 def test_a_host_that_is_too_small_is_named() -> None:
     with pytest.raises(hf_usp.UspConfigError, match=r"host: [\d,.]+ of 212 GB.*rows of [\d,]+ tokens fit in a step"):
-        way_of(replace(LARGE, tokens=6 << 20), Degrees(1, 8))
+        way_of(replace(LARGE, tokens=8 << 20), Degrees(1, 8))

@@ -30,7 +30,7 @@ from hf_usp.models.traits import MeasuredTraits
 from ..harness import checkpointing
 from ..ranks import Ranks
 from .census import batch_of, tiny_config, tiny_model
-from .verdict import APART, CASES, TOLERANCE, attach_to, step
+from .verdict import APART, CASES, TOLERANCE, Step, attach_to, gradients_of, step
 
 SHARED = {"indexer_types": ["full", "shared"] * 2}
 
@@ -176,6 +176,30 @@ def with_adapters(family: str) -> float:
 @pytest.mark.parametrize("family", ADAPTED)
 def test_adapters_and_checkpointing(four_ranks: Ranks, family: str) -> None:
     for error in four_ranks.run(with_adapters, family, timeout=60):
+        assert error < TOLERANCE, error
+
+
+def under_ddp(unused: bool) -> float:
+    """The largest error after two steps under DDP with checkpointing; indexers have no gradient, or are frozen."""
+    reference, model = (tiny_model("deepseek_v32", attention).train() for attention in ("eager", "usp"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if not unused and indexed_layers.is_indexer(module):
+            module.requires_grad_(False)
+    attach_to(model, (2, 1), self_check=False)
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    expected = step(reference, "plain")
+    for _ in range(2):  # what DDP misses in one step shows in the next
+        model.zero_grad()
+        out = wrapped(**batch_of("plain"))
+        out.loss.backward()
+    got = Step(out.loss.detach(), out.logits.detach().flatten(0, 1), gradients_of(model))
+    return expected.largest_error(got)
+
+
+@pytest.mark.parametrize("unused", [True, False], ids=["find_unused_parameters", "frozen indexers"])
+def test_indexers_without_gradient_under_ddp(two_ranks: Ranks, unused: bool) -> None:
+    for error in two_ranks.run(under_ddp, unused, timeout=60):
         assert error < TOLERANCE, error
 
 

@@ -19,7 +19,7 @@ from hf_usp.compat import OLDEST
 ROOT = Path(__file__).parents[2]
 PACKAGES = Path(sys.prefix) / "oldest"
 # One of each kind: sinks, chunks, latent attention, a rope that sees the length, the gated delta rule, Mamba-2, both
-# directions; and what is refused by a module's output and by its mask.
+# directions, lightning attention, keys that are selected.
 ROWS = (
     "gpt_oss",
     "llama4_text",

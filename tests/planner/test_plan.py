@@ -120,6 +120,31 @@ def test_shapes_of_configs(changes: dict[str, Any], expected: tuple[int, int, in
     assert shape.params == pytest.approx(8.19e9, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "glm_moe_dsa", "indexer_types": ["full", "shared"] * 39}, (78, 39, 2048, 32, 576)),
+        (
+            {"model_type": "minimax_m3_vl_text", "layer_types": ["full_attention", "minimax_m3_sparse"] * 30},
+            (30, 30, 2048, 4, 2 * 4 * 128),
+        ),
+        (QWEN3_8B, None),
+    ],
+)
+def test_layers_that_select_their_keys(changes: dict[str, Any], expected: tuple[int, ...] | None) -> None:
+    it = shape_of(AutoConfig.for_model(**changes)).indexer
+    assert (it and (it.layers, it.scoring, it.selected, it.heads, it.gathered)) == expected
+
+
+def test_a_plan_for_short_documents_selects_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    AutoConfig.for_model("glm_moe_dsa", n_routed_experts=8).save_pretrained(tmp_path)
+    sizes = "--tokens 131072 --gpus 64 --machine h100-nvlink --tp 1".split()
+    assert plan(str(tmp_path), *sizes) == 0
+    assert "select 2,048 keys" in capsys.readouterr().out
+    assert plan(str(tmp_path), *sizes, "--documents", "2048,512") == 0
+    assert "select" not in capsys.readouterr().out
+
+
 def test_a_mixture_of_experts_has_more_parameters_than_a_token_meets() -> None:
     shape = shape_of(AutoConfig.for_model("qwen3_moe", hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, vocab_size=151936))  # fmt: skip # noqa: E501
     assert shape.params == pytest.approx(30.5e9, rel=0.02), "Qwen3-30B-A3B"
