@@ -48,6 +48,9 @@ class ContextParallelArguments:
     head_groups: int | None = field(
         default=None, metadata={"help": "With --layer-chunk-size: attend in so many groups of heads."}
     )
+    keep_attention: int | None = field(
+        default=None, metadata={"help": "With --layer-chunk-size: keep attention's output of so many layers."}
+    )
     offload_checkpoints: bool = field(
         default=False,
         metadata={"help": "With checkpointing or --layer-chunk-size: keep the inputs of layers in CPU memory."},
@@ -110,6 +113,7 @@ class ContextParallelArguments:
             mlp_chunk_size=self.mlp_chunk_size,
             layer_chunk_size=self.layer_chunk_size,
             head_groups=self.head_groups,
+            keep_attention=False if self.keep_attention is None else self.keep_attention,
             offload_checkpoints=self.offload_checkpoints,
             memory=self.memory,
         )

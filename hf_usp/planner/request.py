@@ -131,6 +131,7 @@ def request(
         allow_offload or auto,
         None if auto else mlp_chunk_size,
         AUTO_CHUNK if auto else layer_chunk_size,
+        keep_attention=auto or layer_chunk_size is not None,
         auto=auto,
         like=replace(like, shard_params=gpus > 1 or on_host),
         host_budget=found.host_memory * USABLE_HOST / min(found.ranks_per_node, gpus),

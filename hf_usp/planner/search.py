@@ -82,7 +82,7 @@ def savings(job: TrainingStep) -> str:
         parts += [f"layers in chunks of {job.layer_chunk_size}"]
         parts += [f"{job.head_groups} groups of heads"] if job.head_groups > 1 else []
         parts += ["inputs offloaded"] if job.offload else []
-        parts += [f"attention of {job.keep_attention} layers kept in host memory"] if job.keep_attention else []
+        parts += [f"attention of {job.keep_attention} layers kept"] if job.keep_attention else []
     parts += [f"loss in chunks of {job.loss_chunk_size}"] if job.loss_chunk_size else []
     parts += [f"MLPs in chunks of {job.mlp_chunk_size}"] if job.mlp_chunk_size and not job.layer_chunk_size else []
     return ", ".join(parts) or "none"

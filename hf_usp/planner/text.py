@@ -137,6 +137,8 @@ def flags(what: PlanRequest, best: Candidate) -> list[str]:
         given += ["--loss-chunk-size", str(best.job.loss_chunk_size)]
     if best.job.layer_chunk_size:
         given += ["--layer-chunk-size", str(best.job.layer_chunk_size), "--head-groups", str(best.job.head_groups)]
+    if best.job.keep_attention:
+        given += ["--keep-attention", str(best.job.keep_attention)]
     if best.job.mlp_chunk_size:
         given += ["--mlp-chunk-size", str(best.job.mlp_chunk_size)]
     if best.job.offload:

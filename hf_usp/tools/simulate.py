@@ -129,6 +129,7 @@ def _model(config: Any, job: TrainingStep) -> Any:
         False,
         layer_chunk_size=job.layer_chunk_size,
         head_groups=job.head_groups,
+        keep_attention=job.keep_attention,
     )
     for tiled in filter(None, map(tiled_forward, model.modules())):
         tiled.tried = True  # a trial compares values, which there are none of
