@@ -34,7 +34,7 @@ ANSWERS = {
 
 
 class VLLMServer(ThreadingHTTPServer):
-    """It keeps the prompts it was asked for, the weights of the last update, and the names of announced and sent ones."""
+    """It keeps the prompts it was asked for, the latest weights, and the names of announced and of sent ones."""
 
     daemon_threads = True
 
