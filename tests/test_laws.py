@@ -42,6 +42,7 @@ INTEGERS = {
     "sharding",
     "utils.validation",
     "planner.hardware",
+    "planner.layer_memory",
     "planner.memory_model",
     "planner.roofline",
     "planner.workload",
