@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator, ParallelismConfig
@@ -19,6 +20,7 @@ from .distributed.comm import world_size
 from .distributed.mesh import DeviceMesh, kept_mesh
 from .errors import UspConfigError
 from .integrations.accelerate import AcceleratorPatch
+from .integrations.memory_choice import AUTO, check_auto, memory_options
 from .integrations.transformers import (
     check_way,
     validate_layer_options,
@@ -44,6 +46,7 @@ OPTIONS = (
     "head_groups",
     "keep_attention",
     "offload_checkpoints",
+    "memory",
     "kernel",
     "self_check",
     "generate",
@@ -89,14 +92,18 @@ class UspParallelismConfig(ParallelismConfig):
             host memory with offload_checkpoints, else on the device.
         offload_checkpoints: keep the inputs of checkpointed layers (activation checkpointing), and of layers in chunks,
             in host memory, page-locked; or, given a folder, in a file there that has no name and ends with the run.
+        memory: "auto": each batch in the fastest way to save memory that fits its length, of whole layers, activation
+            checkpointing, layers in chunks, attention kept, inputs in host memory, groups of heads; the log says which
+            (docs/memory.md). A dict fixes options by their names: {"layer_chunk_size": 4096, "head_groups": 4}.
+            Default: what the options themselves say.
         kernel: name of the attention kernel (docs/kernels.md). Default: the best installed for the device.
         self_check: whether a prepared model first compares a short random batch, sharded and unsharded.
         generate: how `model.generate` of a prepared model works (docs/generation.md). "whole": each rank
             alone, as without hf_usp. "rows": each rank its rows of the batch. "sharded": the prompt's keys and values
             are sharded. "auto": shards for long prompts, rows for others; all ranks of a mesh call it.
         ranks_per_node: ranks on one node; used to keep ulysses groups inside a node. Default: `LOCAL_WORLD_SIZE`.
-        machine: preset of `hf-usp plan`, or file of `hf-usp check`, used to choose `ulysses_degree`. Default: detected
-            from the name of the GPU.
+        machine: preset of `hf-usp plan`, or file of `hf-usp check`, used to choose `ulysses_degree`; on a CPU its
+            memory is what memory="auto" counts on. Default: detected from the name of the GPU.
         sequence_length: tokens of a sequence assumed for that choice. Default: 8,192 x cp_size.
 
     Raises:
@@ -121,6 +128,7 @@ class UspParallelismConfig(ParallelismConfig):
         head_groups: int | None = None,
         keep_attention: bool | int = False,
         offload_checkpoints: bool | str = False,
+        memory: str | Mapping[str, Any] | None = None,
         kernel: str | None = None,
         self_check: bool = True,
         generate: str = "whole",
@@ -134,9 +142,13 @@ class UspParallelismConfig(ParallelismConfig):
         self.ulysses_degree = ulysses_degree
         self.sequence_order = sequence_order
         self.gather_outputs = gather_outputs
-        self.loss_chunk_size, self.mlp_chunk_size = loss_chunk_size, mlp_chunk_size
-        self.layer_chunk_size, self.head_groups = layer_chunk_size, head_groups
-        self.keep_attention, self.offload_checkpoints = keep_attention, offload_checkpoints
+        given = {"loss_chunk_size": loss_chunk_size, "mlp_chunk_size": mlp_chunk_size}
+        given |= {"layer_chunk_size": layer_chunk_size, "head_groups": head_groups, "keep_attention": keep_attention}
+        options = memory_options(memory, given | {"offload_checkpoints": offload_checkpoints})
+        self.loss_chunk_size, self.mlp_chunk_size = options["loss_chunk_size"], options["mlp_chunk_size"]
+        self.layer_chunk_size, self.head_groups = options["layer_chunk_size"], options["head_groups"]
+        self.keep_attention, self.offload_checkpoints = options["keep_attention"], options["offload_checkpoints"]
+        self.memory = AUTO if memory == AUTO else None  # a dict says what the options say
         self.kernel = kernel
         self.self_check, self.generate = self_check, generate
         self.ranks_per_node, self.machine, self.sequence_length = ranks_per_node, machine, sequence_length
@@ -157,6 +169,7 @@ class UspParallelismConfig(ParallelismConfig):
         if self.ulysses_degree is not None:
             check_degrees(cp_size, self.ulysses_degree)
         validate_options(self.sequence_order, self.kernel)
+        check_auto(self.memory, self.gather_outputs)
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
         validate_memory_options(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
         validate_layer_options(self.layer_chunk_size, self.head_groups, self.keep_attention, cp_size)
@@ -255,7 +268,8 @@ class UspParallelismConfig(ParallelismConfig):
         """Called by Accelerate with the accelerator that was made with this config: here its `prepare` learns of us."""
         if self.total_size != accelerator.num_processes:
             raise _wrong_world(self, accelerator.num_processes)
-        if self.cp_size > 1 or self.loss_chunk_size or self.mlp_chunk_size or self.offload_checkpoints:
+        options = (self.loss_chunk_size, self.mlp_chunk_size, self.offload_checkpoints, self.memory)
+        if self.cp_size > 1 or any(options):
             AcceleratorPatch(accelerator, self)
 
 

@@ -85,11 +85,13 @@ def all_to_all_custom_op(send: Tensor, send_sizes: Sequence[int], receive_sizes:
 
 
 @translate_connection_errors
-def all_gather(tensor: Tensor, group: Group, begins: bool = False) -> Tensor:
-    """The tensors of one shape [...] of all ranks of a group, as [P, ...].
+def all_gather(tensor: Tensor, group: Group | None, begins: bool = False) -> Tensor:
+    """The tensors of one shape [...] of all ranks of a group, as [P, ...]; None is the group of this rank alone.
 
     begins: a forward, to which ranks may come late; see `wait_for_all`.
     """
+    if group is None:
+        return tensor.contiguous()[None]
     size = dist.get_world_size(group)
     gathered = tensor.new_empty(size * tensor.numel())
     if begins and tensor.device.type != "cpu":
@@ -101,17 +103,18 @@ def all_gather(tensor: Tensor, group: Group, begins: bool = False) -> Tensor:
 
 
 @translate_connection_errors
-def all_reduce_sum(value: Tensor, group: Group) -> Tensor:
-    """Sum of a tensor over a group, in a new tensor."""
+def all_reduce_sum(value: Tensor, group: Group | None) -> Tensor:
+    """Sum of a tensor over a group, in a new tensor; None is the group of this rank alone."""
     total = value.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    if group is not None:
+        dist.all_reduce(total, group=group)
     return total
 
 
 def verify_same_across_ranks(
     fingerprint: Tensor,
     error: Exception | None,
-    group: Group,
+    group: Group | None,
     kind: type[UspError] = UspBatchError,
     begins: bool = False,
     beside: Sequence[Tensor | None] = (),
@@ -123,6 +126,8 @@ def verify_same_across_ranks(
     the ranks without an error of their own raise; `begins` as in `all_gather`. Returns the values of `beside`, which
     come to the host in the same copy.
     """
+    if group is None and error is not None:
+        raise error
     flag = torch.full_like(fingerprint[:1], error is not None)
     gathered = all_gather(torch.cat([flag, fingerprint]), group, begins=begins)
     agreed, *values = download([gathered, *beside])

@@ -6,7 +6,7 @@ heads, h, g those of a group, D key width, E value width, T tokens of the ring s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ class Sizes:
 
     chunk: int
     groups: int
-    unshared: frozenset[tuple[int, ...]]
+    unshared: Container[tuple[int, ...]]
     kept: int = 0
 
     def chunks(self, length: int) -> list[slice]:

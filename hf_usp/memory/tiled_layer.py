@@ -28,6 +28,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import wraps
 from types import MethodType
 from typing import Any, NamedTuple
@@ -60,8 +61,8 @@ class TiledLayer:
         offloader: what keeps inputs, and what is kept beside them, in host memory; None: they stay on the device.
     """
 
-    def __init__(self, stock: Stock, sizes: Sizes, told: set[str], keeps_attention: bool) -> None:
-        self.stock, self.sizes, self.told, self.keeps_attention = stock, sizes, told, keeps_attention
+    def __init__(self, stock: Stock, sizes: Sizes, told: set[str], later: int) -> None:
+        self.stock, self.sizes, self.told, self.later = stock, sizes, told, later
         self.offloader: ActivationOffloader | None = None
         self.verdicts: dict[tuple[Any, ...], str | None] = {}
 
@@ -80,10 +81,13 @@ class TiledLayer:
         """The layer's output. A graph of torch.compile ends here."""
         context = context_of(*args[1:], *kwargs.values())
         hidden = args[0] if args else None
-        if context is None or context.whole_layers or not isinstance(hidden, Tensor):
+        way = None if context is None else context.way
+        whole = context is None or context.whole_layers or (way is not None and way.layer_chunk_size is None)
+        if whole or not isinstance(hidden, Tensor):
             return type(layer).forward(layer, *args, **kwargs)
         if hidden.ndim == 3 and hidden.shape[1] <= self.sizes.chunk:
             return type(layer).forward(layer, *args, **kwargs)
+        assert context is not None
         call = LayerCall(layer, self.stock, args[1:], kwargs, context, hidden)
         found = self._found(call, hidden)
         if found is not None:
@@ -91,13 +95,18 @@ class TiledLayer:
             return type(layer).forward(layer, *args, **kwargs)
         weights = [p for p in layer.parameters() if p.requires_grad]
         hooks: Any = nullcontext()
+        sizes = self.sizes
+        offloader = self.offloader
+        if way is not None:
+            sizes = replace(sizes, groups=way.head_groups, kept=way.keep_attention)
+            offloader = offloader if way.offload else None
         keeping = _Keeping(None, False)
         if torch.is_grad_enabled():
-            keeping = _Keeping(self.offloader, self.keeps_attention)
-            if self.offloader is not None:
-                hooks = saved_tensors_hooks(self.offloader.take_started, self.offloader.on_host)
+            keeping = _Keeping(offloader, self.later < sizes.kept)
+            if offloader is not None:
+                hooks = saved_tensors_hooks(offloader.take_started, offloader.on_host)
         with hooks:
-            output = _InChunks.apply(hidden, call, self.sizes, keeping, *weights)
+            output = _InChunks.apply(hidden, call, sizes, keeping, *weights)
         if autocast_dtype(hidden) is not None:
             torch.clear_autocast_cache()  # the casts of weights made here have no gradients
         return (output,) if call.returns_tuple else output
@@ -113,16 +122,16 @@ class TiledLayer:
             return found
         signature = call.signature()
         if signature not in self.verdicts:
-            self.verdicts[signature] = _agreed(try_layer(call, hidden), call, hidden.device)
+            self.verdicts[signature] = verdict(call, hidden)
         return self.verdicts[signature]
 
 
-def _agreed(found: str | None, call: LayerCall, device: torch.device) -> str | None:
-    """The finding of any rank of the mesh: ranks that cut otherwise would send other messages."""
-    group = call.context.layout.mesh.group
+def verdict(call: LayerCall, hidden: Tensor) -> str | None:
+    """The finding of a trial on any rank of the mesh: ranks that cut otherwise would send other messages."""
+    found, group = try_layer(call, hidden), call.context.layout.mesh.group
     if group is None:
         return found
-    flags = all_gather(torch.tensor([found is not None], dtype=torch.int64, device=device), group)
+    flags = all_gather(torch.tensor([found is not None], dtype=torch.int64, device=hidden.device), group)
     return "does not pass its trial on another rank" if found is None and bool(flags.any()) else found
 
 
@@ -157,7 +166,7 @@ def tile_layers(model: PreTrainedModel, chunk: int, groups: int, keep_attention:
             if stock_forward(layer) is not type(layer).forward:
                 _tell(layer, "has a forward that somebody has replaced", told)
                 continue
-            TiledLayer(layer_forward(layer), sizes, told, i >= len(layers) - kept).bind(layer)
+            TiledLayer(layer_forward(layer), sizes, told, len(layers) - 1 - i).bind(layer)
         tiled.append(layer)
     return tiled
 

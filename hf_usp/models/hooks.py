@@ -284,7 +284,6 @@ class ContextParallelHooks(NotSaved):
                 output, layout, shard_tensor(mask, layout, 0) if self.backbone.inside else mask, context.gathers_outputs
             )
         if output.get("loss") is not None:
-            assert self.mesh.group is not None
             output["loss"] = reduce_loss(output["loss"], self.mesh.group, self.mesh.size)
         if kwargs.get(FUSED):
             return unshard_fields(output, context)

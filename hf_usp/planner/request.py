@@ -20,6 +20,7 @@ from .workload import Indexer, ModelShape, TrainingStep
 
 # Of a GPU's memory: the rest goes to the CUDA context, NCCL and fragmentation.
 USABLE = 0.92
+AUTO_CHUNK = 4096  # tokens of a chunk of a layer with memory="auto"
 USABLE_HOST = 0.85  # of a node's host memory: the rest goes to processes, data loaders and the page cache
 # Where AdamW keeps its state: bytes a parameter, an fp32 copy of the weights included; whether all is in host memory.
 OPTIMIZERS = {"fp32": (12, False), "bf16": (4, False), "cpu": (12, True)}
@@ -46,6 +47,9 @@ class PlanRequest:
         most_tp: largest tensor-parallel degree; None: no limit.
         allow_offload: also consider checkpoints in host memory.
         mlp_chunk_size: also consider MLPs in chunks of so many tokens.
+        layer_chunk_size: also consider layers in chunks of so many tokens, where ranks share a row.
+        keep_attention: in such layers also consider attention's output kept in host memory.
+        auto: consider what `UspParallelismConfig(memory="auto")` chooses from.
         like: step whose other fields (kernel, optimizer, ring, accumulation) are planned for.
         host_budget: bytes of host memory that a rank may use.
     """
@@ -61,6 +65,9 @@ class PlanRequest:
     most_tp: int | None = None
     allow_offload: bool = False
     mlp_chunk_size: int | None = None
+    layer_chunk_size: int | None = None
+    keep_attention: bool = False
+    auto: bool = False
     like: TrainingStep = TrainingStep(1)
     host_budget: float = math.inf
 
@@ -84,6 +91,8 @@ def request(
     most_tp: int | None = None,
     allow_offload: bool = False,
     mlp_chunk_size: int | None = None,
+    layer_chunk_size: int | None = None,
+    auto: bool = False,
     accumulate: bool = False,
     optimizer: str = "fp32",
     kernel: str | None = None,
@@ -93,7 +102,7 @@ def request(
     check_positive_int(most=MOST_GPUS, required=True, gpus=gpus)
     check_positive_int(most=MOST_ROWS, required=True, rows=rows)
     check_positive_int(most=MOST_IN_A_NODE, gpus_per_node=gpus_per_node, tp=most_tp)
-    check_positive_int(most=MOST_TOKENS, mlp_chunk_size=mlp_chunk_size)
+    check_positive_int(most=MOST_TOKENS, mlp_chunk_size=mlp_chunk_size, layer_chunk_size=layer_chunk_size)
     _check_words(model, documents, optimizer)
     found = _with_memory(find_machine(machine, gpus_per_node), memory_gb, host_memory_gb)
     if gpus > found.ranks_per_node and gpus % found.ranks_per_node:
@@ -119,10 +128,13 @@ def request(
         rows,
         documents,
         most_tp,
-        allow_offload,
-        mlp_chunk_size,
-        like,
-        found.host_memory * USABLE_HOST / min(found.ranks_per_node, gpus),
+        allow_offload or auto,
+        None if auto else mlp_chunk_size,
+        AUTO_CHUNK if auto else layer_chunk_size,
+        keep_attention=auto or layer_chunk_size is not None,
+        auto=auto,
+        like=replace(like, shard_params=gpus > 1 or on_host),
+        host_budget=found.host_memory * USABLE_HOST / min(found.ranks_per_node, gpus),
     )
 
 
@@ -197,6 +209,7 @@ def _measured(path: str) -> Machine:
             name=printable(name),
             flops=content["matmul_flops"] / share,
             memory=float(content["memory"]),
+            host_memory=float(content.get("host_memory", MACHINES[like].host_memory)),
             kernels={
                 kernel: replace(rate, source=f"unknown there, taken to be {like}'s share") for kernel, rate in rates
             },

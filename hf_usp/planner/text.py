@@ -66,7 +66,7 @@ def _kernel(what: PlanRequest) -> str:
 
 
 def _selection(what: PlanRequest) -> list[str]:
-    """What is assumed of layers whose queries select their keys."""
+    """Of layers whose queries select their keys: the assumptions."""
     it = what.model.indexer
     if it is None or what.tokens <= it.selected:
         return []
@@ -129,10 +129,16 @@ def flags(what: PlanRequest, best: Candidate) -> list[str]:
         given += ["--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", str(d.ulysses)]
     if d.tp > 1:
         given += ["--tensor-model-parallel-size", str(d.tp)]
+    if what.auto:
+        return [*given, "--memory", "auto"]
     if best.job.checkpointing:
         given.append("--activation_checkpointing")
     if best.job.loss_chunk_size:
         given += ["--loss-chunk-size", str(best.job.loss_chunk_size)]
+    if best.job.layer_chunk_size:
+        given += ["--layer-chunk-size", str(best.job.layer_chunk_size), "--head-groups", str(best.job.head_groups)]
+    if best.job.keep_attention:
+        given += ["--keep-attention", str(best.job.keep_attention)]
     if best.job.mlp_chunk_size:
         given += ["--mlp-chunk-size", str(best.job.mlp_chunk_size)]
     if best.job.offload:
@@ -153,6 +159,9 @@ def as_json(what: PlanRequest, found: list[Candidate]) -> dict[str, Any]:
                 "offload": candidate.job.offload,
                 "loss_chunk_size": candidate.job.loss_chunk_size,
                 "mlp_chunk_size": candidate.job.mlp_chunk_size,
+                "layer_chunk_size": candidate.job.layer_chunk_size,
+                "head_groups": candidate.job.head_groups,
+                "keep_attention": candidate.job.keep_attention,
                 "seconds": it.seconds,
                 "exposed_seconds": it.exposed,
                 "tokens_per_second": it.tokens_per_second,
