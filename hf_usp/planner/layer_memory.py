@@ -79,10 +79,15 @@ class WholeLayer:
 
 @dataclass(frozen=True)
 class TiledLayer:
-    """Bytes of one layer in chunks, on one rank. Attributes that `WholeLayer` has as well are those of it.
+    """Bytes of one layer in chunks, on one rank.
 
     Attributes:
-        out: attention's output of all heads, and its log-sum-exp.
+        hidden: a hidden state.
+        norm: what the final norm keeps.
+        norm_back: of its backward.
+        mlp: what an MLP outside of chunks would keep.
+        ahead: of a layer's forward, beside its input.
+        always: rotary tables, ids, labels, positions.
         moments: of the backward: bytes, and those of weights' gradients.
     """
 
