@@ -145,18 +145,21 @@ def streams(bench: Bench) -> list[dict[str, Any]]:
     """
     if bench.device.type != "cuda":
         return [{"buffers": "no streams on this device", "messages held": 0, "predicted": 0}]
-    columns, count, found = (1 << 20 if bench.small else 1 << 28), 60, []
+    size, count, found = (1 << 20 if bench.small else 1 << 28), 60, []
     side = torch.cuda.Stream()
     slow = torch.randn(8192, 8192, device=bench.device)
+    mesh = hf_usp.UspMesh(2, 1, 0, 0, (0, 1), None, None, None)  # messages of two rows
+    work = make_layout(Documents.from_bounds([0, 4]), 1, 4, mesh).device_schedule(MaskSpec(), bench.device)
     for way in ("new ones", "a ring's"):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        source = torch.empty(1, columns, dtype=torch.uint8, device=bench.device)
-        buffers, arrived = MessageBuffers(1), torch.cuda.Event()
+        source = torch.empty(2, size // 2, dtype=torch.uint8, device=bench.device)
+        buffers, arrived = MessageBuffers(work), torch.cuda.Event()
+        buffers.begin(source)
         for _ in range(count):
             slow = slow @ slow.T / 8192
-            message = torch.empty_like(source) if way == "new ones" else buffers.take(1, columns, source)
+            message = torch.empty_like(source) if way == "new ones" else buffers.take(2, size // 2, source)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 message.copy_(source)
@@ -167,7 +170,7 @@ def streams(bench: Bench) -> list[dict[str, Any]]:
                 buffers.give(message)
             del message
         torch.cuda.synchronize()
-        held = (torch.cuda.memory_reserved() - before) / columns - 1
+        held = (torch.cuda.memory_reserved() - before) / size - 1
         found.append({"buffers": way, "messages held": held, "predicted": count if way == "new ones" else 1})
         del source, buffers
     return found

@@ -23,7 +23,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from ..batch.device_schedule import DeviceSchedule, Index, take
+from ..batch.device_schedule import NONE, DeviceSchedule, Index
 
 
 def current_stream(device: torch.device) -> Hashable | None:
@@ -32,60 +32,64 @@ def current_stream(device: torch.device) -> Hashable | None:
 
 
 class MessageBuffers:
-    """Buffers for messages of up to `rows` rows, all of one width and dtype."""
+    """Buffers for the messages of a schedule, all of one width and dtype, and what they are packed from.
 
-    def __init__(self, rows: int) -> None:
-        self._rows, self._free = rows, defaultdict[Hashable, list[Tensor]](list)
+    Attributes:
+        ahead: steps whose messages are under way during the tiles of another. Two on a GPU: what is posted just before
+            a tile may get no place on the device until that tile ends.
+        shared: the longest slice of own rows that is sent; it is packed once, and slices inside it are views.
+        places: of each step's rows, where in the packed slice they lie; None: they are packed alone.
+    """
 
-    def ahead(self, device: torch.device) -> int:
-        """Steps whose messages are under way during the tiles of another.
+    def __init__(self, work: DeviceSchedule) -> None:
+        self._rows, self.ahead = max(max(stage.num_sent, stage.num_received) for stage in work.stages), 1
+        self._all = defaultdict[Hashable, list[Tensor]](list)
+        self._free: list[Tensor] | None = None
+        sent = (stage.send if stage.num_sent and isinstance(stage.send, slice) else NONE for stage in work.stages)
+        spans = [span.indices(work.num_rows)[:2] for span in sent]
+        start, stop = max(spans[1:], key=lambda span: span[1] - span[0], default=(0, 0))
+        self.shared = slice(start, stop)
+        self.places = [slice(a - start, b - start) if start <= a < b <= stop else None for a, b in spans]
 
-        Two on a GPU: what is posted just before a tile may get no place on the device until that tile ends.
-        """
-        return 1 if current_stream(device) is None else 2
+    def begin(self, like: Tensor) -> None:
+        """The next messages are on the device of `like` and its current stream. torch keeps inference tensors apart."""
+        stream = current_stream(like.device)
+        self.ahead = 1 if stream is None else 2
+        self._free = None if stream is None else self._all[stream, torch.is_inference_mode_enabled()]
 
     def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """A message [rows, columns], contiguous, of any values, in the dtype and on the device of `like`."""
-        free = self._free_for(like)
-        if free is None or not rows:
+        if self._free is None or not rows:
             return like.new_empty(rows, columns)
-        return (free.pop() if free else like.new_empty(self._rows, columns))[:rows]
+        return (self._free.pop() if self._free else like.new_empty(self._rows, columns))[:rows]
 
-    def give(self, message: Tensor) -> None:
-        """Take a message back. It was waited for, and all that reads it was launched."""
-        free, columns = self._free_for(message), message.shape[1]
-        if free is not None and len(message):
-            free.append(message.as_strided((self._rows, columns), (columns, 1), 0))
-
-    def _free_for(self, tensor: Tensor) -> list[Tensor] | None:
-        """Those of the current stream; None where buffers are not used again. torch keeps inference tensors apart."""
-        stream = current_stream(tensor.device)
-        return None if stream is None else self._free[stream, tensor.is_inference()]
+    def give(self, *messages: Tensor) -> None:
+        """Take messages back. They were waited for, and all that reads them was launched."""
+        if self._free is not None:
+            sizes = ((x, (self._rows, x.shape[1])) for x in messages if len(x))
+            self._free += [x.as_strided(size, (size[1], 1), 0) for x, size in sizes]
 
 
 class OwnRows:
-    """Own keys and values as messages, a key beside its value. Most are slices of one, which is packed once."""
+    """Own keys and values as messages, a key beside its value. Most are views of one, which is packed once."""
 
-    def __init__(self, k_TGD: Tensor, v_TGE: Tensor, work: DeviceSchedule, buffers: MessageBuffers) -> None:
+    def __init__(self, k_TGD: Tensor, v_TGE: Tensor, buffers: MessageBuffers) -> None:
         self.k, self.v, self._buffers = k_TGD, v_TGE, buffers
-        spans = [self._span(stage.send) for stage in work.stages[1:]]
-        self._longest = max(spans, key=lambda span: span[1] - span[0], default=(0, 0))
-        self._left = sum(self._is_shared(span) for span in spans)
+        self._left = len(buffers.places) - buffers.places.count(None)
         self._packed: Tensor | None = None
 
-    def message(self, send: Index) -> Tensor:
-        """These rows, packed."""
-        start, stop = self._span(send)
-        if not self._is_shared((start, stop)):
-            return self._pack(send)
-        first, last = self._longest
+    def message(self, step: int, rows: Index) -> Tensor:
+        """These rows, which a step sends, packed."""
+        place = self._buffers.places[step]
+        if place is None:
+            return self._pack(rows)
         if self._packed is None:
-            self._packed = self._pack(slice(first, last))
-        return self._packed[start - first : stop - first]
+            self._packed = self._pack(self._buffers.shared)
+        return self._packed[place]
 
-    def sent(self, send: Index, message: Tensor) -> None:
-        """A message of these rows was waited for."""
-        if not self._is_shared(self._span(send)):
+    def sent(self, step: int, message: Tensor) -> None:
+        """A step's message was waited for."""
+        if self._buffers.places[step] is None:
             self._buffers.give(message)
             return
         self._left -= 1
@@ -93,14 +97,8 @@ class OwnRows:
             self._buffers.give(self._packed)
             self._packed = None
 
-    def _span(self, send: Index) -> tuple[int, int]:
-        return send.indices(len(self.k))[:2] if isinstance(send, slice) else (0, 0)
-
-    def _is_shared(self, span: tuple[int, int]) -> bool:
-        return self._longest[0] <= span[0] < span[1] <= self._longest[1]
-
     def _pack(self, rows: Index) -> Tensor:
-        k, v = take(self.k, rows).flatten(1), take(self.v, rows).flatten(1)
+        k, v = self.k[rows].flatten(1), self.v[rows].flatten(1)
         message = self._buffers.take(len(k), k.shape[1] + v.shape[1], k)
         return torch.cat([k, v], dim=1, out=message)
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -64,8 +65,7 @@ class RingCall:
     buffers: MessageBuffers = field(init=False)
 
     def __post_init__(self) -> None:
-        most = max(max(stage.num_sent, stage.num_received) for stage in self.work.stages)
-        object.__setattr__(self, "buffers", MessageBuffers(most))
+        object.__setattr__(self, "buffers", MessageBuffers(self.work))
 
 
 class _Rows:
@@ -221,18 +221,20 @@ def _partial_gradients(stage: DeviceStep, rows: _Rows, block: Block, dq: Gradien
 
 def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Iterator[tuple[DeviceStep, Block]]:
     """Yield each step with its keys and values; the transfers of the next ones are under way."""
-    own, (first, *others) = OwnRows(k_TGD, v_TGE, call.work, call.buffers), call.work.stages
-    coming = (_start(stage, own, call) for stage in others)
-    arriving = deque(islice(coming, call.buffers.ahead(k_TGD.device)))
-    yield first, Block(k_TGD, v_TGE)
+    call.buffers.begin(k_TGD)
+    own, stages = OwnRows(k_TGD, v_TGE, call.buffers), call.work.stages
+    coming = map(partial(_start, own, call), range(1, len(stages)))
+    arriving = deque(islice(coming, call.buffers.ahead))
+    yield stages[0], Block(k_TGD, v_TGE)
     while arriving:
         arriving.extend(islice(coming, 1))
         yield arriving.popleft()()
 
 
-def _start(stage: DeviceStep, own: OwnRows, call: RingCall) -> Callable[[], tuple[DeviceStep, Block]]:
+def _start(own: OwnRows, call: RingCall, step: int) -> Callable[[], tuple[DeviceStep, Block]]:
     """Send the key and value rows that `send_rank` needs; receive those that this rank needs."""
-    packed = own.message(stage.send)
+    stage = call.work.stages[step]
+    packed = own.message(step, stage.send)
     arriving = call.buffers.take(stage.num_received, packed.shape[1], packed)
     pending = _exchange(call.mesh, (packed, stage.send_rank), (arriving, stage.recv_rank))
     held = [packed, arriving]  # emptied when taken, so that the block lives no longer than its tiles
@@ -241,7 +243,7 @@ def _start(stage: DeviceStep, own: OwnRows, call: RingCall) -> Callable[[], tupl
     def arrived() -> tuple[DeviceStep, Block]:
         pending.wait()
         message = held.pop()
-        own.sent(stage.send, held.pop())
+        own.sent(step, held.pop())
         return stage, Block(*unpack(message, own.k, own.v), message)
 
     return arrived
@@ -258,12 +260,11 @@ def _send_to_owner(
 
     def add() -> None:
         pending.wait()
-        arrived = held.pop()
-        call.buffers.give(held.pop())
+        arrived, sent = held.pop(), held.pop()
         if stage.num_sent:
             for total, part in zip((dk, dv), unpack(arrived, dk.like, dv.like), strict=True):
                 total.add(part, stage.send, slice(None), is_first_write=False)
-        call.buffers.give(arrived)
+        call.buffers.give(sent, arrived)
 
     return add
 

@@ -53,7 +53,7 @@ def find_documents(
 def describe_documents(
     attention_mask_BS: Tensor | None, position_ids_BS: Tensor | None, cu_seq_lens: Tensor | None
 ) -> list[Tensor | None]:
-    """What the host must read for `documents_of`, still where the batch is: edges, rows of a mask, steps of positions.
+    """Edges, rows of a mask and steps of positions, still where the batch is: the host reads them for `documents_of`.
 
     Raises `UspBatchError` for what is wrong without being read.
     """

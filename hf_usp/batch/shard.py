@@ -134,7 +134,7 @@ def get_tokens(batch: Mapping[str, Any]) -> Any:
 
 
 def _described(batch: Mapping[str, Any]) -> list[Tensor | None]:
-    """What the host must read of a batch to make its layout, once all that it can see without reading is right."""
+    """Tensors of a batch that the host reads to make its layout; all that it can see without reading is right."""
     tokens = get_tokens(batch)
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         raise UspBatchError(

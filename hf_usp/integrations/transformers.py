@@ -29,6 +29,7 @@ from ..models.consistency import describe_model
 from ..models.find import find_model
 from ..models.generation.entry import check_way
 from ..models.hooks import ContextParallelHooks, attach_hooks, get_hooks
+from ..models.indexed_layers import selects_keys
 from ..models.traits import inspect_model
 from ..sharding.load_balance import ALL_ORDERS
 from ..utils.validation import check_folder, check_positive_int, check_switches
@@ -222,7 +223,8 @@ def apply_context_parallel(
 
     Args:
         model: a `PreTrainedModel` with `attn_implementation="usp"`, or a module around one (PEFT, DDP).
-        mesh: see `UspMesh.build`. On a mesh of one rank only the memory options below change anything.
+        mesh: see `UspMesh.build`. On a mesh of one rank only the memory options below change anything; but layers whose
+            queries select their keys then compute in chunks (`docs/indexed-attention.md`).
         sequence_order, gather_outputs, self_check, kernel, loss_chunk_size, mlp_chunk_size, layer_chunk_size,
             head_groups, keep_attention, offload_checkpoints, memory, generate: see `UspParallelismConfig`.
 
@@ -248,13 +250,14 @@ def apply_context_parallel(
     if options["head_groups"] is not None:
         check_head_groups(find_model(model), options["head_groups"], mesh.ulysses_degree)
     apply_memory_options(model, **options)
-    if mesh.size > 1:
+    alone = mesh.size == 1
+    if not alone or selects_keys(find_model(model)):
         attach_hooks(
             model,
             mesh,
             sequence_order=sequence_order,
             kernel=kernel,
-            gather_outputs=gather_outputs,
+            gather_outputs=alone or gather_outputs,  # one rank's share is everything
             self_check=self_check,
             generate=generate,
         )

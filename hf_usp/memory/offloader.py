@@ -112,7 +112,7 @@ class ActivationOffloader:
         self.last = last  # nobody brings it back as a whole
 
     def take_started(self, tensor: Tensor) -> Tensor | OffloadedTensor:
-        """What `start` made of a tensor that is saved now."""
+        """The result of `start` for a tensor that is saved now."""
         started = self.started.pop(storage_identity(tensor))
         return tensor if isinstance(started, Tensor) else started
 

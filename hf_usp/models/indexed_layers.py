@@ -54,6 +54,11 @@ def is_indexer(module: nn.Module) -> bool:
     return code is not None and not PROTOCOL.isdisjoint(code.co_names)
 
 
+def selects_keys(model: nn.Module) -> bool:
+    """Whether some layer of a model selects its keys."""
+    return any(map(is_indexer, model.modules()))
+
+
 def selects_all_of(indexer: Any) -> int:
     """A query that sees at most so many keys selects all of them; 0 where that is not known."""
     if hasattr(indexer, "index_topk"):

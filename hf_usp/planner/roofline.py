@@ -208,7 +208,8 @@ def host_operators(degrees: Degrees, job: TrainingStep, groups: int = 1) -> int:
     (`benchmarks/host_cost.py`; it is not repeated when a checkpointed layer is). A chunk of a layer is the layer, and
     what comes before attention half of it.
     """
-    of_layer, of_attention = 140 + 70, 21 + (82 if degrees.ulysses > 1 else 0) + 53 * (degrees.ring - 1)
+    of_ring = 16 + 41 * (degrees.ring - 1) if degrees.ring > 1 else 0
+    of_layer, of_attention = 140 + 70, 21 + (82 if degrees.ulysses > 1 else 0) + of_ring
     if job.layer_chunk_size is None:
         return of_layer + (70 if job.checkpointing else 0) + of_attention
     chunks = -(-job.rows * job.tokens // (degrees.cp * job.layer_chunk_size))

@@ -66,7 +66,7 @@ def _kernel(what: PlanRequest) -> str:
 
 
 def _selection(what: PlanRequest) -> list[str]:
-    """What is assumed of layers whose queries select their keys."""
+    """Of layers whose queries select their keys: the assumptions."""
     it = what.model.indexer
     if it is None or what.tokens <= it.selected:
         return []

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from datasets import Dataset
 
@@ -58,18 +57,15 @@ def trainer_for(case: str, folder: str, mesh: Mesh, world: int, **settings: Any)
 
 def run(case: str, folder: str, mesh: Mesh, world: int) -> dict[str, Any]:
     main = world == 1 or dist.get_rank() == 0
-    with served(tokenizer(), main) as server, pytest.MonkeyPatch.context() as patch:
-        # OnlineDPO asks for the kind of accelerator that its client sends weights from.
-        patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cpu"))
+    with served(tokenizer(), main) as server:
         url = f"http://127.0.0.1:{server.server_port}" if server is not None else "unused"
         trainer = trainer_for(case, folder, mesh, world, vllm_mode="server", vllm_server_base_url=url)
-        patch.undo()
         if case == "OnlineDPO":
             trainer.evaluate = dict  # it has none of prompts
         ended = finished(trainer, trainer.model)
         if server is not None:
             ended |= {"prompts": server.prompts, "updates": server.updates, "served": server.weights}
-            assert server.requests > 2
+            assert server.requests > 2 and server.announced == server.sent
     return ended
 
 

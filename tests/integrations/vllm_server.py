@@ -34,7 +34,7 @@ ANSWERS = {
 
 
 class VLLMServer(ThreadingHTTPServer):
-    """What it was asked: prompts of each request, announced names of weights, the weights of the last update."""
+    """It keeps the prompts it was asked for, the names of announced and of sent weights, and the weights of the last update."""
 
     daemon_threads = True
 
@@ -44,6 +44,7 @@ class VLLMServer(ThreadingHTTPServer):
         self.prompts: list[list[int]] = []
         self.requests = 0
         self.announced: list[str] = []
+        self.sent: list[str] = []
         self.weights: dict[str, torch.Tensor] = {}
         self.updates = 0
 
@@ -51,7 +52,7 @@ class VLLMServer(ThreadingHTTPServer):
         if path == "/v1/completions":
             return {"choices": self.complete(asked["prompt"], asked["n"], asked["max_tokens"])}
         if path == "/update_weights":
-            self.announced = asked["update_info"]["names"]
+            self.announced += asked["update_info"]["names"]
         elif path == "/finish_weight_update":
             self.updates += 1
         return ANSWERS.get(path, {})
@@ -89,6 +90,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class TorchWithDevice:
+    """torch for the module of OnlineDPO, which asks what device its client sends weights from."""
+
+    accelerator = SimpleNamespace(current_accelerator=lambda: torch.device("cpu"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
 @contextmanager
 def served(tokenizer: Any, main: bool) -> Iterator[VLLMServer | None]:
     """A server in the main process, and in all of them what TRL needs of vLLM to ask it."""
@@ -98,7 +108,9 @@ def served(tokenizer: Any, main: bool) -> Iterator[VLLMServer | None]:
 
     def send(iterator: Any, trainer_args: Any) -> None:
         assert server is not None and trainer_args.group == "communicator"
-        server.weights |= {name: weight.detach().clone() for name, weight in iterator}
+        weights = {name: weight.detach().clone() for name, weight in iterator}
+        server.weights |= weights
+        server.sent += weights
 
     def init_communicator(self: Any, device: Any = 0) -> None:
         """NCCL refuses CPU; the rest of the client's own method."""
@@ -111,7 +123,9 @@ def served(tokenizer: Any, main: bool) -> Iterator[VLLMServer | None]:
             patch.setattr(importlib.import_module(module), "is_vllm_available", lambda **_: True)
         patch.setattr(client.VLLMClient, "init_communicator", init_communicator)
         engine = SimpleNamespace(trainer_send_weights=send)
-        patch.setattr(importlib.import_module(MODULES[-1]), "SamplingParams", SimpleNamespace, raising=False)
+        online = importlib.import_module(MODULES[-1])
+        patch.setattr(online, "SamplingParams", SimpleNamespace, raising=False)
+        patch.setattr(online, "torch", TorchWithDevice())
         patch.setattr(client, "NCCLWeightTransferEngine", engine, raising=False)
         patch.setattr(client, "NCCLTrainerSendWeightsArgs", SimpleNamespace, raising=False)
         if server is None:

@@ -184,7 +184,7 @@ def test_it_neither_attends_nor_exchanges_again(four_ranks: Ranks, ring: int, ul
 
 
 def refused(short_rank: int, folder: str) -> list[str]:
-    """What each rank says where one has no host memory left, without offloading and with a file."""
+    """The words of each rank where one has no host memory left, without offloading and with a file."""
     model = tiny_model().train()
     mesh = hf_usp.UspMesh.build(ring_degree=2, ulysses_degree=1)
     available, said = host_arena.available_memory, []

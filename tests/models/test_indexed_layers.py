@@ -229,6 +229,27 @@ def test_the_self_check_sees_a_selection(four_ranks: Ranks) -> None:
     assert four_ranks.run(verdict_of_broken, True) == ["passed"] * 4
 
 
+@pytest.mark.parametrize("kind", ["glm_moe_dsa", "qwen4_exp_text"])
+def test_one_process_computes_in_chunks(kind: str) -> None:
+    """On a mesh of one rank each indexer makes its keys, and selects for one query after the other."""
+    reference, model = (tiny_model(kind, attention).train() for attention in ("eager", "usp"))
+    hf_usp.apply_context_parallel(model, hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1))
+    calls: list[int] = []
+    for indexer in (module for module in model.modules() if indexed_layers.is_indexer(module)):
+        chunked = indexer.forward.__func__
+        chunked.original = lambda *a, stock=chunked.original, **k: (calls.append(1), stock(*a, **k))[1]
+    expected = step(reference, "right")
+    step(model, "right")  # the self-check
+    calls.clear()
+    with patch.object(selected, "CHUNK_NUMBERS", 1):
+        got = step(model, "right")
+    assert expected.largest_error(got) < TOLERANCE
+    layers = sum(map(indexed_layers.is_indexer, model.modules()))
+    assert len(calls) == layers * (29 + 1)
+    hf_usp.remove_context_parallel(model)
+    assert not any("forward" in module.__dict__ for module in model.modules() if indexed_layers.is_indexer(module))
+
+
 def test_one_process_heeds_a_selection() -> None:
     """Outside of a sharded forward "usp" folds `indices` and `block_indices` into the mask of sdpa."""
     for kind in ("deepseek_v32", "hy_v4", "minimax_m3_vl_text"):
