@@ -28,8 +28,8 @@ from ..harness import fresh_accelerate, relative, step
 from ..ranks import Ranks
 from ..tiny import batch_of, tiny_model
 
-# Bytes of a rank by the planner, in thousands: 128 tokens on 4 ranks whole 479, 256 whole 679, 512 in chunks of 8 and two
-# groups of heads 509 (in one group 530).
+# Bytes of a rank by the planner, in thousands: 128 tokens on 4 ranks whole 479, 256 whole 679, 512 in chunks of 8 and
+# two groups of heads 509 (in one group 530).
 MEMORY = {
     128: "whole layers",
     256: "layers in chunks of 8, attention of 2 layers kept on the device",
