@@ -27,7 +27,7 @@ from ..utils.validation import size_from_environment
 from .ulysses_degree import machine_of
 
 AUTO = "auto"
-# What a dict may hold: options by their own names, and what they are without it.
+# Options that a dict may hold, by their own names, and what they are without it.
 OPTIONS: dict[str, Any] = {
     "loss_chunk_size": None,
     "mlp_chunk_size": None,

@@ -92,5 +92,5 @@ class ChosenMemory(NotSaved):
 
 
 def chosen_memory(model: nn.Module) -> ChosenMemory | None:
-    """What chooses for this model, with `memory="auto"`."""
+    """The object that chooses for this model, with `memory="auto"`."""
     return find_hook_owner(model, ChosenMemory)

@@ -28,9 +28,13 @@ from ..harness import fresh_accelerate, relative, step
 from ..ranks import Ranks
 from ..tiny import batch_of, tiny_model
 
-# Bytes of a rank by the planner, in thousands: 128 tokens on 4 ranks whole 479, 256 checkpointed 510 (whole 679), 512
-# in chunks of 8 and two groups of heads 509 (in one group 530).
-MEMORY = {128: "whole layers", 256: "whole layers, checkpointed", 512: "layers in chunks of 8, 2 groups of heads"}
+# Bytes of a rank by the planner, in thousands: 128 tokens on 4 ranks whole 479, 256 whole 679, 512 in chunks of 8 and
+# two groups of heads 509 (in one group 530).
+MEMORY = {
+    128: "whole layers",
+    256: "layers in chunks of 8, attention of 2 layers kept on the device",
+    512: "layers in chunks of 8, 2 groups of heads",
+}
 LIMIT = 520_000
 CHUNK = 8
 LARGE = PlanRequest(
@@ -49,7 +53,7 @@ LARGE = PlanRequest(
 
 
 def machine_file(folder: Path, memory: float) -> str:
-    """What `hf-usp check` writes of a CPU, with other memory."""
+    """A file as `hf-usp check` writes it of a CPU, with other memory."""
     links = [{"ranks": 4, "bandwidth": 1e9, "latency": 1e-4}, {"ranks": 8, "bandwidth": 1e9, "latency": 1e-4}]
     machine = {"name": "cpu", "matmul_flops": 5e10, "memory_bandwidth": 8e9, "memory": memory / 0.92, "links": links}
     (folder / "check.json").write_text(json.dumps({"machine": machine}))
@@ -149,8 +153,8 @@ def test_one_rank_has_whole_layers_checkpointed_or_not(tmp_path: Path) -> None:
 
 
 def test_a_dict_means_the_options() -> None:
-    by_hand = {"layer_chunk_size": 4096, "head_groups": 4, "loss_chunk_size": 2048, "offload_checkpoints": True}
-    config, same = (hf_usp.UspParallelismConfig(4, 2, **way) for way in ({"memory": by_hand}, by_hand))
+    options = {"layer_chunk_size": 4096, "head_groups": 4, "loss_chunk_size": 2048, "offload_checkpoints": True}
+    config, same = (hf_usp.UspParallelismConfig(4, 2, **way) for way in ({"memory": options}, options))
     assert config.to_json() == same.to_json() and config.head_groups == 4
     again = hf_usp.UspParallelismConfig(**config.to_json())
     assert again.to_json() == config.to_json()

@@ -271,7 +271,7 @@ def test_refusals(shape: ModelShape, degrees: Degrees, job: TrainingStep, named:
 
 
 def test_what_layers_in_chunks_cost() -> None:
-    """What comes before attention 3 groups + 5 times instead of 4, less where attention is kept; messages of groups."""
+    """The part before attention 3 groups + 5 times instead of 4, less where attention is kept; messages of groups."""
     machine = replace(MACHINES["h100-nvlink"], memory_bandwidth=1e30)
     job = TrainingStep(1 << 20, checkpointing=True)
     whole = predict(LLAMA3_8B, Degrees(1, 8), job, machine)
