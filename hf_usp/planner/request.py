@@ -48,7 +48,7 @@ class PlanRequest:
         allow_offload: also consider checkpoints in host memory.
         mlp_chunk_size: also consider MLPs in chunks of so many tokens.
         layer_chunk_size: also consider layers in chunks of so many tokens, where ranks share a row.
-        keep_attention: in such layers also consider attention's output kept in host memory.
+        keep_attention: in such layers also consider attention's output kept, where their inputs are.
         auto: consider what `UspParallelismConfig(memory="auto")` chooses from.
         like: step whose other fields (kernel, optimizer, ring, accumulation) are planned for.
         host_budget: bytes of host memory that a rank may use.
