@@ -44,8 +44,13 @@ class ContextParallelArguments:
         metadata={"help": "Compute the loss in chunks of so many tokens, without ever holding all logits."},
     )
     mlp_chunk_size: int | None = field(default=None, metadata={"help": "Compute MLPs in chunks of so many tokens."})
+    layer_chunk_size: int | None = field(default=None, metadata={"help": "Compute layers in chunks of so many tokens."})
+    head_groups: int | None = field(
+        default=None, metadata={"help": "With --layer-chunk-size: attend in so many groups of heads."}
+    )
     offload_checkpoints: bool = field(
-        default=False, metadata={"help": "With --gradient_checkpointing: keep the inputs of layers in CPU memory."}
+        default=False,
+        metadata={"help": "With checkpointing or --layer-chunk-size: keep the inputs of layers in CPU memory."},
     )
 
     def __post_init__(self) -> None:
@@ -91,7 +96,7 @@ class ContextParallelArguments:
 
     def parallelism_config(self) -> hf_usp.UspParallelismConfig | None:
         """None where there is nothing to share: one process per sequence is what the Trainer does by itself."""
-        chunks = self.loss_chunk_size is not None or self.mlp_chunk_size is not None
+        chunks = any(n is not None for n in (self.loss_chunk_size, self.mlp_chunk_size, self.layer_chunk_size))
         if self.context_parallel_size == 1 and not (chunks or self.offload_checkpoints):
             return None
         return hf_usp.UspParallelismConfig(
@@ -99,6 +104,8 @@ class ContextParallelArguments:
             ulysses_degree=self.ulysses_degree,
             loss_chunk_size=self.loss_chunk_size,
             mlp_chunk_size=self.mlp_chunk_size,
+            layer_chunk_size=self.layer_chunk_size,
+            head_groups=self.head_groups,
             offload_checkpoints=self.offload_checkpoints,
         )
 

@@ -6,7 +6,7 @@ heads, h, g those of a group, D key width, E value width, T tokens of the ring s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ class Sizes:
 
     chunk: int
     groups: int
-    unshared: frozenset[tuple[int, ...]]
+    unshared: Container[tuple[int, ...]]
 
     def chunks(self, length: int) -> list[slice]:
         """The chunks of so many tokens."""

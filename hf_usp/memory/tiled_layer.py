@@ -109,16 +109,16 @@ class TiledLayer:
             return found
         signature = call.signature()
         if signature not in self.verdicts:
-            self.verdicts[signature] = _agreed(try_layer(call, hidden), call, hidden.device)
+            self.verdicts[signature] = verdict(call, hidden)
         return self.verdicts[signature]
 
 
-def _agreed(found: str | None, call: LayerCall, device: torch.device) -> str | None:
-    """The finding of any rank of the mesh: ranks that cut otherwise would send other messages."""
-    group = call.context.layout.mesh.group
+def verdict(call: LayerCall, hidden: Tensor) -> str | None:
+    """The finding of a trial on any rank of the mesh: ranks that cut otherwise would send other messages."""
+    found, group = try_layer(call, hidden), call.context.layout.mesh.group
     if group is None:
         return found
-    flags = all_gather(torch.tensor([found is not None], dtype=torch.int64, device=device), group)
+    flags = all_gather(torch.tensor([found is not None], dtype=torch.int64, device=hidden.device), group)
     return "does not pass its trial on another rank" if found is None and bool(flags.any()) else found
 
 

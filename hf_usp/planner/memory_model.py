@@ -11,9 +11,8 @@ is looked at in some moments, and its peak is that of the largest:
     gradients     all of them, and the one that is about to be added
     evaluation    a forward without gradients
 
-A layer's backward has three moments: that of its MLP; of the norm before the MLP, whose temporaries are in fp32; of
-attention. MLPs in chunks have norms in chunks with them. `hf-usp plan --simulate` runs the real program at real sizes,
-and these formulas are tested against it.
+Of one layer: `layer_memory.py`. `hf-usp plan --simulate` runs the real program at real
+sizes, and these formulas are tested against it.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .hardware import WORKSPACES
+from .layer_memory import TiledLayer, WholeLayer, attention_output, tiled_layer, whole_layer
 from .workload import Degrees, ModelShape, TrainingStep
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
-LENGTHWISE = 32  # bytes a token of ids, labels and positions, in int64
 
 
 @dataclass(frozen=True)
@@ -71,129 +69,6 @@ class Memory:
 def param_shards(degrees: Degrees, job: TrainingStep) -> int:
     """Ranks over which a parameter is spread, tensor parallelism not counted."""
     return degrees.dp_shard * degrees.cp if job.shard_params else 1
-
-
-def mlp_tokens(job: TrainingStep, local: float) -> float:
-    """Tokens, of a rank's `local` ones, for which what an MLP computes exists at once."""
-    return local if job.mlp_chunk_size is None else min(local, job.mlp_chunk_size)
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Bytes of the tensors of one layer on one rank.
-
-    Attributes:
-        hidden: a hidden state.
-        norm: what a norm keeps: its input in fp32, normalised, scaled; in chunks its input and output.
-        norm_back: of its backward.
-        of_input: of the input of a checkpointed layer, beside what its first norm keeps.
-        attention: what attention keeps: queries, keys, values, output, log-sum-exp; under ulysses the message of heads
-            that arrived, the output by heads and by tokens.
-        core: of attention's backward, what is kept included.
-        ahead: of attention's forward, queries, keys and values included.
-        mlp: what an MLP keeps.
-        mlp_back: of an MLP's backward.
-        mlp_ahead: of an MLP's forward without gradients.
-        summed: gradients of an MLP's weights, summed in fp32 over chunks.
-        always: rotary tables, ids, labels, positions.
-    """
-
-    hidden: float
-    norm: float
-    norm_back: float
-    of_input: float
-    attention: float
-    core: float
-    ahead: float
-    mlp: float
-    mlp_back: float
-    mlp_ahead: float
-    summed: float
-    always: float
-
-    def kept(self, job: TrainingStep) -> float:
-        """Of a layer, until its backward."""
-        return self.hidden if job.checkpointing else 2 * self.norm + self.attention + self.mlp
-
-    def backward(self) -> dict[str, tuple[float, bool]]:
-        """Moments of a layer's backward: what is alive of it, and whether its MLP's gradients are being summed.
-
-        The gradient of its output is there, and its first norm.
-        """
-        around = self.hidden + self.norm + self.of_input
-        return {
-            "MLP": (around + self.attention + self.norm + self.mlp_back, True),
-            "norm": (around + self.attention + self.norm_back, False),
-            "attention": (around + self.core, False),
-        }
-
-
-def _parts(model: ModelShape, degrees: Degrees, job: TrainingStep) -> _Parts:
-    """A norm's backward makes five fp32 tensors beside its input in fp32; in a layer in fp32 one of them is the
-    residual's gradient already. In chunks these are of a chunk, beside its input and the gradients of both
-    sides. An MLP keeps four tensors of its width and its backward has six; in chunks it keeps none and has six of a
-    chunk, or four and the gradients of all weights that a chunk adds, beside the gradient of its input.
-
-    Nothing but the first norm needs the input of a checkpointed layer, but where it is not offloaded the checkpoint
-    holds it as well.
-    """
-    local, element = job.rows * job.tokens / degrees.cp, job.element
-    hidden, wide = local * model.hidden * element, local * model.hidden * 4
-    inner = local * model.intermediate * model.active * element / degrees.tp
-    share = mlp_tokens(job, local) / local
-    whole, added = share == 1, model.active_mlp_params * element / degrees.tp
-    of_chunk = max(6 * inner * share + hidden * share + added / 3, 4 * inner * share + added)
-    attention, core, ahead = _attention(model, degrees, job, local)
-    return _Parts(
-        hidden=hidden,
-        norm=wide + 2 * hidden if whole else 2 * hidden,
-        norm_back=(6 if element < 4 else 5) * wide if whole else 3 * hidden + share * (6 * wide + hidden),
-        of_input=hidden if job.checkpointing and not job.offload and whole and element < 4 else 0.0,
-        attention=attention,
-        core=core,
-        ahead=ahead,
-        mlp=4 * inner if whole else 0.0,
-        mlp_back=6 * inner if whole else hidden + of_chunk,
-        mlp_ahead=3 * inner * share + hidden,
-        summed=0.0 if whole else model.active_mlp_params * 4 / degrees.tp,
-        always=local * (2 * model.head_dim * element + LENGTHWISE),
-    )
-
-
-def _attention(model: ModelShape, degrees: Degrees, job: TrainingStep, local: float) -> tuple[float, float, float]:
-    """Bytes that attention keeps; its backward and its forward, the kept bytes and the output's gradient included.
-
-    A ring of three and more sums outputs and gradients in fp32. It holds two blocks of keys and values, the gradients
-    of two, and the results of a tile; a kernel's workspace is that of a tile: all queries and half of the keys, or
-    half of the queries and all keys.
-    """
-    token = local * model.head_dim * job.element / degrees.tp
-    q, kv = token * model.heads, 2 * token * max(model.kv_heads, degrees.ulysses * degrees.tp)
-    lse, fp32 = 4 * local * model.heads / degrees.tp, max(1.0, 4 / job.element)
-    shared_by, workspace = model.heads / max(model.kv_heads, degrees.ulysses * degrees.tp), WORKSPACES[job.kernel]
-
-    def work(of_q: float, of_kv: float) -> float:
-        return workspace.bytes(of_q * q / job.element, of_kv * kv / job.element, shared_by)
-
-    # Of norms of heads: the input in fp32 and the normalised values, in chunks the input.
-    of_norm = 4 / job.element + 1 if mlp_tokens(job, local) == local else 1.0
-    norms = of_norm * (q + kv / 2) if model.head_norms else 0.0
-    kept = (2 * q if degrees.ulysses == 1 else 3 * q) + kv + lse + norms
-    at_hand = 2 * q + kv + lse + norms  # attention's own: by heads
-    tile = max(work(1, 0.5), work(0.5, 1))
-    if degrees.ring == 1:
-        back, ahead = q + kv + work(1, 1), q
-    elif degrees.ring == 2:
-        back, ahead = q + kv + max(q + kv, 0.5 * q + 2 * kv) + tile, 1.5 * q + 1.5 * kv
-    else:
-        back, ahead = fp32 * (q + kv) + q + 4 * kv + tile, fp32 * 1.5 * q + 0.5 * q + 2.5 * kv
-    core = at_hand + q + back
-    if of_norm > 1 and model.head_norms:  # the backward of the queries' norm
-        core = max(core, 6 * fp32 * q + 2.5 * kv)
-    rope = 4 * q + kv
-    if degrees.ulysses > 1:
-        core, ahead = max(core, kept + 2 * q), max(ahead + q + kv, 3 * q)
-    return kept, core, max(rope, q + kv + ahead)
 
 
 @dataclass(frozen=True)
@@ -245,12 +120,13 @@ def memory(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Memory:
     Weights are in `element` bytes. With 12 bytes of optimizer state, 2-byte weights and FSDP2 they are the fp32 copies
     that Accelerate keeps and gathers in bf16, and gradients are in fp32, too.
     """
-    part, states = _parts(model, degrees, job), _States.of(model, degrees, job)
+    part = (whole_layer if job.layer_chunk_size is None else tiled_layer)(model, degrees, job)
+    states = _States.of(model, degrees, job)
     gathered = job.element / degrees.tp if job.offload_states or param_shards(degrees, job) > 1 else 0.0
     layer, head = model.layer_params * gathered, model.hidden * model.vocab * gathered
     of_head, every = model.hidden * model.vocab * states.gradient, model.params * states.gradient
     earlier = every if job.accumulate else 0.0
-    away = job.checkpointing and job.offload
+    away = job.input_alone and job.offload
     all_kept = 0.0 if away else part.kept(job) * model.layers
 
     at_head = part.norm + (0.0 if job.loss_chunk_size is None else part.hidden)  # in chunks the gradient, too
@@ -264,17 +140,19 @@ def memory(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Memory:
         "loss": moment(0.0, all_kept + at_head, head, _logits(model, degrees, job)),
         "final norm": moment(0.0 if head else of_head, all_kept + final, 2 * head),
         "gradients": moment(every + (of_head if job.accumulate else 0.0), part.hidden, 3 * head),
-        "evaluation": moment(0.0, 2 * part.hidden + max(part.ahead, part.mlp_ahead) + part.hidden, 2 * layer),
+        "evaluation": moment(0.0, part.hidden + part.forward(), 2 * layer),
     }
+    if job.layer_chunk_size is not None:
+        moments["forward"] = moment(0.0, max(all_kept - part.hidden, part.hidden) + part.forward(), 2 * layer)
     for place, (others, gradients, moving) in _places(model, part, job, states, layer, head).items():
-        for name, (activations, of_mlp) in part.backward().items():
-            summed = part.summed if of_mlp else model.mlp_params * job.element / degrees.tp
-            moments[f"{place}, {name}"] = moment(gradients + summed, others + activations, moving)
-    return Memory(moments, states.host + (model.layers * _pinned(part.hidden) if away else 0.0))
+        for name, (activations, of_weights) in part.backward().items():
+            moments[f"{place}, {name}"] = moment(gradients + of_weights, others + activations, moving)
+    host = model.layers * _pinned(part.hidden) if away else 0.0
+    return Memory(moments, states.host + host + job.keep_attention * attention_output(model, degrees, job))
 
 
 def _places(
-    model: ModelShape, part: _Parts, job: TrainingStep, states: _States, layer: float, head: float
+    model: ModelShape, part: WholeLayer | TiledLayer, job: TrainingStep, states: _States, layer: float, head: float
 ) -> dict[str, tuple[float, float, float]]:
     """Place of a layer -> what is kept of others, gradients that are there, parameters and gradients under way.
 
@@ -288,6 +166,8 @@ def _places(
         "top layer": (kept * below, of_head, 2 * layer + max(head, layer if below > 1 else 0.0)),
         "bottom layer": (0.0, of_head + below * of_layer, 2 * layer + embedding),
     }
+    if job.layer_chunk_size is not None:  # nothing of another layer comes back before it computes
+        return {**places, "top layer": ((0.0 if job.offload else kept) * below, *places["top layer"][1:])}
     if job.checkpointing and job.offload:
         places["top layer"] = (min(kept, kept * below), *places["top layer"][1:])
         if below > 1:

@@ -35,8 +35,8 @@ def draw_memory(what: PlanRequest, best: Candidate, path: str) -> None:
     chosen = [at(best.job, n) for n in lengths]
     layers = [[it[kind] / 1e9 for it in chosen] for kind in KINDS]
     areas = axes.stackplot(lengths, *layers, labels=KINDS, colors=list(COLOURS.values()))
-    lines, ways = [], list(jobs(what))
-    kinds = len({replace(job, mlp_chunk_size=None) for job in ways})
+    lines, ways = [], list(jobs(what, d))
+    kinds = min(len(LINES), len({replace(job, mlp_chunk_size=None) for job in ways}))
     for i, job in enumerate(ways):
         totals = [sum(at(job, n).values()) / 1e9 for n in lengths]
         fits = bisect_right(range(1, round(last)), budget, key=lambda n: sum(at(job, n).values()) / 1e9)

@@ -44,6 +44,8 @@ class PlanRequest:
         most_tp: largest tensor-parallel degree; None: no limit.
         allow_offload: also consider checkpoints in host memory.
         mlp_chunk_size: also consider MLPs in chunks of so many tokens.
+        layer_chunk_size: also consider layers in chunks of so many tokens, where ranks share a row.
+        keep_attention: in such layers also consider attention's output kept in host memory.
         like: step whose other fields (kernel, optimizer, ring, accumulation) are planned for.
         host_budget: bytes of host memory that a rank may use.
     """
@@ -59,6 +61,8 @@ class PlanRequest:
     most_tp: int | None = None
     allow_offload: bool = False
     mlp_chunk_size: int | None = None
+    layer_chunk_size: int | None = None
+    keep_attention: bool = False
     like: TrainingStep = TrainingStep(1)
     host_budget: float = math.inf
 
@@ -82,6 +86,7 @@ def request(
     most_tp: int | None = None,
     allow_offload: bool = False,
     mlp_chunk_size: int | None = None,
+    layer_chunk_size: int | None = None,
     accumulate: bool = False,
     optimizer: str = "fp32",
     kernel: str | None = None,
@@ -91,7 +96,7 @@ def request(
     check_positive_int(most=MOST_GPUS, required=True, gpus=gpus)
     check_positive_int(most=MOST_ROWS, required=True, rows=rows)
     check_positive_int(most=MOST_IN_A_NODE, gpus_per_node=gpus_per_node, tp=most_tp)
-    check_positive_int(most=MOST_TOKENS, mlp_chunk_size=mlp_chunk_size)
+    check_positive_int(most=MOST_TOKENS, mlp_chunk_size=mlp_chunk_size, layer_chunk_size=layer_chunk_size)
     _check_words(model, documents, optimizer)
     found = _with_memory(find_machine(machine, gpus_per_node), memory_gb, host_memory_gb)
     if gpus > found.ranks_per_node and gpus % found.ranks_per_node:
@@ -116,8 +121,9 @@ def request(
         most_tp,
         allow_offload,
         mlp_chunk_size,
-        like,
-        found.host_memory * USABLE_HOST / min(found.ranks_per_node, gpus),
+        layer_chunk_size,
+        like=like,
+        host_budget=found.host_memory * USABLE_HOST / min(found.ranks_per_node, gpus),
     )
 
 

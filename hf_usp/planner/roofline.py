@@ -18,7 +18,7 @@ Everything that does not depend on the degrees is kept simple on purpose.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -26,7 +26,8 @@ import numpy as np
 from ..sharding.heads import split_heads
 from ..sharding.schedule import ring_per_node, shifts
 from .hardware import Machine
-from .memory_model import Memory, memory, mlp_tokens, param_shards
+from .layer_memory import attention_output, head_groups, mlp_tokens
+from .memory_model import Memory, memory, param_shards
 from .workload import Degrees, ModelShape, TrainingStep, check
 
 
@@ -129,22 +130,16 @@ def predict(
     """
     check(model, degrees, job)
     layers = attentions(model, degrees, job, machine) if layers is None else layers
-    again = 2 if job.checkpointing else 1
+    again = 2 if job.input_alone else 1
+    attends = again - (job.keep_attention / model.layers if again == 2 else 0)
 
     def total(name: str) -> float:
-        return sum(count * (again * getattr(ahead, name) + getattr(back, name)) for count, ahead, back in layers)
+        return sum(count * (attends * getattr(ahead, name) + getattr(back, name)) for count, ahead, back in layers)
 
     local = job.rows * job.tokens / degrees.cp
     layer_flops = 2 * local * model.active_layer_params * model.layers / degrees.tp
     head_flops = 2 * local * model.hidden * model.vocab / degrees.tp
-    linear = (2 + again) * layer_flops + 3 * head_flops
-    in_chunks = mlp_tokens(job, local) < local
-    if in_chunks:  # once more, in the backward
-        linear += 2 * local * model.active_mlp_params * model.layers / degrees.tp
-    linear /= machine.flops * machine.matmul
-    if in_chunks:  # every chunk adds to gradients in fp32: read, read and written
-        added = (8 + job.element) * model.active_mlp_params * model.layers / degrees.tp
-        linear += added * local / mlp_tokens(job, local) / machine.memory_bandwidth
+    linear = _linear(model, degrees, job, machine, local)
     areas = sum(count * mask_area(job.tokens, window) for window, count in model.layer_kinds)
     attention_flops = job.rows * 3 * 4 * areas * model.heads * model.head_dim / (degrees.cp * degrees.tp)
     compute = total("tiles") + total("merges") + linear
@@ -161,29 +156,61 @@ def predict(
         tokens=job.rows * job.tokens * degrees.dp_shard * degrees.dp_replicate,
         memory=memory(model, degrees, job),
         peak_flops=machine.flops,
-        host=machine.operator * model.layers * host_operators(degrees, job),
+        host=machine.operator * model.layers * host_operators(degrees, job, head_groups(model, degrees, job)),
     )
+
+
+def _linear(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Machine, local: float) -> float:
+    """Seconds of matrix products outside attention, and of the sums of weight gradients over chunks.
+
+    A layer in chunks computes what comes before attention once for each group of heads in the forward, once in the
+    backward and, unless attention's output is kept, once more there; and five times that do not depend on groups.
+    """
+    whole = min(local, job.layer_chunk_size or local)
+    layers, chunked = model.layers / degrees.tp, mlp_tokens(job, whole) < whole
+    params = (4 if job.input_alone else 3) * model.active_layer_params
+    if chunked:  # once more, in the backward
+        params += model.active_mlp_params
+    if job.layer_chunk_size is not None:
+        groups, kept = head_groups(model, degrees, job), job.keep_attention / model.layers
+        params += ((3 - kept) * groups + 1) * model.weights_around_attention["before"]
+    products = 2 * local * (params * layers + 3 * model.hidden * model.vocab / degrees.tp)
+    seconds = products / (machine.flops * machine.matmul)
+    # Every chunk adds to gradients in fp32: read, read and written.
+    added = model.active_mlp_params * local / mlp_tokens(job, whole) if chunked else 0.0
+    if job.layer_chunk_size is not None:
+        added += (model.layer_params - (model.mlp_params if chunked else 0)) * local / whole
+    return seconds + (8 + job.element) * added * layers / machine.memory_bandwidth
 
 
 def attentions(
     model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Machine
 ) -> list[tuple[int, Attention, Attention]]:
-    """Number of layers, their attention forward and backward: of full layers, and of those with a window."""
+    """Number of layers, their attention forward and backward: of full layers, and of those with a window.
+
+    Groups of heads attend one after the other, each with messages of its own.
+    """
     found = []
+    groups = head_groups(model, degrees, job) if job.layer_chunk_size is not None else 1
+    of_group = replace(model, heads=-(-model.heads // groups), kv_heads=-(-model.kv_heads // groups))
     for window, count in model.layer_kinds:
-        ahead, back = (attention(model, degrees, job, machine, window, backward=b) for b in (False, True))
-        found.append((count, ahead, back))
+        ahead, back = (attention(of_group, degrees, job, machine, window, backward=b) for b in (False, True))
+        found.append((count, *(replace(it, **{k: groups * v for k, v in vars(it).items()}) for it in (ahead, back))))
     return found
 
 
-def host_operators(degrees: Degrees, job: TrainingStep) -> int:
+def host_operators(degrees: Degrees, job: TrainingStep, groups: int = 1) -> int:
     """Operators that the host launches for a layer, forward and backward.
 
     Counted: a Llama's layer without attention, and an attention call on meshes of up to 64 ranks
-    (`benchmarks/host_cost.py`; it is not repeated when a checkpointed layer is).
+    (`benchmarks/host_cost.py`; it is not repeated when a checkpointed layer is). A chunk of a layer is the layer, and
+    what comes before attention half of it.
     """
-    of_layer = 70 * (2 if job.checkpointing else 1) + 140
-    return of_layer + 21 + (82 if degrees.ulysses > 1 else 0) + 53 * (degrees.ring - 1)
+    of_layer, of_attention = 140 + 70, 21 + (82 if degrees.ulysses > 1 else 0) + 53 * (degrees.ring - 1)
+    if job.layer_chunk_size is None:
+        return of_layer + (70 if job.checkpointing else 0) + of_attention
+    chunks = -(-job.rows * job.tokens // (degrees.cp * job.layer_chunk_size))
+    return chunks * (of_layer + 70 + 35 * (3 * groups + 1)) + groups * of_attention
 
 
 def attention(
@@ -321,8 +348,11 @@ def _offload(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Ma
     parameter.
     """
     local, moved, host = job.rows * job.tokens / degrees.cp, 0.0, 0.0
-    if job.checkpointing and job.offload:
-        moved += 2 * local * model.hidden * job.element * model.layers
+    if job.input_alone and job.offload:
+        often = 2 if job.layer_chunk_size is None else 2 * head_groups(model, degrees, job) + 3
+        moved += often * local * model.hidden * job.element * model.layers
+    if job.layer_chunk_size is not None:  # out and back
+        moved += 2 * job.keep_attention * attention_output(model, degrees, job)
     if job.offload_states:
         mine = model.params / (degrees.tp * param_shards(degrees, job))
         moved, host = moved + 12 * mine, 28 * mine

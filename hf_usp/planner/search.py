@@ -8,12 +8,14 @@ from itertools import product
 
 from ..errors import UspConfigError
 from ..sharding.degrees import even_degrees
+from .layer_memory import attention_output, head_groups
 from .memory_model import Memory, memory
 from .request import PlanRequest
 from .roofline import Attention, Prediction, attentions, mask_area, predict
 from .workload import Degrees, TrainingStep
 
 LOSS_CHUNK = 2048
+MOST_GROUPS = (1, 2, 4, 8)  # of heads
 MOST_FACTOR = 64
 
 
@@ -76,8 +78,13 @@ class Candidate:
 def savings(job: TrainingStep) -> str:
     """How a job saves memory, in words."""
     parts = ["checkpoints offloaded" if job.offload else "checkpointing"] if job.checkpointing else []
+    if job.layer_chunk_size:
+        parts += [f"layers in chunks of {job.layer_chunk_size}"]
+        parts += [f"{job.head_groups} groups of heads"] if job.head_groups > 1 else []
+        parts += ["inputs offloaded"] if job.offload else []
+        parts += [f"attention of {job.keep_attention} layers kept in host memory"] if job.keep_attention else []
     parts += [f"loss in chunks of {job.loss_chunk_size}"] if job.loss_chunk_size else []
-    parts += [f"MLPs in chunks of {job.mlp_chunk_size}"] if job.mlp_chunk_size else []
+    parts += [f"MLPs in chunks of {job.mlp_chunk_size}"] if job.mlp_chunk_size and not job.layer_chunk_size else []
     return ", ".join(parts) or "none"
 
 
@@ -119,23 +126,46 @@ def arrangements(what: PlanRequest, tp: int, cp: int) -> Iterator[Degrees]:
 
 def best_way(what: PlanRequest, degrees: Degrees) -> Candidate:
     """The fastest of the ways to save memory that fits, else the one that needs least."""
-    every = list(jobs(what))
-    layers = attentions(what.model, degrees, every[0], what.machine)
-    ways = [_candidate(what, degrees, job, layers) for job in every]
+    every, attended = list(jobs(what, degrees)), dict[int, list[tuple[int, Attention, Attention]]]()
+    ways = []
+    for job in every:
+        if job.head_groups not in attended:
+            attended[job.head_groups] = attentions(what.model, degrees, job, what.machine)
+        ways.append(_candidate(what, degrees, job, attended[job.head_groups]))
+        kept = replace(job, keep_attention=_keepable(what, degrees, ways[-1]))
+        if kept != job:
+            ways.append(_candidate(what, degrees, kept, attended[job.head_groups]))
     fitting = [way for way in ways if way.fits]
     if fitting:
         return min(fitting, key=lambda way: way.prediction.seconds)
     return min(ways, key=lambda way: way.need)
 
 
-def jobs(what: PlanRequest) -> Iterator[TrainingStep]:
-    """The ways to save memory, those that save less first."""
+def _keepable(what: PlanRequest, degrees: Degrees, way: Candidate) -> int:
+    """Layers in chunks for whose attention output a rank's share of the host has room."""
+    if not (what.keep_attention and way.fits and way.job.layer_chunk_size):
+        return 0
+    room = way.host_budget - way.prediction.memory.host
+    return int(min(what.model.layers, room // attention_output(what.model, degrees, way.job)))
+
+
+def jobs(what: PlanRequest, degrees: Degrees) -> Iterator[TrainingStep]:
+    """The ways to save memory, those that save less first. Layers in chunks save with norms and the loss in chunks."""
     sharded = what.gpus > 1 or what.like.offload_states  # FSDP2 on one GPU, too
     plain = replace(what.like, tokens=what.tokens, rows=what.rows, shard_params=sharded)
     mlps = (None, what.mlp_chunk_size) if what.mlp_chunk_size else (None,)
     kept = ((False, False), (True, False), (True, True)) if what.allow_offload else ((False, False), (True, False))
     for mlp, loss, (checkpointing, offload) in product(mlps, (None, LOSS_CHUNK), kept):
         yield replace(plain, mlp_chunk_size=mlp, loss_chunk_size=loss, checkpointing=checkpointing, offload=offload)
+    if what.layer_chunk_size is None or degrees.cp == 1:
+        return
+    experts = what.model.experts > 1
+    tiled = replace(plain, layer_chunk_size=what.layer_chunk_size, loss_chunk_size=LOSS_CHUNK)
+    tiled = replace(tiled, mlp_chunk_size=None if experts else what.layer_chunk_size)
+    for groups in MOST_GROUPS:
+        grouped = replace(tiled, head_groups=groups)
+        if head_groups(what.model, degrees, grouped) == groups:
+            yield from (replace(grouped, offload=offload) for offload in (False, True)[: 1 + what.allow_offload])
 
 
 def _candidate(
@@ -175,7 +205,7 @@ def longest(what: PlanRequest, degrees: Degrees) -> int:
         found = (memory(what.model, degrees, replace(job, tokens=tokens)) for job in ways)
         return any(it.total <= what.budget and it.host <= what.host_budget for it in found)
 
-    ways = list(jobs(what))[::-1]  # those that save most first
+    ways = list(jobs(what, degrees))[::-1]  # those that save most first
 
     if not fits(1024):
         return 0

@@ -121,6 +121,8 @@ def flags(what: PlanRequest, best: Candidate) -> list[str]:
         given.append("--activation_checkpointing")
     if best.job.loss_chunk_size:
         given += ["--loss-chunk-size", str(best.job.loss_chunk_size)]
+    if best.job.layer_chunk_size:
+        given += ["--layer-chunk-size", str(best.job.layer_chunk_size), "--head-groups", str(best.job.head_groups)]
     if best.job.mlp_chunk_size:
         given += ["--mlp-chunk-size", str(best.job.mlp_chunk_size)]
     if best.job.offload:
@@ -141,6 +143,9 @@ def as_json(what: PlanRequest, found: list[Candidate]) -> dict[str, Any]:
                 "offload": candidate.job.offload,
                 "loss_chunk_size": candidate.job.loss_chunk_size,
                 "mlp_chunk_size": candidate.job.mlp_chunk_size,
+                "layer_chunk_size": candidate.job.layer_chunk_size,
+                "head_groups": candidate.job.head_groups,
+                "keep_attention": candidate.job.keep_attention,
                 "seconds": it.seconds,
                 "exposed_seconds": it.exposed,
                 "tokens_per_second": it.tokens_per_second,

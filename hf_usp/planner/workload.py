@@ -75,6 +75,12 @@ class ModelShape:
         return 3 * self.hidden * self.intermediate * self.active
 
     @property
+    def weights_around_attention(self) -> dict[str, int]:
+        """Parameters of one layer before and after its attention."""
+        after = self.hidden * self.head_dim * self.heads
+        return {"before": self._attention_params - after, "after": after + self.mlp_params}
+
+    @property
     def _attention_params(self) -> int:
         return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
@@ -121,6 +127,9 @@ class TrainingStep:
         offload_states: weights, their gradients and the optimizer's state are kept in host memory.
         loss_chunk_size: tokens whose logits exist at once; None: all.
         mlp_chunk_size: tokens whose MLP activations exist at once; None: all.
+        layer_chunk_size: layers compute in chunks of so many tokens; None: whole.
+        head_groups: groups of heads that attend one after the other in such layers.
+        keep_attention: such layers whose attention output is kept in host memory: their backward does not attend again.
         gradients: bytes of an element of dK and dV while they are sent.
         relay: a ring that passes full blocks on and merges in separate operators, as other libraries do.
         overlap: a step's transfer runs while tiles are computed.
@@ -139,18 +148,26 @@ class TrainingStep:
     offload_states: bool = False
     loss_chunk_size: int | None = None
     mlp_chunk_size: int | None = None
+    layer_chunk_size: int | None = None
+    head_groups: int = 1
+    keep_attention: int = 0
     gradients: int = 2
     relay: bool = False
     overlap: bool = True
     accumulate: bool = False
     kernel: str | None = None
 
+    @property
+    def input_alone(self) -> bool:
+        """Whether a layer keeps its input alone until its backward."""
+        return self.checkpointing or self.layer_chunk_size is not None
+
 
 def check(model: ModelShape, degrees: Degrees, job: TrainingStep) -> None:
     """Refuse what is not a size, by name."""
     for owner in (model, degrees, job):
         for name, value in vars(owner).items():
-            least = 0 if name in ("sliding_layers", "optimizer") else 1
+            least = 0 if name in ("sliding_layers", "optimizer", "keep_attention") else 1
             if isinstance(value, int) and not isinstance(value, bool):
                 size: dict[str, Any] = {name: value}
                 check_positive_int(least=least, **size)

@@ -13,14 +13,14 @@ optimizer is added by its size. An allocator's rounding and NCCL's buffers are n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import call as attention_call
 from ..batch.context import ForwardContext, ShardOptions
@@ -29,23 +29,22 @@ from ..batch.layout import make_layout
 from ..batch.shard import shard_tensors
 from ..batch.sharded_tensors import ContextMask
 from ..compat import (
-    checkpoint_function,
     checkpointing_name,
     fake_tensors,
     local_part,
-    set_checkpoint_function,
 )
 from ..distributed.mesh import UspMesh
 from ..errors import UspConfigError
 from ..integrations.transformers import apply_memory_options
 from ..kernels import Request, Segments, Softmax
-from ..memory import chunked_loss
+from ..memory import chunked_loss, tiled_layer
 from ..memory.activation_offload import ActivationOffloader, OffloadedTensor, offload_checkpoints
 from ..memory.tiled_mlp import tiled_forward
 from ..planner.hardware import WORKSPACES, Workspace
 from ..planner.workload import Degrees, TrainingStep
 from ..utils.patches import AttributePatches
 from .live_bytes import LiveBytes
+from .simulated_phases import Phases
 
 
 def simulate(
@@ -72,13 +71,13 @@ def simulate(
         batch = _batch(job, mesh, mode)
         if job.shard_params:
             _shard(model, degrees, job)
-        with mode, _stand_ins(WORKSPACES[job.kernel]), torch.set_grad_enabled(backward):
+        with mode, _stand_ins(WORKSPACES[job.kernel]) as patches, torch.set_grad_enabled(backward):
             model.to_empty(device="cpu")
             lasting = [local_part(p) for p in model.parameters()]
             live = LiveBytes(lasting, inventory)
-            if job.offload and job.checkpointing and backward:
+            if job.offload and backward:
                 offload_checkpoints(model, ToHost(live))
-            watch = _Phases(model, live)
+            watch = Phases(model, live, patches)
             for _ in range(2 if job.accumulate and backward else 1):
                 live.phases.clear()
                 watch.backward = False
@@ -122,9 +121,18 @@ def _model(config: Any, job: TrainingStep) -> Any:
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="usp", dtype=dtype)
     if job.checkpointing:
         getattr(model, f"{checkpointing_name()}_enable")({"use_reentrant": False})
-    apply_memory_options(model, job.loss_chunk_size, job.mlp_chunk_size, False)
+    apply_memory_options(
+        model,
+        job.loss_chunk_size,
+        job.mlp_chunk_size,
+        False,
+        layer_chunk_size=job.layer_chunk_size,
+        head_groups=job.head_groups,
+    )
     for tiled in filter(None, map(tiled_forward, model.modules())):
         tiled.tried = True  # a trial compares values, which there are none of
+    for layer in filter(None, map(tiled_layer.tiled_layer, model.modules())):
+        layer.sizes = replace(layer.sizes, unshared=_Every())
     return model.train()
 
 
@@ -246,15 +254,23 @@ class StandInKernel:
 
 
 @contextmanager
-def _stand_ins(workspace: Workspace) -> Iterator[None]:
+def _stand_ins(workspace: Workspace) -> Iterator[AttributePatches]:
     """In the block every attention call takes the stand-in, and a loss in chunks takes fake weights."""
     patches, kernel = AttributePatches(), StandInKernel(workspace)
     patches.set(attention_call, "choose_kernel", lambda *args: kernel)
     patches.set(chunked_loss, "_is_plain", lambda weight: weight.ndim == 2)
+    patches.set(tiled_layer, "verdict", lambda *args: None)  # a trial compares values, too
     try:
-        yield
+        yield patches
     finally:
         patches.undo()
+
+
+class _Every:
+    """References of whatever gradient: fake tensors have others than real ones, of which nobody else has these."""
+
+    def __contains__(self, counts: object) -> bool:
+        return True
 
 
 class ToHost(ActivationOffloader):
@@ -304,51 +320,3 @@ def _without_streams(tensor: Tensor) -> Tensor:
     """The tensor; that a stream uses it is nothing to note on the CPU."""
     vars(tensor)["record_stream"] = lambda stream: None
     return tensor
-
-
-class _Phases:
-    """Names the phases of a step by what runs: `forward`, `recompute` or `backward`, the layer and its part."""
-
-    def __init__(self, model: Any, live: LiveBytes) -> None:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        self.live, self.backward = live, False
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for index, layer in enumerate(layers):
-            function = checkpoint_function(layer)
-            if function is not None:
-                set_checkpoint_function(layer, partial(self._checkpoint, function))
-            for name, part in layer.named_children():
-                self._name(part, f"layer {index} {name}")
-        norm, head = model.get_decoder().norm, model.get_output_embeddings()
-        self._name(norm, "final norm")
-        head.register_forward_pre_hook(lambda *_: self._enter("forward loss"))
-
-    def begin_backward(self) -> None:
-        self.backward = True
-        self._enter("backward loss")
-
-    def _name(self, part: nn.Module, name: str) -> None:
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            if tensor.requires_grad and not self.backward:
-                tensor.register_hook(lambda grad: self._enter(f"backward {name}"))
-
-        part.register_forward_pre_hook(lambda *_: self._enter(f"{'recompute' if self.backward else 'forward'} {name}"))
-        part.register_forward_hook(after)
-
-    def _enter(self, phase: str) -> None:
-        self.live.phase = phase
-
-    def _checkpoint(self, function: Callable[..., Any], layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A layer that is recomputed interrupts a phase of the backward."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            interrupted = self.live.phase
-            try:
-                return layer(*args, **kwargs)
-            finally:
-                if self.backward:
-                    self._enter(interrupted)
-
-        return function(run, *args, **kwargs)
