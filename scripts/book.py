@@ -1,6 +1,6 @@
 """One sequence of 262,144 tokens on 4 CPU processes, in less memory than the same sequence needs in one. make book
 
-    python scripts/book.py          (262,144 tokens; half an hour on 2 cores, losses 5.7, 4.3)
+    python scripts/book.py          (262,144 tokens; half an hour on 2 cores, losses 5.7, 4.5)
 
 Every process limits its own address space (RLIMIT_AS, as `ulimit -v` does) once model and data are there: to what it
 has by then, plus --limit-mb for training. Three runs of the same two-layer Llama (full causal attention, width 384,
