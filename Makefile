@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
 TORCH ?= 2.11.0
-# Files of tests that run at a time; each has ranks of its own, 6 processes and 4 GB.
+# Files of tests that run at a time, in their order; each has ranks of its own, 6 processes and 4 GB.
 WORKERS ?= 2
 OF_TORCH := tests/kernels tests/sharding tests/attention/test_attention.py tests/models/test_models.py tests/recurrent/test_recurrent.py \
   tests/memory/test_activation_checkpointing.py tests/memory/test_activation_offload.py tests/attention/test_compile.py tests/integrations/test_trainer.py tests/integrations/test_fsdp2.py \
@@ -57,7 +57,7 @@ fast: lint
 	HYPOTHESIS_PROFILE=fast HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(FAST)
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 fuzz: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.run

@@ -62,7 +62,8 @@ PARTS: dict[str, Part] = {
     "waits": Part(
         "Waits of the host for the device in a micro-batch",
         f"{gpu_host.WAITS_OF_A_BATCH} on one rank, the same for 2 layers and for 6. More with more layers: the device "
-        "idles in every layer. torch also counts copies from pageable memory, which are made once a mask and batch.",
+        "idles in every layer. On a mesh no more: the ranks' agreement comes in the same copy. torch also counts "
+        "copies from pageable memory, which are made once a mask and batch.",
         gpu_host.host_waits,
     ),
     "rates": Part(
@@ -82,7 +83,8 @@ PARTS: dict[str, Part] = {
     ),
     "tiles": Part(
         "A tile against one plain causal call of the same area",
-        "The planner's shares. Lower at 4,096 rows and more: a ring needs longer tiles than planned.",
+        "The planner's shares; FA2's copies that pad latent attention's values are below 1 %. Lower at 4,096 rows and "
+        "more: a ring needs longer tiles than planned.",
         gpu_kernels.tiles,
     ),
     "ring": Part(
@@ -97,7 +99,9 @@ PARTS: dict[str, Part] = {
     ),
     "streams": Part(
         "Messages held while the host runs ahead",
-        "All of them with new buffers, none with two that are used again.",
+        "All of them with new memory, one with a ring's buffers. With two GPUs, in a profile of a ring, besides: of "
+        "messages of keys only the first begins when a tile ends, gradients' begin before the next tile (priority), "
+        "and none waits for another (one communicator); docs/decisions/0031.",
         gpu_host.streams,
     ),
     "copies": Part(

@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_usp
+from hf_usp.attention.messages import MessageBuffers
 from hf_usp.batch.layout import MaskSpec, make_layout
 from hf_usp.sharding.masks import Documents
 
 LIBRARY = Path(hf_usp.__file__).parent
-# A micro-batch with a padding mask on one rank: its documents. A mesh adds the agreement on the batch, a tensor of
-# num_items_in_batch its value (tests/batch/test_host_waits.py).
+# A micro-batch with a padding mask: its documents, and on a mesh the agreement on the batch in the same copy. A tensor
+# of num_items_in_batch adds its value (tests/batch/test_host_waits.py).
 WAITS_OF_A_BATCH = 1
 
 
@@ -138,7 +139,7 @@ def tiny_step(device: torch.device, layers: int) -> Callable[[], Any]:
 
 
 def streams(bench: Bench) -> list[dict[str, Any]]:
-    """Bytes reserved when 60 messages are copied on a side stream while the host runs ahead: new buffers, and two.
+    """Messages' memory when 60 are copied on a side stream while the host runs ahead: new memory, and a ring's buffers.
 
     torch gives a tensor that another stream used back only when the device is there (`record_stream`).
     """
@@ -147,27 +148,31 @@ def streams(bench: Bench) -> list[dict[str, Any]]:
     size, count, found = (1 << 20 if bench.small else 1 << 28), 60, []
     side = torch.cuda.Stream()
     slow = torch.randn(8192, 8192, device=bench.device)
-    for way in ("new ones", "two, used again"):
+    mesh = hf_usp.UspMesh(2, 1, 0, 0, (0, 1), None, None, None)  # messages of two rows
+    work = make_layout(Documents.from_bounds([0, 4]), 1, 4, mesh).device_schedule(MaskSpec(), bench.device)
+    for way in ("new ones", "a ring's"):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        source = torch.empty(size, dtype=torch.uint8, device=bench.device)
-        kept = [torch.empty_like(source) for _ in range(2)]
-        arrived = [torch.cuda.Event() for _ in range(2)]
-        for i in range(count):
+        source = torch.empty(2, size // 2, dtype=torch.uint8, device=bench.device)
+        buffers, arrived = MessageBuffers(work), torch.cuda.Event()
+        buffers.begin(source)
+        for _ in range(count):
             slow = slow @ slow.T / 8192
-            message = torch.empty_like(source) if way == "new ones" else kept[i % 2]
+            message = torch.empty_like(source) if way == "new ones" else buffers.take(2, size // 2, source)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 message.copy_(source)
-                arrived[i % 2].record()
+                arrived.record()
             message.record_stream(side)
-            torch.cuda.current_stream().wait_event(arrived[i % 2])
+            torch.cuda.current_stream().wait_event(arrived)
+            if way != "new ones":
+                buffers.give(message)
             del message
         torch.cuda.synchronize()
-        held = (torch.cuda.memory_reserved() - before) / size - 3
-        found.append({"buffers": way, "messages held": held, "predicted": count if way == "new ones" else 0})
-        del source, kept
+        held = (torch.cuda.memory_reserved() - before) / size - 1
+        found.append({"buffers": way, "messages held": held, "predicted": count if way == "new ones" else 1})
+        del source, buffers
     return found
 
 

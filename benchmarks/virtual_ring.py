@@ -23,8 +23,13 @@ from hf_usp.sharding.masks import Documents
 
 
 class _Arrived:
+    """Nothing to wait for. Like a real handle it keeps what was sent until then."""
+
+    def __init__(self, sent: list[Tensor]) -> None:
+        self._sent = sent
+
     def wait(self) -> None:
-        """Nothing to wait for."""
+        self._sent = []
 
 
 class Mailbox:
@@ -49,7 +54,7 @@ class Mailbox:
             if tensor.numel():
                 message = self._messages.get(self._next(source, self.rank))
                 tensor.zero_() if message is None else tensor.copy_(message)
-        return _Arrived()
+        return _Arrived([tensor for tensor, _ in sends])
 
     def _next(self, source: int, reader: int) -> tuple[str, int, int, int]:
         # Both ends count alike: between two ranks messages arrive in the order in which they were sent.

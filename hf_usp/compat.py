@@ -312,15 +312,15 @@ def calling_object() -> Any:
     return sys._getframe(2).f_locals.get("self")
 
 
-# TRL's methods that score completions; gather rewards; take rows by `process_index` (SDPO); reward own rows (OnlineDPO)
-# Functions that they call by their modules' names. Go once TRL counts processes that share a batch once.
+# TRL's methods that gather rewards and rows, and what they call. Go once TRL counts ranks that share a batch once.
 SCORING, REWARDS, DEVIATION = "_generate_and_score_completions", "_calculate_rewards", "nanstd"
-SLICING, OWN_REWARDS, GATHER = "_prepare_training_batch", "_calculate_rewards_from_functions", "gather_object"
+OWN_REWARDS, GATHER = "_calculate_rewards_from_functions", "gather_object"  # the first is OnlineDPO's
+SLICING = "_prepare_training_batch", "_generate_vllm_server", "generate"  # SDPO's, and those of clients of vLLM
 
 
-def modules_of(trainer: Any, method: str, function: str) -> list[Any]:
-    """The modules of a trainer's classes that define that method, as far as they call that function."""
-    modules = [sys.modules[kind.__module__] for kind in type(trainer).__mro__ if method in vars(kind)]
+def modules_of(owner: Any, method: str, function: str) -> list[Any]:
+    """The modules of an object's classes that define that method, as far as they call that function."""
+    modules = [sys.modules[kind.__module__] for kind in type(owner).__mro__ if method in vars(kind)]
     return [module for module in modules if hasattr(module, function)]
 
 

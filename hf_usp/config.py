@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator, ParallelismConfig
@@ -19,7 +20,14 @@ from .distributed.comm import world_size
 from .distributed.mesh import DeviceMesh, kept_mesh
 from .errors import UspConfigError
 from .integrations.accelerate import AcceleratorPatch
-from .integrations.transformers import check_way, validate_layer_options, validate_memory_options, validate_options
+from .integrations.memory_choice import AUTO, check_auto, memory_options
+from .integrations.transformers import (
+    check_way,
+    validate_layer_options,
+    validate_memory_options,
+    validate_offload,
+    validate_options,
+)
 from .planner.hardware import check_machine
 from .sharding.degrees import check_degrees
 from .utils.validation import check_positive_int, check_switches, size_from_environment
@@ -36,7 +44,9 @@ OPTIONS = (
     "mlp_chunk_size",
     "layer_chunk_size",
     "head_groups",
+    "keep_attention",
     "offload_checkpoints",
+    "memory",
     "kernel",
     "self_check",
     "generate",
@@ -77,16 +87,23 @@ class UspParallelismConfig(ParallelismConfig):
             cannot compute so (recurrent, with dropout) computes as before, and the log says so. For cp_size > 1.
         head_groups: with layer_chunk_size, compute attention in this many groups of heads, one after the other; more
             save more memory. Default: 1.
+        keep_attention: with layer_chunk_size, keep attention's output and log-sum-exp of all layers (True) or of this
+            many, the last ones, until the backward, which then neither attends forward nor sends forward messages. In
+            host memory with offload_checkpoints, else on the device.
         offload_checkpoints: keep the inputs of checkpointed layers (activation checkpointing), and of layers in chunks,
-            in CPU memory.
+            in host memory, page-locked; or, given a folder, in a file there that has no name and ends with the run.
+        memory: "auto": each batch in the fastest way to save memory that fits its length, of whole layers, activation
+            checkpointing, layers in chunks, attention kept, inputs in host memory, groups of heads; the log says which
+            (docs/memory.md). A dict fixes options by their names: {"layer_chunk_size": 4096, "head_groups": 4}.
+            Default: what the options themselves say.
         kernel: name of the attention kernel (docs/kernels.md). Default: the best installed for the device.
         self_check: whether a prepared model first compares a short random batch, sharded and unsharded.
         generate: how `model.generate` of a prepared model works (docs/generation.md). "whole": each rank
             alone, as without hf_usp. "rows": each rank its rows of the batch. "sharded": the prompt's keys and values
             are sharded. "auto": shards for long prompts, rows for others; all ranks of a mesh call it.
         ranks_per_node: ranks on one node; used to keep ulysses groups inside a node. Default: `LOCAL_WORLD_SIZE`.
-        machine: preset of `hf-usp plan`, or file of `hf-usp check`, used to choose `ulysses_degree`. Default: detected
-            from the name of the GPU.
+        machine: preset of `hf-usp plan`, or file of `hf-usp check`, used to choose `ulysses_degree`; on a CPU its
+            memory is what memory="auto" counts on. Default: detected from the name of the GPU.
         sequence_length: tokens of a sequence assumed for that choice. Default: 8,192 x cp_size.
 
     Raises:
@@ -109,7 +126,9 @@ class UspParallelismConfig(ParallelismConfig):
         mlp_chunk_size: int | None = None,
         layer_chunk_size: int | None = None,
         head_groups: int | None = None,
-        offload_checkpoints: bool = False,
+        keep_attention: bool | int = False,
+        offload_checkpoints: bool | str = False,
+        memory: str | Mapping[str, Any] | None = None,
         kernel: str | None = None,
         self_check: bool = True,
         generate: str = "whole",
@@ -123,9 +142,13 @@ class UspParallelismConfig(ParallelismConfig):
         self.ulysses_degree = ulysses_degree
         self.sequence_order = sequence_order
         self.gather_outputs = gather_outputs
-        self.loss_chunk_size, self.mlp_chunk_size = loss_chunk_size, mlp_chunk_size
-        self.layer_chunk_size, self.head_groups = layer_chunk_size, head_groups
-        self.offload_checkpoints = offload_checkpoints
+        given = {"loss_chunk_size": loss_chunk_size, "mlp_chunk_size": mlp_chunk_size}
+        given |= {"layer_chunk_size": layer_chunk_size, "head_groups": head_groups, "keep_attention": keep_attention}
+        options = memory_options(memory, given | {"offload_checkpoints": offload_checkpoints})
+        self.loss_chunk_size, self.mlp_chunk_size = options["loss_chunk_size"], options["mlp_chunk_size"]
+        self.layer_chunk_size, self.head_groups = options["layer_chunk_size"], options["head_groups"]
+        self.keep_attention, self.offload_checkpoints = options["keep_attention"], options["offload_checkpoints"]
+        self.memory = AUTO if memory == AUTO else None  # a dict says what the options say
         self.kernel = kernel
         self.self_check, self.generate = self_check, generate
         self.ranks_per_node, self.machine, self.sequence_length = ranks_per_node, machine, sequence_length
@@ -146,12 +169,14 @@ class UspParallelismConfig(ParallelismConfig):
         if self.ulysses_degree is not None:
             check_degrees(cp_size, self.ulysses_degree)
         validate_options(self.sequence_order, self.kernel)
+        check_auto(self.memory, self.gather_outputs)
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
         validate_memory_options(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
-        validate_layer_options(self.layer_chunk_size, self.head_groups, cp_size)
+        validate_layer_options(self.layer_chunk_size, self.head_groups, self.keep_attention, cp_size)
+        validate_offload(self.offload_checkpoints)
         check_switches(gather_outputs=self.gather_outputs is None or self.gather_outputs)
         check_way(self.generate)
-        check_switches(offload_checkpoints=self.offload_checkpoints, self_check=self.self_check)
+        check_switches(self_check=self.self_check)
         # Accelerate sets up its own context parallelism for cp_size > 1, and refuses plain DDP around it.
         self.cp_size = 1
         try:
@@ -243,7 +268,8 @@ class UspParallelismConfig(ParallelismConfig):
         """Called by Accelerate with the accelerator that was made with this config: here its `prepare` learns of us."""
         if self.total_size != accelerator.num_processes:
             raise _wrong_world(self, accelerator.num_processes)
-        if self.cp_size > 1 or self.loss_chunk_size or self.mlp_chunk_size or self.offload_checkpoints:
+        options = (self.loss_chunk_size, self.mlp_chunk_size, self.offload_checkpoints, self.memory)
+        if self.cp_size > 1 or any(options):
             AcceleratorPatch(accelerator, self)
 
 

@@ -48,9 +48,16 @@ class ContextParallelArguments:
     head_groups: int | None = field(
         default=None, metadata={"help": "With --layer-chunk-size: attend in so many groups of heads."}
     )
+    keep_attention: int | None = field(
+        default=None, metadata={"help": "With --layer-chunk-size: keep attention's output of so many layers."}
+    )
     offload_checkpoints: bool = field(
         default=False,
         metadata={"help": "With checkpointing or --layer-chunk-size: keep the inputs of layers in CPU memory."},
+    )
+
+    memory: str | None = field(
+        default=None, metadata={"help": "auto: each batch in the fastest way to save memory that fits its length."}
     )
 
     def __post_init__(self) -> None:
@@ -97,7 +104,7 @@ class ContextParallelArguments:
     def parallelism_config(self) -> hf_usp.UspParallelismConfig | None:
         """None where there is nothing to share: one process per sequence is what the Trainer does by itself."""
         chunks = any(n is not None for n in (self.loss_chunk_size, self.mlp_chunk_size, self.layer_chunk_size))
-        if self.context_parallel_size == 1 and not (chunks or self.offload_checkpoints):
+        if self.context_parallel_size == 1 and not (chunks or self.offload_checkpoints or self.memory):
             return None
         return hf_usp.UspParallelismConfig(
             cp_size=self.context_parallel_size,
@@ -106,7 +113,9 @@ class ContextParallelArguments:
             mlp_chunk_size=self.mlp_chunk_size,
             layer_chunk_size=self.layer_chunk_size,
             head_groups=self.head_groups,
+            keep_attention=False if self.keep_attention is None else self.keep_attention,
             offload_checkpoints=self.offload_checkpoints,
+            memory=self.memory,
         )
 
     def distributed_config(self) -> DistributedConfig | None:

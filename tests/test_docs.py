@@ -92,7 +92,7 @@ OLD_NAMES = re.compile(
     r"|\bhf_usp[./](?:integers|seams|costs|planning|core|report|recurrence)\b"
     r"|\b(?:class Layout|MaskKind|RingPlan|RingStage|ScanPlan|HaloPlan|StatePlan|StateWork)\b"
     r"|\b(?:ShardedForward|AcceleratorSeam)\b"
-    r"|\b(?:UspReport|SameRun|KeepAttention|keep_attention|SumOfLosses|ChunkedForward|Garage|Steady|CutBody|RouterLoss)\b"
+    r"|\b(?:UspReport|SameRun|KeepAttention|SumOfLosses|ChunkedForward|Garage|Steady|CutBody|RouterLoss)\b"
     r"|\b(?:find_body|whole_head|heads_to_tokens|tokens_to_heads|check_whole|last_complete|put_together|heed_failure)\b"
     r"|\b(?:cut_all|cut_labels|layout_of|differentiated_once|tell_failure|passed_on|needed_rows|deal_row|send_home)\b"
     r"|\b(?:q_edges|cu_q|by_row|by_hand|is_blank)\b|\b(?:dealing|scan_plan|footprint)\b"

@@ -399,6 +399,13 @@ ONE_PROCESS: dict[str, Case] = {
             hf_usp.UspParallelismConfig(cp_size=2, layer_chunk_size=4096, head_groups=2),
         ],
     ),
+    "pass layer_chunk_size=4096, too, or leave out keep_attention": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, keep_attention=True),
+        lambda: [
+            hf_usp.UspParallelismConfig(cp_size=2),
+            hf_usp.UspParallelismConfig(cp_size=2, layer_chunk_size=4096, keep_attention=True),
+        ],
+    ),
     "choose ulysses_degree from": Case(
         lambda: hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=3),
         lambda: [hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=u) for u in (1, 2, 4, 8)],
@@ -496,6 +503,8 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "memory/test_tiled_layer.py",
         "test_a_model_without_layers_to_compute_in_chunks_is_refused",
     ),
+    "pass keep_attention=True for all layers": ("memory/test_kept_attention.py", "test_more_layers_than_there_are"),
+    "or leave out offload_checkpoints": ("memory/test_kept_attention.py", "test_a_rank_without_the_memory_stops_all"),
     "call model.train() or model.eval() before the forward": (
         "memory/test_tiled_layer.py",
         "test_another_mode_in_the_backward_is_refused",
@@ -519,6 +528,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "as a multiple of num_generations": ("integrations/test_completions.py", "test_every_prompt_is_sampled_once"),
     "leave generation_batch_size out": ("integrations/test_completions.py", "test_every_prompt_is_sampled_once"),
     "wrap the reward function in hf_usp.once": ("integrations/test_completions.py", "once_mends_it"),
+    'give vllm_mode="server"': ("integrations/test_trl_vllm.py", "test_a_server_completes_each_prompt_once"),
     "pass a function that returns its result": ("integrations/test_completions.py", "once_by_hand"),
     "prepare a second Transformers model by itself": ("models/test_unsharded.py", "prepared_modules(twin"),
     "leave offload=True out of": ("memory/test_activation_offload.py", "offload=True"),

@@ -10,7 +10,7 @@ of the receiver sees (`hf_usp.sharding.schedule`). Rank 0 of a ring of 4:
               computed now                    sent and received meanwhile
 
     for step in schedule:                           # ring_forward
-        start_send_and_receive(step.next)           # overlaps with the tiles below
+        start_send_and_receive(step.next)           # overlaps with the tiles below; on a GPU that of step.next.next
         for tile in step.tiles:
             merge(out, lse, kernel(q[tile.rows], k[tile.keys], v[tile.keys]))
         k, v = wait_for(step.next)
@@ -25,8 +25,11 @@ E value width.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -37,6 +40,7 @@ from ..distributed.comm import P2PHandle, start_p2p
 from ..distributed.mesh import UspMesh
 from ..kernels import Kernel, Softmax
 from ..utils.profiling import MERGE, TILES, annotate
+from .messages import MessageBuffers, OwnRows, unpack
 from .softmax_merge import GradientSum, OnlineSoftmax
 
 
@@ -50,6 +54,7 @@ class RingCall:
         kernel: computes one tile.
         softmax: scaling and softcap.
         heads: query-head and kv-head slices of each kernel call; more than one where heads split unevenly.
+        buffers: memory of its messages.
     """
 
     work: DeviceSchedule
@@ -57,6 +62,10 @@ class RingCall:
     kernel: Kernel
     softmax: Softmax
     heads: list[tuple[slice, slice]]
+    buffers: MessageBuffers = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "buffers", MessageBuffers(self.work))
 
 
 class _Rows:
@@ -103,7 +112,10 @@ def ring_forward(
         return annotate(TILES, call.kernel.forward, q_THD, k_TGD, v_TGE, segments, call.softmax)
     merged = OnlineSoftmax(q_THD, v_TGE.shape[2], call.work, exact=sinks_H is not None)
     for stage, block in _arrivals(k_TGD, v_TGE, call):
-        _tiles_forward(stage, q_THD, block(), merged, call)
+        _tiles_forward(stage, q_THD, block, merged, call)
+        if block.message is not None:
+            call.buffers.give(block.message)
+        del block
     out_THE, lse_HT = merged.result()
     if sinks_H is not None:
         # A sink is one more key with score `sinks` and value zero: it only joins the normaliser, once, at the end.
@@ -130,19 +142,17 @@ def ring_backward(
         return *annotate(TILES, call.kernel.backward, dout_THE, q_THD, k_TGD, v_TGE, *rest), None
     rows = _Rows(dout_THE, q_THD, out_THE, lse_HT)
     dq, dk, dv = GradientSum(q_THD, work.rows), GradientSum(k_TGD, work.keys), GradientSum(v_TGE, work.keys)
-    arriving_gradients: Callable[[], None] | None = None
+    arriving_gradients: Callable[[], None] = lambda: None  # noqa: E731
     for stage, block in _arrivals(k_TGD, v_TGE, call):
-        if stage.recv_rank == call.mesh.ring_rank:
-            _tiles_backward(stage, rows, block(), (dq, dk, dv), call)
+        if block.message is None:
+            _tiles_backward(stage, rows, block, (dq, dk, dv), call)
             continue
-        packed = _partial_gradients(stage, rows, block(), dq, call)
-        if arriving_gradients is not None:
-            arriving_gradients()
-            arriving_gradients = None  # frees the received message
-        arriving_gradients = _send_to_owner(stage, packed, dk, dv, call.mesh)
-        del packed
-    if arriving_gradients is not None:
+        packed = _partial_gradients(stage, rows, block, dq, call)
+        del block
         arriving_gradients()
+        arriving_gradients = _send_to_owner(stage, packed, dk, dv, call)
+        del packed
+    arriving_gradients()
     return dq.result(), dk.result(), dv.result(), _sink_gradient(dout_THE, out_THE, lse_HT, sinks_H)
 
 
@@ -199,53 +209,62 @@ def _partial_gradients(stage: DeviceStep, rows: _Rows, block: Block, dq: Gradien
     """
     assert block.message is not None
     once = len(stage.calls) == len(call.heads) == 1
-    packed = block.message if once else torch.empty_like(block.message)
-    dk, dv = (GradientSum(x, stage.keys, into=x) for x in _unpack(packed, block.k, block.v))
+    packed = block.message if once else call.buffers.take(stage.num_received, block.message.shape[1], block.message)
+    dk, dv = (GradientSum(x, stage.keys, into=x) for x in unpack(packed, block.k, block.v))
     _tiles_backward(stage, rows, block, (dq, dk, dv), call)
     dk.result()
     dv.result()
+    if not once:
+        call.buffers.give(block.message)
     return packed
 
 
-def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Iterator[tuple[DeviceStep, Callable[[], Block]]]:
-    """Yield each step with a function that returns its keys and values; the next step's transfer has been started."""
-    stages = call.work.stages
-    ready: Callable[[], Block] = lambda: Block(k_TGD, v_TGE)  # noqa: E731
-    for i, stage in enumerate(stages):
-        now = ready
-        if i + 1 < len(stages):
-            ready = _start(stages[i + 1], k_TGD, v_TGE, call.mesh)
-        yield stage, now
+def _arrivals(k_TGD: Tensor, v_TGE: Tensor, call: RingCall) -> Iterator[tuple[DeviceStep, Block]]:
+    """Yield each step with its keys and values; the transfers of the next ones are under way."""
+    call.buffers.begin(k_TGD)
+    own, stages = OwnRows(k_TGD, v_TGE, call.buffers), call.work.stages
+    coming = map(partial(_start, own, call), range(1, len(stages)))
+    arriving = deque(islice(coming, call.buffers.ahead))
+    yield stages[0], Block(k_TGD, v_TGE)
+    while arriving:
+        arriving.extend(islice(coming, 1))
+        yield arriving.popleft()()
 
 
-def _start(stage: DeviceStep, k_TGD: Tensor, v_TGE: Tensor, mesh: UspMesh) -> Callable[[], Block]:
-    """Send the key and value rows that `send_rank` needs, packed side by side; receive those that this rank needs."""
-    packed = _pack(take(k_TGD, stage.send), take(v_TGE, stage.send))
-    arriving = packed.new_empty(stage.num_received, packed.shape[1])
-    pending = _exchange(mesh, (packed, stage.send_rank), (arriving, stage.recv_rank))
-    held = [arriving]  # emptied when taken, so that the block lives no longer than its tiles
+def _start(own: OwnRows, call: RingCall, step: int) -> Callable[[], tuple[DeviceStep, Block]]:
+    """Send the key and value rows that `send_rank` needs; receive those that this rank needs."""
+    stage = call.work.stages[step]
+    packed = own.message(step, stage.send)
+    arriving = call.buffers.take(stage.num_received, packed.shape[1], packed)
+    pending = _exchange(call.mesh, (packed, stage.send_rank), (arriving, stage.recv_rank))
+    held = [packed, arriving]  # emptied when taken, so that the block lives no longer than its tiles
     del packed, arriving
 
-    def block() -> Block:
+    def arrived() -> tuple[DeviceStep, Block]:
         pending.wait()
         message = held.pop()
-        return Block(*_unpack(message, k_TGD, v_TGE), message)
+        own.sent(step, held.pop())
+        return stage, Block(*unpack(message, own.k, own.v), message)
 
-    return block
+    return arrived
 
 
 def _send_to_owner(
-    stage: DeviceStep, packed: Tensor, dk: GradientSum, dv: GradientSum, mesh: UspMesh
+    stage: DeviceStep, packed: Tensor, dk: GradientSum, dv: GradientSum, call: RingCall
 ) -> Callable[[], None]:
     """The mirror of `_start`: send gradients of the received rows to their owner; add those that arrive."""
-    arriving = packed.new_empty(stage.num_sent, packed.shape[1])
-    pending = _exchange(mesh, (packed, stage.recv_rank), (arriving, stage.send_rank))
+    arriving = call.buffers.take(stage.num_sent, packed.shape[1], packed)
+    pending = _exchange(call.mesh, (packed, stage.recv_rank), (arriving, stage.send_rank))
+    held = [packed, arriving]
+    del packed, arriving
 
     def add() -> None:
         pending.wait()
+        arrived, sent = held.pop(), held.pop()
         if stage.num_sent:
-            for total, part in zip((dk, dv), _unpack(arriving, dk.like, dv.like), strict=True):
+            for total, part in zip((dk, dv), unpack(arrived, dk.like, dv.like), strict=True):
                 total.add(part, stage.send, slice(None), is_first_write=False)
+        call.buffers.give(sent, arrived)
 
     return add
 
@@ -254,17 +273,6 @@ def _exchange(mesh: UspMesh, send: tuple[Tensor, int], receive: tuple[Tensor, in
     assert mesh.ring_group is not None
     ranks = mesh.ring_ranks
     return start_p2p(mesh.ring_group, [(send[0], ranks[send[1]])], [(receive[0], ranks[receive[1]])])
-
-
-def _pack(k_KGD: Tensor, v_KGE: Tensor) -> Tensor:
-    return torch.cat([k_KGD.flatten(1), v_KGE.flatten(1)], dim=1)
-
-
-def _unpack(packed: Tensor, k_TGD: Tensor, v_TGE: Tensor) -> tuple[Tensor, Tensor]:
-    """Views on the keys and values in a packed message, with the widths of `k_TGD` and `v_TGE`."""
-    number, (_, heads, width), (_, _, value_width) = packed.shape[0], k_TGD.shape, v_TGE.shape
-    k, v = packed.split_with_sizes([heads * width, heads * value_width], dim=1)
-    return k.view(number, heads, width), v.view(number, heads, value_width)
 
 
 def _sink_gradient(dout_THE: Tensor, out_THE: Tensor, lse_HT: Tensor, sinks_H: Tensor | None) -> Tensor | None:

@@ -45,9 +45,13 @@ class Selection:
         return index.clamp_min(0) + start, seen.expand(-1, kv_heads, -1, -1)
 
 
-def marked_keys(seen: Tensor) -> Tensor:
-    """A boolean selection [..., S] as numbers of keys [..., K], -1 where a query has selected fewer than another."""
-    marks, index = seen.to(torch.int8).topk(max(int(seen.sum(-1).max()), 1), dim=-1)
+def marked_keys(seen: Tensor, most: int | None = None) -> Tensor:
+    """A boolean selection [..., S] as numbers of keys [..., K], -1 where a query has selected fewer than another.
+
+    most: no query has selected more; None: they are counted, for which the host waits.
+    """
+    most = max(int(seen.sum(-1).max()), 1) if most is None else most
+    marks, index = seen.to(torch.int8).topk(min(most, seen.shape[-1]), dim=-1)
     return index.masked_fill(marks == 0, -1)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from ..kernels import Request, Softmax
 from ..utils.tensors import opaque_to_fsdp
 from .layout import CAUSAL, KeptTokens, MaskSpec, SequenceLayout
+
+if TYPE_CHECKING:
+    from ..planner.workload import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class ForwardContext:
         gathers_outputs: whether per-token outputs are gathered after the forward.
         of_backbone: whether the base model of a causal LM was called by itself.
         whole_layers: whether somebody looks at the modules inside layers: none computes in chunks.
+        way: how this forward saves memory, where that is chosen for each; None: by the options.
         interception: of the attention calls of a layer that is run on some of its tokens.
         kept: the tokens whose logits the caller wants (`logits_to_keep`); None: all.
         cache: the cache that this forward, a prefill, fills; None in every other one.
@@ -147,6 +151,7 @@ class ForwardContext:
     gathers_outputs: bool = False
     of_backbone: bool = False
     whole_layers: bool = False
+    way: TrainingStep | None = None
     interception: Interception | None = None
     kept: KeptTokens | None = None
     cache: KeepsKeys | None = field(default=None, repr=False)

@@ -5,6 +5,8 @@ Shape suffixes: B rows, S tokens of a full row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from ..errors import UspBatchError
 from ..sharding.intervals import IntArray
 from ..sharding.masks import Documents
+from ..utils.upload import download
 
 
 def append_padding(documents: Documents, batch: int, length: int, padded: int) -> Documents:
@@ -43,7 +46,17 @@ def find_documents(
     one run (left or right padding). Without one, a document starts at each row and wherever `position_ids` do not grow
     by one, or at the edges `cu_seq_lens` of the flattened batch. Raises `UspBatchError` for anything else.
     """
-    starts = np.arange(batch + 1, dtype=np.int64) * length
+    described = describe_documents(attention_mask_BS, position_ids_BS, cu_seq_lens)
+    return documents_of(batch, length, download(described), attention_mask_BS)
+
+
+def describe_documents(
+    attention_mask_BS: Tensor | None, position_ids_BS: Tensor | None, cu_seq_lens: Tensor | None
+) -> list[Tensor | None]:
+    """Edges, rows of a mask and steps of positions, still where the batch is: the host reads them for `documents_of`.
+
+    Raises `UspBatchError` for what is wrong without being read.
+    """
     if cu_seq_lens is not None and (cu_seq_lens.ndim != 1 or len(cu_seq_lens) < 2):
         raise UspBatchError(
             f"cu_seq_lens of shape {tuple(cu_seq_lens.shape)}",
@@ -51,22 +64,34 @@ def find_documents(
             remedy="build them with DataCollatorWithFlattening",
         )
     if attention_mask_BS is not None:
-        if cu_seq_lens is not None and not np.isin(cu_seq_lens.cpu().numpy(), starts).all():
+        return [cu_seq_lens, _padding(attention_mask_BS), None]
+    if position_ids_BS is None or position_ids_BS.ndim != 2:
+        return [cu_seq_lens, None, None]
+    # A byte for each token is copied: finding the places on the device would make the host wait once more.
+    return [cu_seq_lens, None, position_ids_BS.diff(dim=1) != 1]
+
+
+def documents_of(
+    batch: int, length: int, described: Sequence[IntArray | None], attention_mask_BS: Tensor | None
+) -> Documents:
+    """The documents of `find_documents`, given the values of `describe_documents`; the mask itself is for a message."""
+    edges, padding, steps = described
+    starts = np.arange(batch + 1, dtype=np.int64) * length
+    if padding is not None:
+        if edges is not None and not np.isin(edges, starts).all():
             raise UspBatchError(
-                f"cu_seq_lens {cu_seq_lens.tolist()} together with an attention_mask",
+                f"cu_seq_lens {edges.tolist()} together with an attention_mask",
                 rule="with a mask every row is one document, in one process too, but for kernels that heed "
                 "cu_seq_lens; no two parts of a model may see other documents",
                 remedy="leave out attention_mask for packed rows",
             )
-        return _rows_with_padding(attention_mask_BS, starts)
+        return _rows_with_padding(attention_mask_BS, padding, starts)
     inside = np.zeros(0, dtype=np.int64)
-    if position_ids_BS is not None and position_ids_BS.ndim == 2:
-        # A byte for each token is copied: finding the places on the device would make the host wait twice.
-        steps = (position_ids_BS.diff(dim=1) != 1).cpu().numpy()
+    if steps is not None:
         row, column = np.broadcast_to(steps, (batch, length - 1)).nonzero()
         inside = row * length + column + 1
-    if cu_seq_lens is not None:
-        edges = cu_seq_lens.cpu().numpy().astype(np.int64)
+    if edges is not None:
+        edges = edges.astype(np.int64)
         if edges[0] != 0 or edges[-1] != batch * length or (np.diff(edges) < 0).any():
             raise UspBatchError(
                 f"cu_seq_lens {edges.tolist()} for {batch} row(s) of {length} tokens",
@@ -88,16 +113,22 @@ def is_left_padded(attention_mask_BS: Tensor | None) -> bool:
     return attention_mask_BS is not None and not bool(attention_mask_BS[:, 0].all())
 
 
-def _rows_with_padding(attention_mask_BS: Tensor, starts: IntArray) -> Documents:
+def _padding(attention_mask_BS: Tensor) -> Tensor:
+    """Of each row its first visible token, the one after the last, how many are, and whether there are other numbers
+    than 0 and 1 [4, B]."""
     mask = attention_mask_BS.bool()
     count = mask.sum(1)
     first = mask.int().argmax(1)
     last = mask.shape[1] - mask.flip(1).int().argmax(1)
     last = torch.where(count > 0, last, first)
     other = (attention_mask_BS != mask).any(1)
-    # One copy: the host waits for the device once.
-    begin, end, visible, numbered = torch.stack([first, last, count, other]).cpu().numpy().astype(np.int64)
+    return torch.stack([first, last, count, other])
+
+
+def _rows_with_padding(attention_mask_BS: Tensor | None, padding_4B: IntArray, starts: IntArray) -> Documents:
+    begin, end, visible, numbered = padding_4B.astype(np.int64)
     if numbered.any():
+        assert attention_mask_BS is not None
         numbers = attention_mask_BS.unique().tolist()
         raise UspBatchError(
             f"attention_mask with the numbers {', '.join(f'{n:g}' for n in numbers[:9])}",

@@ -8,20 +8,23 @@ to every layer (`sharded_tensors.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..distributed.comm import all_reduce_sum, group_device, verify_same_across_ranks
+from ..distributed.failures import on_every_rank
 from ..distributed.mesh import UspMesh
 from ..errors import UspBatchError
 from ..kernels import check_installed
+from ..sharding.intervals import IntArray
 from ..utils.autograd import forbid_double_backward
 from ..utils.tensors import TokenCount
+from ..utils.upload import download
 from .context import ForwardContext, ShardOptions
-from .documents import find_documents
+from .documents import describe_documents, documents_of
 from .fingerprint import fingerprint
 from .layout import SequenceLayout, make_layout
 from .sharded_tensors import ContextMask, GlobalPositions, make_handle
@@ -94,12 +97,14 @@ def begin_forward(
         check: may refuse the batch by raising; what is raised on one rank ends the call on all of them.
         names: the tensors that are sharded or describe documents (all, by default); others may have any shape.
     """
-    layout, error = None, None
+    entries = {n: x for n, x in batch.items() if names is None or n in names}
+    described: list[Tensor | None] = []
+    error: Exception | None = None
     try:
         if check is not None:
             check(batch)
         check_token_count(batch.get("num_items_in_batch"))
-        layout = _layout({n: x for n, x in batch.items() if names is None or n in names}, mesh, options)
+        described = _described(entries)
         check_installed(options.kernel, get_tokens(batch).device)
         found = fingerprint(batch, options.order, options.kernel, options.mask_specs)
     except Exception as problem:  # every rank must hear of it, whatever it is
@@ -108,10 +113,17 @@ def begin_forward(
     if mesh.group is not None:
         ids = get_tokens(batch)
         where = ids.device if isinstance(ids, Tensor) else group_device(mesh.group)
-        verify_same_across_ranks(found.to(where), error, mesh.group, begins=True)
+        read = verify_same_across_ranks(found.to(where), error, mesh.group, begins=True, beside=described)
     elif error is not None:
         raise error
-    assert layout is not None
+    else:
+        read = download(described)
+    try:
+        layout = _layout(entries, read, mesh, options)
+    except Exception as problem:  # the batch is the same on all ranks, so all of them refuse it
+        if mesh.group is not None:
+            on_every_rank(problem)
+        raise
     return ForwardContext(layout, options, has_shift_labels=batch.get("shift_labels") is not None)
 
 
@@ -121,7 +133,8 @@ def get_tokens(batch: Mapping[str, Any]) -> Any:
     return batch.get("inputs_embeds") if ids is None else ids
 
 
-def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> SequenceLayout:
+def _described(batch: Mapping[str, Any]) -> list[Tensor | None]:
+    """Tensors of a batch that the host reads to make its layout; all that it can see without reading is right."""
     tokens = get_tokens(batch)
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         raise UspBatchError(
@@ -141,7 +154,14 @@ def _layout(batch: Mapping[str, Any], mesh: UspMesh, options: ShardOptions) -> S
     positions = batch.get("position_ids")
     if positions is not None and positions.ndim == 3 and len(positions) == 4:
         positions = positions[0]  # Qwen-VL: positions in the text come before those in time, height and width
-    documents = find_documents(rows, length, batch.get("attention_mask"), positions, seq_lens)
+    return describe_documents(batch.get("attention_mask"), positions, seq_lens)
+
+
+def _layout(
+    batch: Mapping[str, Any], read: Sequence[IntArray | None], mesh: UspMesh, options: ShardOptions
+) -> SequenceLayout:
+    rows, length = get_tokens(batch).shape[:2]
+    documents = documents_of(rows, length, read, batch.get("attention_mask"))
     return make_layout(documents, rows, length, mesh, options.order, options.mask_specs, options.kernel)
 
 

@@ -8,8 +8,10 @@ operations take them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from ..compat import all_gather_into, group_by_name
 from ..errors import UspBatchError, UspError
 from ..utils.profiling import EXCHANGE, WAIT, annotate
+from ..utils.upload import download
 from .failures import on_every_rank, translate_connection_errors
 from .waiting import ALONE, wait_for_all
 
@@ -82,11 +85,13 @@ def all_to_all_custom_op(send: Tensor, send_sizes: Sequence[int], receive_sizes:
 
 
 @translate_connection_errors
-def all_gather(tensor: Tensor, group: Group, begins: bool = False) -> Tensor:
-    """The tensors of one shape [...] of all ranks of a group, as [P, ...].
+def all_gather(tensor: Tensor, group: Group | None, begins: bool = False) -> Tensor:
+    """The tensors of one shape [...] of all ranks of a group, as [P, ...]; None is the group of this rank alone.
 
     begins: a forward, to which ranks may come late; see `wait_for_all`.
     """
+    if group is None:
+        return tensor.contiguous()[None]
     size = dist.get_world_size(group)
     gathered = tensor.new_empty(size * tensor.numel())
     if begins and tensor.device.type != "cpu":
@@ -98,30 +103,38 @@ def all_gather(tensor: Tensor, group: Group, begins: bool = False) -> Tensor:
 
 
 @translate_connection_errors
-def all_reduce_sum(value: Tensor, group: Group) -> Tensor:
-    """Sum of a tensor over a group, in a new tensor."""
+def all_reduce_sum(value: Tensor, group: Group | None) -> Tensor:
+    """Sum of a tensor over a group, in a new tensor; None is the group of this rank alone."""
     total = value.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    if group is not None:
+        dist.all_reduce(total, group=group)
     return total
 
 
 def verify_same_across_ranks(
     fingerprint: Tensor,
     error: Exception | None,
-    group: Group,
+    group: Group | None,
     kind: type[UspError] = UspBatchError,
     begins: bool = False,
-) -> None:
+    beside: Sequence[Tensor | None] = (),
+) -> list[np.ndarray | None]:
     """Raise on every rank of the group when one has an error, or when their fingerprints [N] differ.
 
     One tiny message; a second one, with the texts, only when something is wrong. So no rank is left waiting in a
     collective that another one never enters. `fingerprint` is int64 and of the same length everywhere; `kind` is what
-    the ranks without an error of their own raise; `begins` as in `all_gather`.
+    the ranks without an error of their own raise; `begins` as in `all_gather`. Returns the values of `beside`, which
+    come to the host in the same copy.
     """
+    if group is None and error is not None:
+        raise error
     flag = torch.full_like(fingerprint[:1], error is not None)
-    rows = all_gather(torch.cat([flag, fingerprint]), group, begins=begins).tolist()
+    gathered = all_gather(torch.cat([flag, fingerprint]), group, begins=begins)
+    agreed, *values = download([gathered, *beside])
+    assert agreed is not None
+    rows = agreed.tolist()
     if rows[0][0] == 0 and all(row == rows[0] for row in rows):
-        return
+        return values
     ranks = dist.get_process_group_ranks(group)
     texts: list[str | None] = [None] * len(ranks)
     dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=group)
@@ -180,6 +193,19 @@ def _accelerator() -> torch.device:
     found = torch.accelerator.current_accelerator()
     assert found is not None
     return torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def urgent(like: Group, timeout: timedelta | None) -> Any:
+    """Options of a new group whose messages get a place before kernels that compute; None without NCCL in `like`.
+
+    Its stream has a high priority: of two kernels that wait for a place, a message and a tile, the message begins.
+    """
+    if "nccl" not in _backends(like).values():
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:  # else torch warns that it takes the other one
+        options._timeout = timeout
+    return options
 
 
 def init_communicator(group: Group) -> None:

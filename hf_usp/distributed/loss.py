@@ -24,7 +24,7 @@ from ..utils.autograd import forbid_double_backward
 from .comm import Group, all_gather, all_reduce_sum
 
 
-def reduce_loss(share: Tensor, group: Group, ranks: int) -> Tensor:
+def reduce_loss(share: Tensor, group: Group | None, ranks: int) -> Tensor:
     """The loss of the full batch [] on every rank, from this rank's share.
 
     Args:
@@ -36,7 +36,7 @@ def reduce_loss(share: Tensor, group: Group, ranks: int) -> Tensor:
 
 class _ReduceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, share: Tensor, group: Group, ranks: int) -> Tensor:
+    def forward(ctx: Any, share: Tensor, group: Group | None, ranks: int) -> Tensor:
         ctx.ranks = ranks
         return all_reduce_sum(share, group)
 

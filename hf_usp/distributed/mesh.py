@@ -21,7 +21,7 @@ from ..errors import UspConfigError
 from ..sharding.degrees import check_degrees
 from ..sharding.schedule import ring_per_node
 from ..utils.validation import check_positive_int, size_from_environment
-from .comm import all_gather, group_device, init_communicator, verify_same_across_ranks
+from .comm import all_gather, group_device, init_communicator, urgent, verify_same_across_ranks
 from .failures import expect_failures
 
 
@@ -225,11 +225,13 @@ def _group(axis: str, ranks: Sequence[int]) -> dist.ProcessGroup | None:
     """The group of these ranks along an axis; None for one rank."""
     if len(ranks) == 1:
         return None
-    return kept((axis, tuple(ranks)), lambda: _new_group(ranks))
+    return kept((axis, tuple(ranks)), lambda: _new_group(ranks, axis == "ring"))
 
 
-def _new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+def _new_group(ranks: Sequence[int], beside_tiles: bool) -> dist.ProcessGroup:
+    """beside_tiles: whether its messages are under way while the device computes."""
     timeout = group_timeout(_default_group())  # torch takes a default of its own, whatever the process group was given
-    group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+    options = urgent(_default_group(), timeout) if beside_tiles else None
+    group = dist.new_group(list(ranks), timeout=timeout, pg_options=options, use_local_synchronization=True)
     init_communicator(group)
     return group

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, is_compiled_module
+from accelerate.utils import DistributedType, DynamoBackend, is_compiled_module
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -22,11 +23,13 @@ from ..errors import UspModelError
 from ..models.find import attends_sharded, find_model
 from ..models.hooks import ContextParallelHooks, get_hooks
 from ..models.traits import inspect_model
+from ..planner.workload import TrainingStep
 from ..utils.patches import AttributePatches
 from .completions import check_streamed_prompts, count_once, repeat_for_groups
 from .data_loader import same_order, same_rows
 from .deepspeed import prepare_for_deepspeed, under_deepspeed
 from .gathering import Gathering, refuse_shares
+from .memory_choice import AUTO, choose_memory
 from .process_groups import (
     GroupState,
     all_processes,
@@ -209,9 +212,14 @@ class AcceleratorPatch:
         for earlier in self.prepared:
             if earlier.failed is not None:  # DDP would wait for ranks that wait for this one
                 raise refuse_after_failure(earlier.failed)
+        self._apply(module)
+        if self.config.memory == AUTO:
+            self._choose_memory(find_model(module))
+
+    def _apply(self, module: torch.nn.Module) -> None:
         config, hooks = self.config, get_hooks(module)
         memory = (config.loss_chunk_size, config.mlp_chunk_size, config.offload_checkpoints)
-        of_layers: dict[str, Any] = {"layer_chunk_size": config.layer_chunk_size, "head_groups": config.head_groups}
+        of_layers = {n: getattr(config, n) for n in ("layer_chunk_size", "head_groups", "keep_attention")}
         if config.cp_size == 1 or (hooks is not None and hooks.mesh in self.meshes.values()):
             apply_memory_options(module, *memory, **of_layers)
             return
@@ -229,13 +237,37 @@ class AcceleratorPatch:
             generate=config.generate,
             loss_chunk_size=config.loss_chunk_size,
             mlp_chunk_size=config.mlp_chunk_size,
-            layer_chunk_size=config.layer_chunk_size,
-            head_groups=config.head_groups,
+            **of_layers,
             offload_checkpoints=config.offload_checkpoints,
         )
         applied = get_hooks(module)
         assert applied is not None
         self.prepared.append(applied)
+
+    def _choose_memory(self, model: PreTrainedModel) -> None:
+        """The way to save memory is chosen for each batch, by the dtypes and the sharding of this run."""
+        accelerator, config = self.accelerator, self.config
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        element = 2 if accelerator.mixed_precision in ("fp16", "bf16") else model.dtype.itemsize
+        mixed = element < model.dtype.itemsize
+        step = TrainingStep(
+            1,
+            element=element,
+            optimizer=12 if mixed else 2 * element,
+            gradients=element,
+            shard_params=sharded,
+            accumulate=accelerator.gradient_accumulation_steps > 1,
+            offload_states=sharded and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy),
+        )
+        choose_memory(
+            model,
+            None if config.cp_size == 1 else self._mesh(model),
+            accelerator.device,
+            step=step,
+            machine=config.machine,
+            dp_shard=config.dp_shard_size,
+            tp=config.tp_size,
+        )
 
     def _mesh(self, model: PreTrainedModel) -> UspMesh:
         """The mesh of this accelerator, whose ulysses degree the first model may decide."""

@@ -8,7 +8,8 @@
   blocks change no mean and no advantage; they do change a standard deviation over all rewards, which divides by the
   number of rewards less one.
 - SDPO gathers rows by its accelerator, which hands out those of a group once, and finds its own by the number of its
-  process. Here it finds them by the number of its group.
+  process. Here it finds them by the number of its group. So do clients of a vLLM server, which gather the prompts of
+  all processes: the server gets those of a group once, and every rank of it the same completions.
 """
 
 from __future__ import annotations
@@ -81,18 +82,30 @@ def count_once(trainer: Any, copies: int, patches: AttributePatches) -> None:
 
     Standard deviations over all gathered rewards do, and rows that are found by the number of a process. Rewards of
     ranks that share rows are compared, unless the first rank's are the ones that are used.
+
+    Raises `UspConfigError` for an engine in each process: it would sample other completions on every rank of a group.
     """
-    scoring, slicing = modules_of(trainer, SCORING, DEVIATION), modules_of(trainer, SLICING, GATHER)
-    functions: dict[str, Callable[..., Any]] = {}
+    args = getattr(trainer, "args", None)
+    if getattr(args, "use_vllm", False) and getattr(args, "vllm_mode", "") == "colocate":
+        raise UspConfigError(
+            f'vllm_mode="colocate" with batches that {copies} ranks share',
+            rule="ranks that share a batch train on the same completions; an engine in each of them samples others",
+            remedy='give vllm_mode="server"; or leave use_vllm out, and sample with '
+            'UspParallelismConfig(generate="rows")',
+        )
+    scoring = modules_of(trainer, SCORING, DEVIATION)
+    functions: dict[tuple[Any, str], Callable[..., Any]] = {}
     if scoring:
-        functions = {SCORING: partial(_score, scoring), REWARDS: _agreed_rewards}
-    elif slicing:
-        functions = {SLICING: partial(_sliced, trainer.accelerator, slicing)}
+        functions = {(trainer, SCORING): partial(_score, scoring), (trainer, REWARDS): _agreed_rewards}
     elif hasattr(trainer, OWN_REWARDS):
-        functions = {OWN_REWARDS: _agreed_own_rewards}
-    for name, function in functions.items():
-        if not isinstance(vars(trainer).get(name), partial):
-            patches.set(trainer, name, partial(function, getattr(trainer, name), copies))
+        functions = {(trainer, OWN_REWARDS): _agreed_own_rewards}
+    for owner in (trainer, getattr(trainer, "vllm_generation", None)):
+        for name in SLICING:
+            if modules := modules_of(owner, name, GATHER):
+                functions[owner, name] = partial(_sliced, trainer.accelerator, modules)
+    for (owner, name), function in functions.items():
+        if not isinstance(vars(owner).get(name), partial):
+            patches.set(owner, name, partial(function, getattr(owner, name), copies))
 
 
 def _agreed_own_rewards(stock: Callable[..., Tensor], copies: int, *args: Any, **kwargs: Any) -> Tensor:

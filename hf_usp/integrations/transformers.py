@@ -6,8 +6,8 @@ the command line call it. `MODEL_CHANGES` lists what it changes on a model, in t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,7 +19,9 @@ from ..kernels import KERNELS
 from ..memory.activation_checkpointing import restore_context_functions, use_plain_function, uses_plain_function
 from ..memory.activation_offload import offload_checkpoints as offload_model
 from ..memory.activation_offload import offloads_checkpoints, restore_checkpoints
+from ..memory.chosen import chosen_memory
 from ..memory.chunked_loss import ChunkedLoss, chunked_loss
+from ..memory.offloader import ActivationOffloader
 from ..memory.tiled_layer import tile_layers, tiled_layer, untile_layers
 from ..memory.tiled_mlp import TiledMLP, chunked, tile_mlps, untile
 from ..memory.tiled_norm import TiledNorm, tile_norms
@@ -27,9 +29,11 @@ from ..models.consistency import describe_model
 from ..models.find import find_model
 from ..models.generation.entry import check_way
 from ..models.hooks import ContextParallelHooks, attach_hooks, get_hooks
+from ..models.indexed_layers import selects_keys
 from ..models.traits import inspect_model
 from ..sharding.load_balance import ALL_ORDERS
-from ..utils.validation import check_positive_int, check_switches
+from ..utils.validation import check_folder, check_positive_int, check_switches
+from .memory_choice import AUTO, check_auto, choose_memory, memory_options
 
 
 class Change(NamedTuple):
@@ -86,8 +90,14 @@ MODEL_CHANGES = (
     Change(
         "the model, and its checkpointed layers",
         "forward pre-hook; the layers' checkpointing function",
-        "`offload_checkpoints`: inputs of checkpointed layers are kept in host memory",
+        "`offload_checkpoints`: inputs of checkpointed layers, and what `keep_attention` keeps, are in host memory",
         lambda model, _: offloads_checkpoints(model),
+    ),
+    Change(
+        "the model, and its layers",
+        "forward pre-hook; the layers' `gradient_checkpointing`",
+        '`memory="auto"`: the way to save memory is chosen for each batch',
+        lambda model, _: chosen_memory(model) is not None,
     ),
     Change(
         "recurrent layers",
@@ -114,10 +124,22 @@ MODEL_CHANGES = (
         lambda _, hooks: hooks is not None and bool(hooks.gated.layers),
     ),
     Change(
+        "layers of lightning attention",
+        "`forward`: the same loop over blocks, on whole documents and some heads",
+        "states cross the edges of shards",
+        lambda _, hooks: hooks is not None and bool(hooks.lightning.layers),
+    ),
+    Change(
         "modules that look a few tokens back",
         "`forward`: the same code on runs of tokens, each after the tokens before it",
         "n-grams and convolutions cross the edges of shards",
         lambda _, hooks: hooks is not None and bool(hooks.look_back.modules),
+    ),
+    Change(
+        "embeddings of places in a row, and the decoder around them",
+        "forward pre-hooks",
+        "a rank's tokens get their places in the full row",
+        lambda _, hooks: hooks is not None and bool(hooks.places.embeddings),
     ),
     Change(
         "norms that Transformers' tensor parallelism replicates inside heads",
@@ -188,7 +210,9 @@ def apply_context_parallel(
     mlp_chunk_size: int | None = None,
     layer_chunk_size: int | None = None,
     head_groups: int | None = None,
-    offload_checkpoints: bool = False,
+    keep_attention: bool | int = False,
+    offload_checkpoints: bool | str = False,
+    memory: str | Mapping[str, Any] | None = None,
     generate: str = "whole",
 ) -> nn.Module:
     """Make a Transformers model take full batches and shard them over `mesh`. Every process of the world calls it.
@@ -199,9 +223,10 @@ def apply_context_parallel(
 
     Args:
         model: a `PreTrainedModel` with `attn_implementation="usp"`, or a module around one (PEFT, DDP).
-        mesh: see `UspMesh.build`. On a mesh of one rank only the memory options below change anything.
+        mesh: see `UspMesh.build`. On a mesh of one rank only the memory options below change anything; but layers whose
+            queries select their keys then compute in chunks (`docs/indexed-attention.md`).
         sequence_order, gather_outputs, self_check, kernel, loss_chunk_size, mlp_chunk_size, layer_chunk_size,
-            head_groups, offload_checkpoints, generate: see `UspParallelismConfig`.
+            head_groups, keep_attention, offload_checkpoints, memory, generate: see `UspParallelismConfig`.
 
     Returns:
         `model` itself.
@@ -209,34 +234,36 @@ def apply_context_parallel(
     Raises:
         UspError: the model or an option does not fit, or ranks differ in them; on every rank.
     """
+    given = {"loss_chunk_size": loss_chunk_size, "mlp_chunk_size": mlp_chunk_size}
+    given |= {"layer_chunk_size": layer_chunk_size, "head_groups": head_groups, "keep_attention": keep_attention}
+    options = memory_options(memory, given | {"offload_checkpoints": offload_checkpoints})
     validate_options(sequence_order, kernel)
     check_way(generate)
-    validate_memory_options(loss_chunk_size, mlp_chunk_size, gather_outputs)
-    validate_layer_options(layer_chunk_size, head_groups, mesh.size)
+    check_auto(memory, gather_outputs)
+    validate_memory_options(options["loss_chunk_size"], options["mlp_chunk_size"], gather_outputs)
+    validate_layer_options(options["layer_chunk_size"], options["head_groups"], options["keep_attention"], mesh.size)
+    validate_offload(options["offload_checkpoints"])
     check_switches(gather_outputs=gather_outputs is None or gather_outputs)
-    check_switches(self_check=self_check, offload_checkpoints=offload_checkpoints)
+    check_switches(self_check=self_check)
     if mesh.size > 1:
         verify_same_on_all_processes(describe_model(find_model(model)))
-    if head_groups is not None:
-        check_head_groups(find_model(model), head_groups, mesh.ulysses_degree)
-    apply_memory_options(
-        model,
-        loss_chunk_size,
-        mlp_chunk_size,
-        offload_checkpoints,
-        layer_chunk_size=layer_chunk_size,
-        head_groups=head_groups,
-    )
-    if mesh.size > 1:
+    if options["head_groups"] is not None:
+        check_head_groups(find_model(model), options["head_groups"], mesh.ulysses_degree)
+    apply_memory_options(model, **options)
+    alone = mesh.size == 1
+    if not alone or selects_keys(find_model(model)):
         attach_hooks(
             model,
             mesh,
             sequence_order=sequence_order,
             kernel=kernel,
-            gather_outputs=gather_outputs,
+            gather_outputs=alone or gather_outputs,  # one rank's share is everything
             self_check=self_check,
             generate=generate,
         )
+    if memory == AUTO:
+        found = find_model(model)
+        choose_memory(found, mesh, found.device)
     return model
 
 
@@ -244,10 +271,11 @@ def apply_memory_options(
     model: nn.Module,
     loss_chunk_size: int | None,
     mlp_chunk_size: int | None,
-    offload_checkpoints: bool,
+    offload_checkpoints: bool | str,
     *,
     layer_chunk_size: int | None = None,
     head_groups: int | None = None,
+    keep_attention: bool | int = False,
 ) -> None:
     """Apply the options that save memory. Applying them again changes nothing."""
     use_plain_function(model)
@@ -257,9 +285,10 @@ def apply_memory_options(
         tile_mlps(find_model(model), mlp_chunk_size)
         tile_norms(find_model(model), mlp_chunk_size)
     if layer_chunk_size is not None:
-        tile_layers(find_model(model), layer_chunk_size, head_groups or 1)
+        tile_layers(find_model(model), layer_chunk_size, head_groups or 1, keep_attention)
     if offload_checkpoints:
-        offload_model(find_model(model))
+        folder = offload_checkpoints if isinstance(offload_checkpoints, str) else None
+        offload_model(find_model(model), ActivationOffloader(folder))
 
 
 def remove_from_model(model: nn.Module) -> None:
@@ -270,6 +299,9 @@ def remove_from_model(model: nn.Module) -> None:
     loss = chunked_loss(model)
     if loss is not None:
         loss.remove()
+    chosen = chosen_memory(model)
+    if chosen is not None:
+        chosen.remove()
     untile_layers(model)
     untile(model)
     restore_checkpoints(model)
@@ -318,8 +350,10 @@ def validate_memory_options(
         )
 
 
-def validate_layer_options(layer_chunk_size: int | None, head_groups: int | None, ranks: int) -> None:
-    """Raise `UspConfigError` for empty chunks, groups without chunks, and chunks where nothing is sharded."""
+def validate_layer_options(
+    layer_chunk_size: int | None, head_groups: int | None, keep_attention: object, ranks: int
+) -> None:
+    """Raise `UspConfigError` for empty chunks, what needs chunks without them, and chunks where nothing is sharded."""
     check_positive_int(layer_chunk_size=layer_chunk_size, head_groups=head_groups)
     if head_groups is not None and layer_chunk_size is None:
         raise UspConfigError(
@@ -327,12 +361,29 @@ def validate_layer_options(layer_chunk_size: int | None, head_groups: int | None
             rule="attention computes in groups of heads inside layers that compute in chunks",
             remedy="pass layer_chunk_size=4096, too, or leave out head_groups",
         )
+    if not isinstance(keep_attention, bool):
+        check_positive_int(required=True, keep_attention=keep_attention)
+    if keep_attention and layer_chunk_size is None:
+        raise UspConfigError(
+            f"keep_attention={keep_attention} without layer_chunk_size",
+            rule="attention's output is kept of layers that compute in chunks",
+            remedy="pass layer_chunk_size=4096, too, or leave out keep_attention (checkpointed layers keep it by "
+            "hf_usp.save_attention_outputs())",
+        )
     if layer_chunk_size is not None and ranks == 1:
         raise UspConfigError(
             f"layer_chunk_size={layer_chunk_size} where one rank has whole sequences",
             rule="a layer in chunks is taken apart at its sharded attention",
             remedy="leave out layer_chunk_size, or share sequences by cp_size=2 or more",
         )
+
+
+def validate_offload(offload_checkpoints: object) -> None:
+    """Raise `UspConfigError` for what is neither a switch nor a folder that can be written into."""
+    if isinstance(offload_checkpoints, str):
+        check_folder(offload_checkpoints, "offload_checkpoints")
+    else:
+        check_switches(offload_checkpoints=offload_checkpoints)
 
 
 def check_head_groups(model: PreTrainedModel, head_groups: int, ulysses_degree: int) -> None:

@@ -45,12 +45,12 @@ def _known(config: Any, device: torch.device, ranks: int) -> tuple[int, Machine 
     """Ranks of this node and its machine, or the refusal of either, to be told to all ranks."""
     try:
         node = config.ranks_per_node or size_from_environment("LOCAL_WORLD_SIZE", os.environ, default=0) or ranks
-        return node, _machine(config.machine, device)
+        return node, machine_of(config.machine, device)
     except UspConfigError as refusal:
         return refusal
 
 
-def _machine(name: str | None, device: torch.device) -> Machine | None:
+def machine_of(name: str | None, device: torch.device) -> Machine | None:
     """By its name or file, else by the device's name; None: unknown."""
     if name is None:
         if device.type == "cpu":

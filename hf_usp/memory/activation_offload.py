@@ -1,11 +1,13 @@
-"""Activation checkpoints in CPU memory: inputs of checkpointed layers do not stay on the device.
+"""Activation checkpoints in host memory: inputs of checkpointed layers do not stay on the device.
 
 With activation checkpointing a layer keeps its input alone, yet at 131,072 local tokens of width 4,096 that is 1 GiB a
-layer in bf16. Here exactly these inputs go to pinned CPU memory while the next layers compute, on a stream of their
-own, and come back in the backward, each fetched one layer before it is needed. Nothing else is moved: not what a policy
-such as `hf_usp.save_attention_outputs` keeps, nor what is saved outside checkpointed layers.
+layer in bf16. Here exactly these inputs go to host memory (`host_arena.py`) while the next layers compute, on a stream
+of their own, and come back in the backward, each fetched one layer before it is needed (`offloader.py`). Nothing else
+is moved: not what a policy such as `hf_usp.save_attention_outputs` keeps, nor what is saved outside checkpointed
+layers.
 
-A layer that computes in chunks (`tiled_layer.py`) is its own checkpoint. Its input comes back chunk by chunk.
+A layer that computes in chunks (`tiled_layer.py`) is its own checkpoint. Its input, and attention's output where that
+is kept, come back part by part.
 
 It wraps whatever checkpointing function the layers have when a forward begins, of either kind, so it does not matter
 who enabled it, and when.
@@ -14,7 +16,6 @@ who enabled it, and when.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,111 +23,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
+from ..batch.sharded_tensors import context_of
 from ..compat import checkpoint_function, checkpointing_name, find_hook_owner, set_checkpoint_function
 from ..errors import UspModelError
 from ..models.pickling import NotSaved
+from .offloader import ActivationOffloader
 from .tiled_layer import tiled_layer
 
 CHECKPOINTING = checkpointing_name()
-
-
-@dataclass(eq=False)
-class OffloadedTensor:
-    """A tensor that is kept in CPU memory.
-
-    Attributes:
-        host: the copy.
-        device: device that it came from.
-        before: the tensor that was offloaded before it, and is needed after it.
-        fetched: the copy on the device, once fetched.
-    """
-
-    host: Tensor
-    device: torch.device
-    before: OffloadedTensor | None
-    fetched: Tensor | None = None
-
-
-class ActivationOffloader:
-    """Moves tensors to CPU memory and back, beside the computation. Tensors that are there already stay as they are."""
-
-    def __init__(self) -> None:
-        self.last: OffloadedTensor | None = None
-        self.streams: dict[torch.device, Any] = {}
-
-    def offload(self, tensor: Tensor) -> Tensor | OffloadedTensor:
-        """Start copying to pinned memory; the device's memory is free once the copy is done."""
-        if not self.is_far(tensor):
-            return tensor
-        streams, stream = self._streams(tensor.device)
-        stream.wait_stream(streams.current_stream(tensor.device))  # what computes the tensor
-        host = self.buffer(tensor)
-        with streams.stream(stream):
-            host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)
-        self.last = OffloadedTensor(host, tensor.device, self.last)
-        return self.last
-
-    def offload_apart(self, tensor: Tensor) -> Tensor | OffloadedTensor:
-        """The same for a tensor that is needed in parts: nobody brings it back as a whole."""
-        last, offloaded = self.last, self.offload(tensor)
-        self.last = last
-        return offloaded
-
-    def on_host(self, offloaded: Tensor | OffloadedTensor) -> Tensor:
-        """The copy in CPU memory; what the current stream reads of it from now on is complete."""
-        if isinstance(offloaded, Tensor):
-            return offloaded
-        streams, stream = self._streams(offloaded.device)
-        streams.current_stream(offloaded.device).wait_stream(stream)
-        return offloaded.host
-
-    def fetch(self, offloaded: Tensor | OffloadedTensor) -> Tensor:
-        """The tensor on its device, and the one before it on its way there."""
-        if isinstance(offloaded, Tensor):
-            return offloaded
-        streams, stream = self._streams(offloaded.device)
-        tensor = self._bring(offloaded)
-        current = streams.current_stream(offloaded.device)
-        current.wait_stream(stream)
-        tensor.record_stream(current)
-        if offloaded.before is not None and offloaded.before.fetched is None:
-            self._bring(offloaded.before)
-        offloaded.before, offloaded.fetched = None, None
-        return tensor
-
-    def _bring(self, offloaded: OffloadedTensor) -> Tensor:
-        """On the same stream as the copy out, so after it."""
-        if offloaded.fetched is None:
-            streams, stream = self._streams(offloaded.device)
-            with streams.stream(stream):
-                offloaded.fetched = self.copy_back(offloaded)
-        return offloaded.fetched
-
-    def _streams(self, device: torch.device) -> tuple[Any, Any]:
-        """The module that has the device's streams (torch.cuda), and ours."""
-        module = self.module(device)
-        if device not in self.streams:
-            self.streams[device] = module.Stream(device)
-        return module, self.streams[device]
-
-    # A test without such a device puts others in the place of these.
-
-    def is_far(self, tensor: Tensor) -> bool:
-        """Whether a tensor is outside CPU memory."""
-        return tensor.device.type != "cpu"
-
-    def module(self, device: torch.device) -> Any:
-        """`torch.cuda` and the like."""
-        return torch.get_device_module(device)
-
-    def buffer(self, tensor: Tensor) -> Tensor:
-        """Pinned memory for a copy."""
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-
-    def copy_back(self, offloaded: OffloadedTensor) -> Tensor:
-        """A copy on the device, on its way."""
-        return offloaded.host.to(offloaded.device, non_blocking=True)
 
 
 class Offloaded:
@@ -137,6 +41,10 @@ class Offloaded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stock function; its own hooks are the inner ones."""
+        hidden = next((x for x in args if isinstance(x, Tensor)), None)
+        if hidden is not None:
+            keywords = getattr(args[0], "keywords", {})  # of the layer's forward
+            self.offloader.make_room(hidden, context_of(*args[1:], *keywords.values(), *kwargs.values()))
         with saved_tensors_hooks(self.offloader.offload, self.offloader.fetch):
             return self.function(*args, **kwargs)
 
@@ -152,11 +60,14 @@ class OffloadedCheckpoints(NotSaved):
         """Before a forward in training: wrap the checkpointing function of every layer that has one."""
         if not (model.training and torch.is_grad_enabled()):
             return
-        self.offloader.last = None
+        from transformers.modeling_layers import GradientCheckpointingLayer  # which loads every auto class
+
         tiled = [found for found in map(tiled_layer, model.modules()) if found is not None]
         for layer in tiled:
             layer.offloader = self.offloader
         layers: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        whole = [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer) and not tiled_layer(layer)]
+        self.offloader.begin(len(tiled) + len(whole))
         if not layers and not tiled:
             raise UspModelError(
                 f"offload_checkpoints with {type(model).__name__}, none of whose layers is checkpointed",

@@ -28,9 +28,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,10 @@ from ..distributed.comm import all_gather
 from ..errors import UspModelError
 from ..utils.autograd import forbid_double_backward, unshared_references
 from ..utils.dtypes import autocast_dtype
-from .layer_attention import LayerAttention, Sizes, joined
+from .layer_attention import LayerAttention, Sizes
 from .layer_call import LayerCall, Stock
 from .layer_trial import try_layer, unsuited
+from .offloader import ActivationOffloader
 from .tiled_mlp import add_gradient, autocast_of, stock_forward
 
 logger = logging.getLogger(__name__)
@@ -56,12 +58,12 @@ class TiledLayer:
     """`forward` of one layer, in chunks.
 
     Attributes:
-        offloader: what keeps inputs in host memory; None: they stay on the device.
+        offloader: what keeps inputs, and what is kept beside them, in host memory; None: they stay on the device.
     """
 
-    def __init__(self, stock: Stock, sizes: Sizes, told: set[str]) -> None:
-        self.stock, self.sizes, self.told = stock, sizes, told
-        self.offloader: Any = None
+    def __init__(self, stock: Stock, sizes: Sizes, told: set[str], later: int) -> None:
+        self.stock, self.sizes, self.told, self.later = stock, sizes, told, later
+        self.offloader: ActivationOffloader | None = None
         self.verdicts: dict[tuple[Any, ...], str | None] = {}
 
     def bind(self, layer: nn.Module) -> None:
@@ -79,10 +81,13 @@ class TiledLayer:
         """The layer's output. A graph of torch.compile ends here."""
         context = context_of(*args[1:], *kwargs.values())
         hidden = args[0] if args else None
-        if context is None or context.whole_layers or not isinstance(hidden, Tensor):
+        way = None if context is None else context.way
+        whole = context is None or context.whole_layers or (way is not None and way.layer_chunk_size is None)
+        if whole or not isinstance(hidden, Tensor):
             return type(layer).forward(layer, *args, **kwargs)
         if hidden.ndim == 3 and hidden.shape[1] <= self.sizes.chunk:
             return type(layer).forward(layer, *args, **kwargs)
+        assert context is not None
         call = LayerCall(layer, self.stock, args[1:], kwargs, context, hidden)
         found = self._found(call, hidden)
         if found is not None:
@@ -90,10 +95,18 @@ class TiledLayer:
             return type(layer).forward(layer, *args, **kwargs)
         weights = [p for p in layer.parameters() if p.requires_grad]
         hooks: Any = nullcontext()
-        if self.offloader is not None and torch.is_grad_enabled():
-            hooks = saved_tensors_hooks(self.offloader.offload_apart, self.offloader.on_host)
+        sizes = self.sizes
+        offloader = self.offloader
+        if way is not None:
+            sizes = replace(sizes, groups=way.head_groups, kept=way.keep_attention)
+            offloader = offloader if way.offload else None
+        keeping = _Keeping(None, False)
+        if torch.is_grad_enabled():
+            keeping = _Keeping(offloader, self.later < sizes.kept)
+            if offloader is not None:
+                hooks = saved_tensors_hooks(offloader.take_started, offloader.on_host)
         with hooks:
-            output = _InChunks.apply(hidden, call, self.sizes, *weights)
+            output = _InChunks.apply(hidden, call, sizes, keeping, *weights)
         if autocast_dtype(hidden) is not None:
             torch.clear_autocast_cache()  # the casts of weights made here have no gradients
         return (output,) if call.returns_tuple else output
@@ -122,11 +135,14 @@ def verdict(call: LayerCall, hidden: Tensor) -> str | None:
     return "does not pass its trial on another rank" if found is None and bool(flags.any()) else found
 
 
-def tile_layers(model: PreTrainedModel, chunk: int, groups: int) -> list[nn.Module]:
+def tile_layers(model: PreTrainedModel, chunk: int, groups: int, keep_attention: bool | int = False) -> list[nn.Module]:
     """Make the layers of a model compute in chunks of so many tokens; returns them. Again changes nothing.
 
+    Attention is kept of the last layers: what they keep goes first in the backward, and is gone when a layer before
+    them computes attention's output again.
+
     Raises:
-        UspModelError: a model without layers that Transformers can checkpoint, or with fewer heads than groups.
+        UspModelError: a model without layers that Transformers can checkpoint, or with fewer than are to be kept.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer  # which loads every auto class
 
@@ -137,13 +153,20 @@ def tile_layers(model: PreTrainedModel, chunk: int, groups: int) -> list[nn.Modu
             rule="a layer in chunks is a GradientCheckpointingLayer of Transformers",
             remedy="leave out layer_chunk_size",
         )
-    sizes, tiled, told = Sizes(chunk, groups, unshared_references()), list[nn.Module](), set[str]()
-    for layer in layers:
+    if keep_attention > len(layers):
+        raise UspModelError(
+            f"keep_attention={keep_attention} with {type(model).__name__}, which has {len(layers)} such layers",
+            rule="attention's output is kept of so many layers, at most all of them",
+            remedy="pass keep_attention=True for all layers, or at most their number",
+        )
+    kept = len(layers) if keep_attention is True else int(keep_attention)
+    sizes, tiled, told = Sizes(chunk, groups, unshared_references(), kept), list[nn.Module](), set[str]()
+    for i, layer in enumerate(layers):
         if tiled_layer(layer) is None:
             if stock_forward(layer) is not type(layer).forward:
                 _tell(layer, "has a forward that somebody has replaced", told)
                 continue
-            TiledLayer(layer_forward(layer), sizes, told).bind(layer)
+            TiledLayer(layer_forward(layer), sizes, told, len(layers) - 1 - i).bind(layer)
         tiled.append(layer)
     return tiled
 
@@ -168,23 +191,38 @@ def _tell(layer: nn.Module, found: str, told: set[str]) -> None:
         logger.info("usp: %s", message)
 
 
+class _Keeping(NamedTuple):
+    """Where a layer keeps what its backward needs, and whether attention's output and log-sum-exp are part of it."""
+
+    offloader: ActivationOffloader | None
+    attention: bool
+
+
 class _InChunks(torch.autograd.Function):
     """x_BLX -> y_BLX, the layer's output, by its own code. Forward without a graph, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, x_BLX: Tensor, call: LayerCall, sizes: Sizes, *weights: Tensor) -> Tensor:
-        attention = LayerAttention(call, x_BLX, x_BLX.device, sizes, autocast_of(x_BLX))
-        outs, _ = attention.forward()
+    def forward(ctx: Any, x_BLX: Tensor, call: LayerCall, sizes: Sizes, keeping: _Keeping, *weights: Tensor) -> Tensor:
+        attention = LayerAttention(call, x_BLX, x_BLX.device, sizes, autocast_of(x_BLX), None)
+        offloader = keeping.offloader
+        if offloader is not None:
+            offloader.make_room(x_BLX, call.context, attention.bytes_kept() * sizes.kept)
+            offloader.start(x_BLX)
+        if offloader is not None and keeping.attention:
+            outs, lses = attention.forward(offloader.start)
+        else:
+            outs, lses = attention.forward()
         y_BLX = None
-        for tokens in attention.chunks:
-            part = attention.after(x_BLX[:, tokens], joined(outs, tokens), tokens)
+        for tokens, (x_BlX, *out) in attention.parts(*outs):
+            part = attention.after(x_BlX, torch.cat(out, dim=2), tokens)
             if y_BLX is None:
                 y_BLX = part.new_empty(call.batch, call.length, *part.shape[2:])
             y_BLX[:, tokens] = part
             del part
         assert y_BLX is not None
-        ctx.save_for_backward(x_BLX)
+        ctx.save_for_backward(x_BLX, *(outs + lses if keeping.attention else ()))
         ctx.call, ctx.sizes, ctx.weights, ctx.autocast = call, sizes, weights, attention.autocast
+        ctx.offloader = offloader
         ctx.training = call.layer.training
         return y_BLX
 
@@ -194,11 +232,11 @@ class _InChunks(torch.autograd.Function):
         unshared = reference_counts(grads[0]) in ctx.sizes.unshared
         if ctx.call.layer.training != ctx.training:
             raise _changed_mode(ctx.call.layer)
-        (x_BLX,) = ctx.saved_tensors
+        x_BLX, *kept = ctx.saved_tensors
         dy_BLX = grads[0] if unshared and grads[0].is_contiguous() else grads[0].contiguous().clone()
-        attention = LayerAttention(ctx.call, x_BLX, dy_BLX.device, ctx.sizes, ctx.autocast)
+        attention = LayerAttention(ctx.call, x_BLX, dy_BLX.device, ctx.sizes, ctx.autocast, ctx.offloader)
         del x_BLX
-        return _Backward(attention, ctx.weights, ctx.needs_input_grad[0]).run(dy_BLX)
+        return _Backward(attention, ctx.weights, ctx.needs_input_grad[0]).run(dy_BLX, kept)
 
 
 class _Backward:
@@ -208,45 +246,49 @@ class _Backward:
         self.attention, self.weights, self.wants_dx = attention, weights, wants_dx
         self.totals: list[Tensor | None] = [None] * len(weights)
 
-    def run(self, dy_BLX: Tensor) -> tuple[Tensor | None, ...]:
+    def run(self, dy_BLX: Tensor, kept: list[Tensor]) -> tuple[Tensor | None, ...]:
         """The gradients of all inputs of `_InChunks`. dx_BLX takes the place of dy_BLX."""
-        outs, lses = self.attention.forward()
-        douts = [torch.empty_like(out) for out in outs]
-        for tokens in self.attention.chunks:
-            self._after(dy_BLX, outs, douts, tokens)
+        half = len(kept) // 2
+        outs, lses = (kept[:half], kept[half:]) if kept else self.attention.forward()
+        kept.clear()
+        douts = self._after(dy_BLX, outs)
         found = self.attention.backward(outs, lses, douts)
-        for tokens in self.attention.chunks:
-            self._before(dy_BLX, found, tokens)
+        self._before(dy_BLX, found)
         of_weights = [None if t is None else t.to(w.dtype) for t, w in zip(self.totals, self.weights, strict=True)]
-        return dy_BLX if self.wants_dx else None, None, None, *of_weights
+        return dy_BLX if self.wants_dx else None, None, None, None, *of_weights
 
-    def _after(self, dy_BLX: Tensor, outs: list[Tensor], douts: list[Tensor], tokens: slice) -> None:
-        """Through what comes after attention, one chunk."""
-        with torch.enable_grad():
-            x_BlX = self.attention.chunk_of_x(tokens).detach().requires_grad_(self.wants_dx)
-            out_BlHE = joined(outs, tokens).requires_grad_()
-            y_BlX = self.attention.after(x_BlX, out_BlHE, tokens)
-        dx, dout = self._gradients([y_BlX], [dy_BLX[:, tokens]], x_BlX, out_BlHE)
-        del y_BlX
-        _put(dy_BLX[:, tokens], dx)
-        parts = [None] * len(outs) if dout is None else dout.split([out.shape[2] for out in outs], dim=2)
-        for to, part in zip(douts, parts, strict=True):
-            _put(to[:, tokens], part)
+    def _after(self, dy_BLX: Tensor, outs: list[Tensor]) -> list[Tensor]:
+        """Through what comes after attention; dout_BLhE of each group."""
+        douts = [torch.empty_like(out, device=dy_BLX.device) for out in outs]
+        for tokens, (x_BlX, *out) in self.attention.parts(*outs):
+            with torch.enable_grad():
+                x_BlX = x_BlX.detach().requires_grad_(self.wants_dx)
+                out_BlHE = torch.cat(out, dim=2).requires_grad_()
+                y_BlX = self.attention.after(x_BlX, out_BlHE, tokens)
+            outputs = [y_BlX]
+            del y_BlX
+            dx, dout = self._gradients(outputs, [dy_BLX[:, tokens]], x_BlX, out_BlHE)
+            _put(dy_BLX[:, tokens], dx)
+            parts = [None] * len(outs) if dout is None else dout.split([x.shape[2] for x in outs], dim=2)
+            for to, part in zip(douts, parts, strict=True):
+                _put(to[:, tokens], part)
+        return douts
 
-    def _before(self, dx_BLX: Tensor, found: list[Inputs], tokens: slice) -> None:
-        """Through what comes before attention, one chunk."""
-        with torch.enable_grad():
-            x_BlX = self.attention.chunk_of_x(tokens).detach().requires_grad_(self.wants_dx)
-            inputs = self.attention.before(x_BlX, tokens).inputs
-        grads: list[Tensor | None] = [self.attention.joined([of[i] for of in found], i, tokens) for i in range(3)]  # type: ignore[misc]
-        if tokens.start == 0 and inputs[3] is not None:  # sinks belong to no token
-            grads.append(torch.cat([of[3] for of in found]).to(inputs[3].dtype))  # type: ignore[misc]
-        pairs = [(x, grad) for x, grad in zip(inputs, grads, strict=False) if x is not None and x.requires_grad]
-        del inputs, grads
-        if pairs:
-            dx, _ = self._gradients([x for x, _ in pairs], [grad for _, grad in pairs], x_BlX, None)
-            if dx is not None:
-                dx_BLX[:, tokens] += dx
+    def _before(self, dx_BLX: Tensor, found: list[Inputs]) -> None:
+        """Through what comes before attention."""
+        for tokens, (x_BlX,) in self.attention.parts():
+            with torch.enable_grad():
+                x_BlX = x_BlX.detach().requires_grad_(self.wants_dx)
+                inputs = self.attention.before(x_BlX, tokens).inputs
+            grads: list[Tensor | None] = [self.attention.joined([of[i] for of in found], i, tokens) for i in range(3)]  # type: ignore[misc]
+            if tokens.start == 0 and inputs[3] is not None:  # sinks belong to no token
+                grads.append(torch.cat([of[3] for of in found]).to(inputs[3].dtype))  # type: ignore[misc]
+            pairs = [(x, grad) for x, grad in zip(inputs, grads, strict=False) if x is not None and x.requires_grad]
+            del inputs, grads
+            if pairs:
+                dx, _ = self._gradients([x for x, _ in pairs], [grad for _, grad in pairs], x_BlX, None)
+                if dx is not None:
+                    dx_BLX[:, tokens] += dx
 
     def _gradients(
         self, outputs: list[Tensor], grads: list[Any], x_BlX: Tensor, out_BlHE: Tensor | None

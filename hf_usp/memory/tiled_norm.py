@@ -14,6 +14,7 @@ Shape suffixes: T tokens, D width.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +59,13 @@ class TiledNorm(TiledForward):
             return "does not compute some rows of its input alone"
 
 
-def tile_norms(model: PreTrainedModel, chunk: int) -> list[nn.Module]:
+def tile_norms(model: PreTrainedModel, chunk: int, but_of: Sequence[nn.Module] = ()) -> list[nn.Module]:
     """Make the norms of a model compute in chunks of so many tokens; returns them. Again changes nothing.
 
-    Norms inside an MLP that computes in chunks stay as they are.
+    Norms inside an MLP that computes in chunks stay as they are, and those inside the modules `but_of`.
     """
     mlps = [module for module in model.modules() if chunked(module, TiledMLP)]
-    inside = {inner for mlp in mlps for inner in mlp.modules()}
+    inside = {inner for outer in (*mlps, *but_of) for inner in outer.modules()}
     width, tiled, told = model.config.get_text_config().hidden_size, [], set[str]()
     for norm in model.modules():
         if norm in inside or not _is_norm(norm):

@@ -80,7 +80,15 @@ def find_backbone(model: PreTrainedModel) -> Backbone:
     if text is not model.config and isinstance(decoder, PreTrainedModel) and decoder.config is text:
         return Backbone(decoder, token_loss, is_head, decoder is not model)
     base = model.base_model if is_head and isinstance(model.base_model, PreTrainedModel) else model
+    if is_head and isinstance(decoder, PreTrainedModel) and _calls_decoder(model):
+        base = decoder
     return Backbone(base, token_loss, is_head, base is not model)
+
+
+def _calls_decoder(model: PreTrainedModel) -> bool:
+    """Whether a model's own forward calls the decoder inside its base model, and not the base model (BART)."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code is not None and "decoder" in code.co_names
 
 
 def has_own_loss(model: PreTrainedModel) -> bool:

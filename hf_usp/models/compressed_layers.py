@@ -52,11 +52,13 @@ class CompressedMask(ShardedMask):
         mask_spec: the mask of its sliding window.
         biases: what the compressor has said: 0 where a local query sees an entry, else -inf [B, 1, L, T]; empty without
             entries.
+        most: entries that a query selects at most; None: it sees all earlier ones.
     """
 
     handle: Tensor
     mask_spec: MaskSpec
     biases: list[Tensor]
+    most: int | None
 
 
 class CompressedLayers(NotSaved):
@@ -89,7 +91,8 @@ class CompressedLayers(NotSaved):
         context, mask = context_of(*args, *kwargs.values()), kwargs.get("attention_mask")
         if context is None or not isinstance(mask, ShardedMask):
             return None
-        self.mask = CompressedMask(mask.handle, mask.mask_spec, [])
+        indexer = getattr(layer.compressor, "indexer", None)
+        self.mask = CompressedMask(mask.handle, mask.mask_spec, [], getattr(indexer, "index_topk", None))
         name = cache_keyword(type(layer).forward)
         return args, {
             **kwargs,
@@ -204,7 +207,7 @@ def attend_compressed(
     window_BLW = last[..., None] - 1 - torch.arange(widest, device=query.device)
     index = window_BLW.masked_fill(window_BLW < first[..., None], -1)
     for bias in mask.biases:
-        entries = marked_keys((bias == 0)[:, 0])
+        entries = marked_keys((bias == 0)[:, 0], mask.most or bias.shape[-1])
         index = torch.cat([index, (entries + layout.length).masked_fill(entries < 0, -1)], dim=-1)
     everything = torch.full_like(first, key.shape[2])
     selection = Selection(index[:, None].to(torch.int32), torch.zeros_like(first), everything)

@@ -47,10 +47,11 @@ from .generation.cache import UspCache
 from .generation.entry import GenerateCalls
 from .generation.steps import check_cache, check_padding, number_kept, step_inputs, usp_cache_in
 from .indexed_layers import IndexedLayers
+from .lightning_attention import LightningAttention
 from .look_back import LookBackLayers
 from .moe_aux_loss import MoeAuxLoss, wants_router_logits
 from .pickling import NotSaved
-from .positions import visible_positions
+from .positions import PlaceEmbeddings, visible_positions
 from .recurrent_layers import RecurrentLayers
 from .selfcheck.check import measure
 from .selfcheck.generation import check_generation
@@ -97,6 +98,7 @@ class ContextParallelHooks(NotSaved):
         self.recurrent, self.partial = RecurrentLayers(model), PartialGradients(model)
         self.indexed, self.look_back = IndexedLayers(model), LookBackLayers(model)
         self.compressed, self.gated = CompressedLayers(model), GatedRecurrences(model)
+        self.lightning = LightningAttention(model)
         self.backbone = traits.backbone
         self._handles = (
             model.register_forward_pre_hook(self.pre_forward, with_kwargs=True),
@@ -104,6 +106,7 @@ class ContextParallelHooks(NotSaved):
             model.register_forward_hook(self.on_error, with_kwargs=True, always_call=True),
             *(BackboneHooks(self.backbone, mesh).handles if self.backbone.inside else ()),
         )
+        self.places = PlaceEmbeddings(self.backbone.module)  # its hook sees the share that ours make
         self.router = MoeAuxLoss(model)  # its hook runs after ours, where both are on one model
         self.layers = PreparedLayers([*self.backbone.module.modules(), *layers_beside(model, around)])
         self.entry = DirectForwardCalls(model)
@@ -113,7 +116,8 @@ class ContextParallelHooks(NotSaved):
     def remove(self) -> None:
         for handle in (*self._handles, *self.backbone_calls.handles):
             handle.remove()
-        for part in (self.recurrent, self.indexed, self.look_back, self.compressed, self.gated, self.partial):
+        recurrent = (self.recurrent, self.look_back, self.gated, self.lightning)
+        for part in (*recurrent, self.indexed, self.compressed, self.partial, self.places):
             part.release()
         self.router.remove()
         self.layers.release()
@@ -231,7 +235,7 @@ class ContextParallelHooks(NotSaved):
             check_outside_loss(model, batch)
         refuse_scaled_noise(model)
         validate_positions(model, batch, measured, bool(self.recurrent.layers))
-        for layers in (self.indexed, self.compressed, self.gated):
+        for layers in (self.indexed, self.compressed, self.gated, self.places):
             layers.validate_batch(batch)
 
     def _gathers(self, batch: Mapping[str, Any]) -> bool:
@@ -280,7 +284,6 @@ class ContextParallelHooks(NotSaved):
                 output, layout, shard_tensor(mask, layout, 0) if self.backbone.inside else mask, context.gathers_outputs
             )
         if output.get("loss") is not None:
-            assert self.mesh.group is not None
             output["loss"] = reduce_loss(output["loss"], self.mesh.group, self.mesh.size)
         if kwargs.get(FUSED):
             return unshard_fields(output, context)

@@ -54,6 +54,11 @@ def is_indexer(module: nn.Module) -> bool:
     return code is not None and not PROTOCOL.isdisjoint(code.co_names)
 
 
+def selects_keys(model: nn.Module) -> bool:
+    """Whether some layer of a model selects its keys."""
+    return any(map(is_indexer, model.modules()))
+
+
 def selects_all_of(indexer: Any) -> int:
     """A query that sees at most so many keys selects all of them; 0 where that is not known."""
     if hasattr(indexer, "index_topk"):
@@ -292,10 +297,12 @@ def _heads(indexer: nn.Module) -> int:
     return next((int(getattr(indexer, name)) for name in names if hasattr(indexer, name)), 1)
 
 
-def _as_index(indexer: nn.Module, selected: Any) -> Tensor:
+def _as_index(indexer: Any, selected: Any) -> Tensor:
     """A selection as indices [..., C, K]; of a boolean one [B, 1, C, S] the tokens, -1 where it holds fewer."""
     if not isinstance(selected, Tensor) or selected.is_floating_point():
         raise refuse_lost_selection(indexer, "returns something else than indices or a boolean selection of keys")
     if selected.dtype != torch.bool:
         return selected
-    return marked_keys(selected[:, 0]).to(torch.int32)
+    # Whole blocks, and the tokens behind the last whole one.
+    most = selects_all_of(indexer) + indexer.compress_ratio - 1 if hasattr(indexer, "compress_ratio") else None
+    return marked_keys(selected[:, 0], most).to(torch.int32)

@@ -120,14 +120,12 @@ class MoeAuxLoss:
                         self.balance = find_aux_loss(model, _short_batch(model, device))
                 except UspModelError as refusal:
                     error = refusal
-            assert mesh.group is not None
             verify_same_across_ranks(torch.zeros(1, dtype=torch.int64, device=device), error, mesh.group, UspModelError)
             self.known = True
 
     def add(self, output: Any, layout: SequenceLayout, mask_BL: Tensor, gather: bool) -> Any:
         """The output of a sharded forward with `aux_loss`, and with this rank's share of it in `loss`."""
         logits, mesh = output.get("router_logits"), layout.mesh
-        assert mesh.group is not None
         changed: dict[str, Any] = {}
         if self.balance is not None:
             sums = add_up(logits, mask_BL, self.balance.chosen)

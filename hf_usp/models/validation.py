@@ -14,6 +14,7 @@ from ..compat import attention_implementation, has_attention_interface
 from ..errors import UspModelError
 from .attention_interface import NAME, no_attention_weights
 from .backbone import accepts_any_keyword, find_backbone, validate_outer_model
+from .positions import place_embeddings
 from .recurrent_layers import has_recurrent_layers
 from .tensor_parallel import check_tensor_parallel
 from .traits import MeasuredTraits
@@ -54,7 +55,8 @@ def validate_model(model: PreTrainedModel) -> None:
             rule="the layout, shifted labels and num_items_in_batch reach layers and loss through **kwargs",
             remedy="use an architecture whose forward takes **kwargs",
         )
-    if "position_ids" not in inspect.signature(type(body.base_model).forward).parameters and not recurrent:
+    takes_positions = "position_ids" in inspect.signature(type(body.base_model).forward).parameters
+    if not takes_positions and not recurrent and not place_embeddings(body):
         raise UspModelError(
             f"{type(body.base_model).__name__} takes no position_ids",
             rule="each rank passes the positions of its tokens; a model that counts them itself starts at 0 everywhere",

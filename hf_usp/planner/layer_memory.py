@@ -79,10 +79,15 @@ class WholeLayer:
 
 @dataclass(frozen=True)
 class TiledLayer:
-    """Bytes of one layer in chunks, on one rank. Attributes that `WholeLayer` has as well are those of it.
+    """Bytes of one layer in chunks, on one rank.
 
     Attributes:
-        out: attention's output of all heads, and its log-sum-exp.
+        hidden: a hidden state.
+        norm: what the final norm keeps.
+        norm_back: of its backward.
+        mlp: what an MLP outside of chunks would keep.
+        ahead: of a layer's forward, beside its input.
+        always: rotary tables, ids, labels, positions.
         moments: of the backward: bytes, and those of weights' gradients.
     """
 
@@ -170,7 +175,8 @@ def tiled_layer(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Tiled
     of_head = local * model.head_dim * element / degrees.tp
     q, lse = of_head * model.heads, 4 * local * model.heads / degrees.tp
     kv = of_head * 2 * sum(group.num_kv for group in groups) * degrees.tp
-    others = 1 - largest.num_query * degrees.tp / model.heads
+    mine = heads / model.heads
+    others = 1 - mine
     around = whole.hidden if job.offload else 2 * whole.hidden
 
     chunk = replace(job, layer_chunk_size=None, rows=1, tokens=round(min(local, job.layer_chunk_size or local)))
@@ -180,6 +186,12 @@ def tiled_layer(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Tiled
     inner = part.mlp / 4  # of an MLP that is whole inside its chunk
     mlp_back = max(part.mlp_back + part.hidden + mlp_grads / 3, 4 * inner + mlp_grads) if inner else part.mlp_back
     after = part.hidden + part.norm + mlp_back
+    before = part.attention + part.norm_back
+    if model.head_norms:  # the backward of the queries' norm
+        q_chunk, kv_chunk = q * chunk.tokens / local, kv * chunk.tokens / local
+        before = max(before, (24 / element + 1) * q_chunk + 2 * kv_chunk + part.norm)
+    collected = mine * (q + kv) + part.ahead + 2 * part.hidden  # of a group, the last chunk of it at work
+    ahead, core = max(ahead, collected), max(core, mine * (2 * q + lse) + collected)
     return TiledLayer(
         hidden=whole.hidden,
         norm=whole.norm,
@@ -192,7 +204,7 @@ def tiled_layer(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Tiled
             "after attention": (around + 2 * q + lse + after, 4 * weights["after"]),
             "attention": (around + others * max(2 * q + lse, q + kv) + core, 4 * weights["after"]),
             "before attention": (
-                around + q + kv + part.attention + part.norm_back,
+                around + q + kv + before,
                 4 * weights["after"] + (4 + element) * weights["before"],
             ),
         },

@@ -17,7 +17,6 @@ sizes, and these formulas are tested against it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from .layer_memory import TiledLayer, WholeLayer, attention_output, tiled_layer, whole_layer
@@ -92,11 +91,11 @@ class _States:
         shards = param_shards(degrees, job)
         copies = job.shard_params and job.element < 4 and job.optimizer == 12
         each = 1 / (degrees.tp * shards)
-        weight, optimizer = (4, 8) if copies else (job.element, job.optimizer)
+        weight, optimizer = (4, 8 * job.trained) if copies else (job.element, job.optimizer * job.trained)
         states = model.params * each * (weight + optimizer)
         if job.offload_states:
             return cls(0.0, 0.0, 0.0, states + model.params * each * weight)
-        return cls(model.params * each * weight, model.params * each * optimizer, each * weight)
+        return cls(model.params * each * weight, model.params * each * optimizer, each * weight * job.trained)
 
 
 def _logits(model: ModelShape, degrees: Degrees, job: TrainingStep) -> float:
@@ -127,7 +126,8 @@ def memory(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Memory:
     of_head, every = model.hidden * model.vocab * states.gradient, model.params * states.gradient
     earlier = every if job.accumulate else 0.0
     away = job.input_alone and job.offload
-    all_kept = 0.0 if away else part.kept(job) * model.layers
+    attended = job.keep_attention * attention_output(model, degrees, job)
+    all_kept = 0.0 if away else part.kept(job) * model.layers + attended
 
     at_head = part.norm + (0.0 if job.loss_chunk_size is None else part.hidden)  # in chunks the gradient, too
     final = max(part.norm_back, 6 / 5 * part.norm_back if job.element == 4 and part.mlp else 0.0)  # no residual's
@@ -144,15 +144,21 @@ def memory(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Memory:
     }
     if job.layer_chunk_size is not None:
         moments["forward"] = moment(0.0, max(all_kept - part.hidden, part.hidden) + part.forward(), 2 * layer)
-    for place, (others, gradients, moving) in _places(model, part, job, states, layer, head).items():
+    for place, (others, gradients, moving) in _places(model, degrees, part, job, states, layer, head).items():
         for name, (activations, of_weights) in part.backward().items():
             moments[f"{place}, {name}"] = moment(gradients + of_weights, others + activations, moving)
-    host = model.layers * _pinned(part.hidden) if away else 0.0
-    return Memory(moments, states.host + host + job.keep_attention * attention_output(model, degrees, job))
+    host = model.layers * part.hidden if away else 0.0
+    return Memory(moments, states.host + host + (attended if away else 0.0))
 
 
 def _places(
-    model: ModelShape, part: WholeLayer | TiledLayer, job: TrainingStep, states: _States, layer: float, head: float
+    model: ModelShape,
+    degrees: Degrees,
+    part: WholeLayer | TiledLayer,
+    job: TrainingStep,
+    states: _States,
+    layer: float,
+    head: float,
 ) -> dict[str, tuple[float, float, float]]:
     """Place of a layer -> what is kept of others, gradients that are there, parameters and gradients under way.
 
@@ -167,14 +173,11 @@ def _places(
         "bottom layer": (0.0, of_head + below * of_layer, 2 * layer + embedding),
     }
     if job.layer_chunk_size is not None:  # nothing of another layer comes back before it computes
-        return {**places, "top layer": ((0.0 if job.offload else kept) * below, *places["top layer"][1:])}
+        attended = min(job.keep_attention, below) * attention_output(model, degrees, job)
+        others = 0.0 if job.offload else kept * below + attended
+        return {**places, "top layer": (others, *places["top layer"][1:])}
     if job.checkpointing and job.offload:
         places["top layer"] = (min(kept, kept * below), *places["top layer"][1:])
         if below > 1:
             places["second layer"] = (kept, of_head + (below - 1) * of_layer, 3 * layer)
     return places
-
-
-def _pinned(size: float) -> float:
-    """Bytes of a buffer in pinned memory: torch rounds it up to a power of two."""
-    return 2.0 ** math.ceil(math.log2(size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,15 +16,17 @@ from transformers import AutoConfig
 from ..errors import UspConfigError, UspError, printable
 from ..utils.validation import check_number, check_positive_int
 from .hardware import MACHINES, Link, Machine, check_machine
-from .workload import ModelShape, TrainingStep
+from .workload import Indexer, ModelShape, TrainingStep
 
 # Of a GPU's memory: the rest goes to the CUDA context, NCCL and fragmentation.
 USABLE = 0.92
+AUTO_CHUNK = 4096  # tokens of a chunk of a layer with memory="auto"
 USABLE_HOST = 0.85  # of a node's host memory: the rest goes to processes, data loaders and the page cache
 # Where AdamW keeps its state: bytes a parameter, an fp32 copy of the weights included; whether all is in host memory.
 OPTIMIZERS = {"fp32": (12, False), "bf16": (4, False), "cpu": (12, True)}
 # Families that normalise queries and keys head by head; their configs do not say so.
 HEAD_NORMS = {"qwen3", "qwen3_moe", "qwen3_next", "gemma3", "gemma3_text", "gemma3n_text", "olmo2", "olmo3", "exaone4"}
+SELECTING = {"indexed_attention", "minimax_m3_sparse"}  # types of layers whose queries select their keys
 MOST_SIZE = 1 << 32  # of whatever a config counts
 MOST_TOKENS, MOST_GPUS, MOST_ROWS, MOST_IN_A_NODE = 1 << 31, 1 << 17, 1 << 16, 1 << 10
 
@@ -46,6 +49,7 @@ class PlanRequest:
         mlp_chunk_size: also consider MLPs in chunks of so many tokens.
         layer_chunk_size: also consider layers in chunks of so many tokens, where ranks share a row.
         keep_attention: in such layers also consider attention's output kept in host memory.
+        auto: consider what `UspParallelismConfig(memory="auto")` chooses from.
         like: step whose other fields (kernel, optimizer, ring, accumulation) are planned for.
         host_budget: bytes of host memory that a rank may use.
     """
@@ -63,6 +67,7 @@ class PlanRequest:
     mlp_chunk_size: int | None = None
     layer_chunk_size: int | None = None
     keep_attention: bool = False
+    auto: bool = False
     like: TrainingStep = TrainingStep(1)
     host_budget: float = math.inf
 
@@ -87,6 +92,7 @@ def request(
     allow_offload: bool = False,
     mlp_chunk_size: int | None = None,
     layer_chunk_size: int | None = None,
+    auto: bool = False,
     accumulate: bool = False,
     optimizer: str = "fp32",
     kernel: str | None = None,
@@ -109,9 +115,12 @@ def request(
     size, on_host = OPTIMIZERS[optimizer]
     kernel = next(iter(found.kernels)) if kernel is None else kernel
     like = TrainingStep(1, accumulate=accumulate, optimizer=size, offload_states=on_host, kernel=kernel)
+    shape = read_model(model)
+    if shape.indexer and documents and max(documents) <= shape.indexer.selected:
+        shape = replace(shape, indexer=None)  # every query selects all that it sees
     return PlanRequest(
         model,
-        read_model(model),
+        shape,
         found,
         tokens,
         gpus,
@@ -119,10 +128,12 @@ def request(
         rows,
         documents,
         most_tp,
-        allow_offload,
-        mlp_chunk_size,
-        layer_chunk_size,
-        like=like,
+        allow_offload or auto,
+        None if auto else mlp_chunk_size,
+        AUTO_CHUNK if auto else layer_chunk_size,
+        keep_attention=auto or layer_chunk_size is not None,
+        auto=auto,
+        like=replace(like, shard_params=gpus > 1 or on_host),
         host_budget=found.host_memory * USABLE_HOST / min(found.ranks_per_node, gpus),
     )
 
@@ -198,6 +209,7 @@ def _measured(path: str) -> Machine:
             name=printable(name),
             flops=content["matmul_flops"] / share,
             memory=float(content["memory"]),
+            host_memory=float(content.get("host_memory", MACHINES[like].host_memory)),
             kernels={
                 kernel: replace(rate, source=f"unknown there, taken to be {like}'s share") for kernel, rate in rates
             },
@@ -318,7 +330,33 @@ def shape_of(config: Any) -> ModelShape:
         window=window if sliding else None,
         sliding_layers=sliding if window else 0,
         head_norms=text.model_type in HEAD_NORMS or bool(get("use_qk_norm")),
+        indexer=_indexer_of(get, types, getattr(text, "indexer_types", None) or []),
     )
+
+
+def _indexer_of(get: Callable[..., Any], types: list[str], indexers: list[str]) -> Indexer | None:
+    """How layers select their keys; None where none does. Compressed entries (DeepSeek-V4) are not counted as such.
+
+    types: of all layers. indexers: which of them make a selection, where some take over that of a layer before.
+    """
+    blocks = get("index_topk_blocks")
+    selected = blocks * (get("index_block_size") or 1) if blocks else get("index_topk", "indexer_budget")
+    layers = sum(kind in SELECTING for kind in types)
+    if not selected or not layers:
+        return None
+    latent, rotary = get("kv_lora_rank"), get("qk_rope_head_dim") or 0
+    head_dim = get("head_dim") or get("hidden_size") // get("num_attention_heads")
+    numbers = {
+        "layers": layers,
+        "scoring": indexers.count("full") or layers,
+        "selected": selected,
+        "heads": get("index_n_heads", "indexer_n_heads"),
+        "width": get("index_head_dim", "indexer_head_dim"),
+        "gathered": latent + rotary if latent else 2 * head_dim * (get("num_key_value_heads") or 1),
+        "products": 2 * latent + rotary if latent else 2 * head_dim,
+    }
+    check_positive_int(most=MOST_SIZE, required=True, **numbers)
+    return Indexer(**numbers)
 
 
 def text_config(config: Any) -> Any:

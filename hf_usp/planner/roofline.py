@@ -9,6 +9,7 @@ m = max(g, U), d head width, e bytes of an element, u = s d e. Per rank and laye
                       the area. Exposed is what the transfer takes longer than the step: hidden once
                       n >= e F / (G B), G = h / g, F FLOP/s, B bytes/s. No step overlaps with the last gradients
     merge             every step but the first reads and writes the fp32 output, and in the backward dq
+    selected keys     in layers whose queries select them: latents and index keys of all tokens are gathered
 
 Hops are in the order of `shifts` (`sharding/schedule.py`): those between nodes first, those inside the node last.
 Times are those of the slowest rank: in zigzag order one receives whole blocks in every step although the mean is 3/4.
@@ -28,7 +29,7 @@ from ..sharding.schedule import ring_per_node, shifts
 from .hardware import Machine
 from .layer_memory import attention_output, head_groups, mlp_tokens
 from .memory_model import Memory, memory, param_shards
-from .workload import Degrees, ModelShape, TrainingStep, check
+from .workload import Degrees, Indexer, ModelShape, Selected, TrainingStep, check
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _linear(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Mac
     """
     whole = min(local, job.layer_chunk_size or local)
     layers, chunked = model.layers / degrees.tp, mlp_tokens(job, whole) < whole
-    params = (4 if job.input_alone else 3) * model.active_layer_params
+    params: float = (4 if job.input_alone else 3) * model.active_layer_params
     if chunked:  # once more, in the backward
         params += model.active_mlp_params
     if job.layer_chunk_size is not None:
@@ -190,13 +191,14 @@ def attentions(
 
     Groups of heads attend one after the other, each with messages of its own.
     """
-    found = []
     groups = head_groups(model, degrees, job) if job.layer_chunk_size is not None else 1
     of_group = replace(model, heads=-(-model.heads // groups), kv_heads=-(-model.kv_heads // groups))
-    for window, count in model.layer_kinds:
-        ahead, back = (attention(of_group, degrees, job, machine, window, backward=b) for b in (False, True))
-        found.append((count, *(replace(it, **{k: groups * v for k, v in vars(it).items()}) for it in (ahead, back))))
-    return found
+
+    def of_all(window: int | None, backward: bool) -> Attention:
+        it = attention(of_group, degrees, job, machine, window, backward=backward)
+        return Attention(**{name: groups * seconds for name, seconds in vars(it).items()})
+
+    return [(count, of_all(window, False), of_all(window, True)) for window, count in model.layer_kinds]
 
 
 def host_operators(degrees: Degrees, job: TrainingStep, groups: int = 1) -> int:
@@ -206,7 +208,8 @@ def host_operators(degrees: Degrees, job: TrainingStep, groups: int = 1) -> int:
     (`benchmarks/host_cost.py`; it is not repeated when a checkpointed layer is). A chunk of a layer is the layer, and
     what comes before attention half of it.
     """
-    of_layer, of_attention = 140 + 70, 21 + (82 if degrees.ulysses > 1 else 0) + 53 * (degrees.ring - 1)
+    of_ring = 16 + 41 * (degrees.ring - 1) if degrees.ring > 1 else 0
+    of_layer, of_attention = 140 + 70, 21 + (82 if degrees.ulysses > 1 else 0) + of_ring
     if job.layer_chunk_size is None:
         return of_layer + (70 if job.checkpointing else 0) + of_attention
     chunks = -(-job.rows * job.tokens // (degrees.cp * job.layer_chunk_size))
@@ -224,6 +227,10 @@ def attention(
 ) -> Attention:
     """One layer's attention in one direction, between heads of local tokens and heads of local tokens."""
     check(model, degrees, job)
+    if isinstance(window, Selected) and model.indexer is not None:
+        if job.tokens > window:
+            return _selecting(model, model.indexer, degrees, job, machine, backward)
+        window = None  # every query selects all that it sees
     ulysses, ring, stride = degrees.ulysses, degrees.ring, degrees.tp
     shares = split_heads(-(-model.heads // stride), max(1, model.kv_heads // stride), ulysses)
     busiest = max(shares, key=lambda share: share.num_query)
@@ -254,6 +261,30 @@ def attention(
         ring_seconds = away + back
         exposed = exposed_of(stages, away, back) if job.overlap else sum(ring_seconds)
     return Attention(tiles + hops * step, hops * merge, exchange, sum(ring_seconds), exposed)
+
+
+def _selecting(
+    model: ModelShape, indexer: Indexer, degrees: Degrees, job: TrainingStep, machine: Machine, backward: bool
+) -> Attention:
+    """One layer whose queries select their keys: the same on every mesh of as many ranks.
+
+    Selected keys are copied for every query: read, written and read again; the backward does so twice, and adds their
+    gradients in fp32 (read, read and written). Scores of the indexer, forward only, are written, read by
+    their activation and by their sum, in fp32. No transfer overlaps with anything.
+    """
+    queries, scoring = job.rows * job.tokens / degrees.cp, indexer.scoring / indexer.layers
+    pairs = job.rows * mask_area(job.tokens, indexer.selected) / degrees.cp
+    flops = (2.5 if backward else 1.0) * 2 * pairs * model.heads * indexer.products / degrees.tp
+    copied = (2 * 3 * job.element + 12 if backward else 3 * job.element) * queries * indexer.selected * indexer.gathered
+    seconds = max(flops / (machine.flops * machine.matmul), copied / machine.memory_bandwidth)
+    size: float = job.rows * job.tokens * indexer.gathered * job.element
+    if not backward:
+        scores = queries * job.tokens * indexer.heads * scoring
+        scored = 2 * scores * indexer.width / (machine.flops * machine.matmul)
+        seconds += max(scored, 12 * scores / machine.memory_bandwidth)
+        size += job.rows * job.tokens * indexer.width * job.element * scoring
+    moved = machine.ring_collective(size, degrees.cp, degrees.tp)
+    return Attention(seconds, 0.0, 0.0, moved, moved)
 
 
 def transfers(degrees: Degrees, machine: Machine, size: float, of_window: int | None = None) -> list[float]:
@@ -351,7 +382,7 @@ def _offload(model: ModelShape, degrees: Degrees, job: TrainingStep, machine: Ma
     if job.input_alone and job.offload:
         often = 2 if job.layer_chunk_size is None else 2 * head_groups(model, degrees, job) + 3
         moved += often * local * model.hidden * job.element * model.layers
-    if job.layer_chunk_size is not None:  # out and back
+    if job.offload and job.layer_chunk_size is not None:  # out and back
         moved += 2 * job.keep_attention * attention_output(model, degrees, job)
     if job.offload_states:
         mine = model.params / (degrees.tp * param_shards(degrees, job))

@@ -10,7 +10,7 @@ from ..errors import UspConfigError
 from ..sharding.degrees import even_degrees
 from .layer_memory import attention_output, head_groups
 from .memory_model import Memory, memory
-from .request import PlanRequest
+from .request import MOST_TOKENS, PlanRequest
 from .roofline import Attention, Prediction, attentions, mask_area, predict
 from .workload import Degrees, TrainingStep
 
@@ -82,7 +82,7 @@ def savings(job: TrainingStep) -> str:
         parts += [f"layers in chunks of {job.layer_chunk_size}"]
         parts += [f"{job.head_groups} groups of heads"] if job.head_groups > 1 else []
         parts += ["inputs offloaded"] if job.offload else []
-        parts += [f"attention of {job.keep_attention} layers kept in host memory"] if job.keep_attention else []
+        parts += [f"attention of {job.keep_attention} layers kept"] if job.keep_attention else []
     parts += [f"loss in chunks of {job.loss_chunk_size}"] if job.loss_chunk_size else []
     parts += [f"MLPs in chunks of {job.mlp_chunk_size}"] if job.mlp_chunk_size and not job.layer_chunk_size else []
     return ", ".join(parts) or "none"
@@ -142,20 +142,27 @@ def best_way(what: PlanRequest, degrees: Degrees) -> Candidate:
 
 
 def _keepable(what: PlanRequest, degrees: Degrees, way: Candidate) -> int:
-    """Layers in chunks for whose attention output a rank's share of the host has room."""
+    """Layers in chunks for whose attention output there is room, where their inputs are kept."""
     if not (what.keep_attention and way.fits and way.job.layer_chunk_size):
         return 0
-    room = way.host_budget - way.prediction.memory.host
+    of = way.prediction.memory
+    room = way.host_budget - of.host if way.job.offload else way.budget - of.total
     return int(min(what.model.layers, room // attention_output(what.model, degrees, way.job)))
 
 
 def jobs(what: PlanRequest, degrees: Degrees) -> Iterator[TrainingStep]:
-    """The ways to save memory, those that save less first. Layers in chunks save with norms and the loss in chunks."""
+    """The ways to save memory, those that save less first. Layers in chunks save with norms and the loss in chunks.
+
+    Those of `memory="auto"`: the loss always in chunks, whole layers with and without checkpointing, layers in chunks.
+    """
     sharded = what.gpus > 1 or what.like.offload_states  # FSDP2 on one GPU, too
-    plain = replace(what.like, tokens=what.tokens, rows=what.rows, shard_params=sharded)
+    plain = replace(what.like, tokens=what.tokens, rows=what.rows)
+    if not what.auto:
+        plain = replace(plain, shard_params=sharded)
     mlps = (None, what.mlp_chunk_size) if what.mlp_chunk_size else (None,)
+    losses = (LOSS_CHUNK,) if what.auto else (None, LOSS_CHUNK)
     kept = ((False, False), (True, False), (True, True)) if what.allow_offload else ((False, False), (True, False))
-    for mlp, loss, (checkpointing, offload) in product(mlps, (None, LOSS_CHUNK), kept):
+    for mlp, loss, (checkpointing, offload) in product(mlps, losses, kept[:2] if what.auto else kept):
         yield replace(plain, mlp_chunk_size=mlp, loss_chunk_size=loss, checkpointing=checkpointing, offload=offload)
     if what.layer_chunk_size is None or degrees.cp == 1:
         return
@@ -198,8 +205,8 @@ def _linear_flops(what: PlanRequest, it: Prediction) -> float:
     return per_token * it.tokens / what.gpus
 
 
-def longest(what: PlanRequest, degrees: Degrees) -> int:
-    """The longest row, in multiples of 1,024 tokens, whose best way fits this split; 0 where none does."""
+def longest(what: PlanRequest, degrees: Degrees, step: int = 1024) -> int:
+    """The longest row, in multiples of `step` tokens, whose best way fits this split; 0 where none does."""
 
     def fits(tokens: int) -> bool:
         found = (memory(what.model, degrees, replace(job, tokens=tokens)) for job in ways)
@@ -207,15 +214,15 @@ def longest(what: PlanRequest, degrees: Degrees) -> int:
 
     ways = list(jobs(what, degrees))[::-1]  # those that save most first
 
-    if not fits(1024):
+    if not fits(step):
         return 0
     low, high = 1, 2
-    while high < 1 << 21 and fits(high * 1024):
+    while high < MOST_TOKENS // step and fits(high * step):
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * 1024) else (low, middle)
-    return low * 1024
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step
 
 
 def longest_of_all(what: PlanRequest) -> tuple[int, Degrees]:

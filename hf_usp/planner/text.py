@@ -20,6 +20,7 @@ def table(what: PlanRequest, found: list[Candidate]) -> str:
         f"{what.machine.name}{node}, {what.budget / 1e9:.0f} GB usable a rank, "
         f"{what.host_budget / 1e9:.0f} GB of the host",
         _kernel(what),
+        *_selection(what),
         "",
         f"{'tp':>3} {'ulysses':>7} {'ring':>4} {'data':>4} {'step':>9} {'exposed':>8} {'tokens/s':>10} {'MFU':>6} "
         f"{'memory':>9}  saving memory by; limited by",
@@ -62,6 +63,17 @@ def _kernel(what: PlanRequest) -> str:
     source = f" ({rate.source})" if rate.source else ""
     backward = f"{rate.full * rate.backward:.0%} backward"
     return f"attention by {what.like.kernel}: {rate.full:.0%} of the peak, {backward}{source}"
+
+
+def _selection(what: PlanRequest) -> list[str]:
+    """Of layers whose queries select their keys: the assumptions."""
+    it = what.model.indexer
+    if it is None or what.tokens <= it.selected:
+        return []
+    return [
+        f"in {it.layers} of {what.model.layers} layers queries select {it.selected:,} keys: they are gathered in plain "
+        "PyTorch, bound by memory bandwidth; memory is that of full attention"
+    ]
 
 
 def accelerate_config(what: PlanRequest, best: Candidate, path: str = "plan.yaml") -> str:
@@ -117,12 +129,16 @@ def flags(what: PlanRequest, best: Candidate) -> list[str]:
         given += ["--context-parallel-algo", "hybrid_cp_algo", "--ulysses-degree-in-cp", str(d.ulysses)]
     if d.tp > 1:
         given += ["--tensor-model-parallel-size", str(d.tp)]
+    if what.auto:
+        return [*given, "--memory", "auto"]
     if best.job.checkpointing:
         given.append("--activation_checkpointing")
     if best.job.loss_chunk_size:
         given += ["--loss-chunk-size", str(best.job.loss_chunk_size)]
     if best.job.layer_chunk_size:
         given += ["--layer-chunk-size", str(best.job.layer_chunk_size), "--head-groups", str(best.job.head_groups)]
+    if best.job.keep_attention:
+        given += ["--keep-attention", str(best.job.keep_attention)]
     if best.job.mlp_chunk_size:
         given += ["--mlp-chunk-size", str(best.job.mlp_chunk_size)]
     if best.job.offload:

@@ -10,6 +10,33 @@ from ..sharding.degrees import check_degrees
 from ..utils.validation import check_positive_int
 
 
+class Selected(int):
+    """The most keys that a query attends to, as a window is; but it selects them among all that it sees."""
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """How the queries of some layers select their keys (`docs/indexed-attention.md`).
+
+    Attributes:
+        layers: layers that attend to a selection.
+        scoring: those that make one; the others take it over.
+        selected: keys that a query selects at most.
+        heads: index heads.
+        width: of an index key.
+        gathered: numbers of a token that such a layer gathers: its latent, or its keys and values.
+        products: numbers that a query head multiplies for a key, scores and values together.
+    """
+
+    layers: int
+    scoring: int
+    selected: int
+    heads: int
+    width: int
+    gathered: int
+    products: int
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a Llama-like decoder; biases and norms are not counted.
@@ -28,6 +55,7 @@ class ModelShape:
         window: keys that a sliding layer sees; None: no window.
         sliding_layers: layers that have the window.
         head_norms: whether queries and keys are normalised, head by head.
+        indexer: how the queries of some layers select their keys; None: no layer does.
     """
 
     layers: int
@@ -43,11 +71,14 @@ class ModelShape:
     window: int | None = None
     sliding_layers: int = 0
     head_norms: bool = False
+    indexer: Indexer | None = None
 
     @property
     def layer_kinds(self) -> tuple[tuple[int | None, int], ...]:
-        """Window and number of layers: of those that see all keys, and of sliding ones."""
-        return (None, self.layers - self.sliding_layers), (self.window, self.sliding_layers)
+        """Window and number of layers: of those that see all keys, of sliding ones, of those that select keys."""
+        selecting = self.indexer.layers if self.indexer else 0
+        kinds = (None, self.layers - self.sliding_layers - selecting), (self.window, self.sliding_layers)
+        return (*kinds, (Selected(self.indexer.selected), selecting)) if self.indexer else kinds
 
     @property
     def layer_params(self) -> int:
@@ -129,11 +160,13 @@ class TrainingStep:
         mlp_chunk_size: tokens whose MLP activations exist at once; None: all.
         layer_chunk_size: layers compute in chunks of so many tokens; None: whole.
         head_groups: groups of heads that attend one after the other in such layers.
-        keep_attention: such layers whose attention output is kept in host memory: their backward does not attend again.
+        keep_attention: such layers whose attention output is kept, where their inputs are: their backward does not
+            attend again.
         gradients: bytes of an element of dK and dV while they are sent.
         relay: a ring that passes full blocks on and merges in separate operators, as other libraries do.
         overlap: a step's transfer runs while tiles are computed.
         accumulate: gradients of earlier rows exist from the start.
+        trained: share of the parameters that are trained, which alone have gradients and a state of the optimizer.
         kernel: attention kernel, one of `hf_usp.planner.hardware.WORKSPACES`; None: the machine's first, without
             workspace.
     """
@@ -155,6 +188,7 @@ class TrainingStep:
     relay: bool = False
     overlap: bool = True
     accumulate: bool = False
+    trained: float = 1.0
     kernel: str | None = None
 
     @property

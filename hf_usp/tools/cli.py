@@ -146,6 +146,7 @@ def _add_plan(verbs: Any) -> None:
     add("--offload", action="store_true", help="consider checkpoints in host memory, too")
     add("--mlp-chunk-size", type=int, default=none, metavar="N", help="consider MLPs in chunks of N tokens, too")
     add("--layer-chunk-size", type=int, default=none, metavar="N", help="consider layers in chunks of N tokens, too")
+    add("--auto", action="store_true", help="consider what memory='auto' chooses from, and nothing else")
     add("--accumulate", action="store_true", help="gradients of several steps are added up: they are never freed")
     add("--simulate", action="store_true", help="run the best split's step at its real size without memory: live bytes")
     add("--config", default=none, metavar="FILE", help="save the Accelerate config here (.yaml)")
@@ -180,6 +181,7 @@ def _plan(options: argparse.Namespace) -> None:
         accumulate=options.accumulate,
         mlp_chunk_size=given.get("mlp_chunk_size"),
         layer_chunk_size=given.get("layer_chunk_size"),
+        auto=options.auto,
     )
     config, picture = given.get("config"), given.get("picture")
     if picture is not None:

@@ -38,7 +38,8 @@ from ..errors import UspConfigError
 from ..integrations.transformers import apply_memory_options
 from ..kernels import Request, Segments, Softmax
 from ..memory import chunked_loss, tiled_layer
-from ..memory.activation_offload import ActivationOffloader, OffloadedTensor, offload_checkpoints
+from ..memory.activation_offload import offload_checkpoints
+from ..memory.offloader import ActivationOffloader, OffloadedTensor
 from ..memory.tiled_mlp import tiled_forward
 from ..planner.hardware import WORKSPACES, Workspace
 from ..planner.workload import Degrees, TrainingStep
@@ -128,6 +129,7 @@ def _model(config: Any, job: TrainingStep) -> Any:
         False,
         layer_chunk_size=job.layer_chunk_size,
         head_groups=job.head_groups,
+        keep_attention=job.keep_attention,
     )
     for tiled in filter(None, map(tiled_forward, model.modules())):
         tiled.tried = True  # a trial compares values, which there are none of
@@ -286,6 +288,12 @@ class ToHost(ActivationOffloader):
     def is_far(self, tensor: Tensor) -> bool:
         return tensor.is_floating_point()
 
+    def make_room(self, *sizes: Any) -> None:
+        return None
+
+    def is_on_host(self, tensor: Tensor) -> bool:
+        return False  # what is read of it in parts does not count
+
     def module(self, device: torch.device) -> Any:
         return _NoStreams
 
@@ -309,6 +317,14 @@ class _NoStreams:
 
     @staticmethod
     def wait_stream(other: Any) -> None:
+        return None
+
+    @classmethod
+    def record_event(cls) -> type[_NoStreams]:
+        return cls
+
+    @staticmethod
+    def synchronize() -> None:
         return None
 
     @staticmethod

@@ -46,9 +46,9 @@ class Phases:
             def _enter(self, part: str, again: str = "backward") -> None:
                 enter(f"{again if watch.backward else 'forward'} layer {places[self.call.layer]} {part}")
 
-            def forward(self) -> Any:
+            def forward(self, *args: Any) -> Any:
                 self._enter("attention", again="recompute")
-                return super().forward()
+                return super().forward(*args)
 
             def backward(self, *args: Any) -> Any:
                 self._enter("attention")

@@ -1,7 +1,7 @@
-"""Many small arrays of integers to a device in one copy, for which the host does not wait.
+"""Many small arrays of integers to a device in one copy, for which the host does not wait; and back in one wait.
 
 A copy from pageable memory makes the host wait for the device; a schedule has 4 to 16 arrays. From one page-locked
-buffer they travel together, behind what was launched before.
+buffer they travel together, behind what was launched before. Values that the host reads travel together, too.
 """
 
 from __future__ import annotations
@@ -31,13 +31,31 @@ def upload_fields(thing: T, device: torch.device) -> T:
     return _replaced(thing, moved)
 
 
+def download(tensors: Sequence[Tensor | None]) -> list[np.ndarray | None]:
+    """The values of tensors; the host waits once for each device that they are on."""
+    found: list[np.ndarray | None] = [None] * len(tensors)
+    for device in dict.fromkeys(x.device for x in tensors if x is not None):
+        there = {i: x for i, x in enumerate(tensors) if x is not None and x.device == device}
+        buffer, places = _side_by_side(list(there.values()), device)
+        here = buffer.cpu()
+        for (i, x), place in zip(there.items(), places, strict=False):
+            found[i] = _part(here, place, x).numpy()
+    return found
+
+
 def _upload(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    places = np.cumsum([0, *(-(-x.nbytes // ALIGNED) * ALIGNED for x in tensors)]).tolist()
-    buffer = torch.empty(places[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for x, place in zip(tensors, places, strict=False):
-        _part(buffer, place, x).copy_(x)
+    buffer, places = _side_by_side(tensors, torch.device("cpu"), pinned=device.type == "cuda")
     there = buffer.to(device, non_blocking=True)
     return [_part(there, place, x) for x, place in zip(tensors, places, strict=False)]
+
+
+def _side_by_side(tensors: list[Tensor], device: torch.device, pinned: bool = False) -> tuple[Tensor, list[int]]:
+    """Copies of the tensors in one buffer of bytes on `device`, and where each begins."""
+    places = np.cumsum([0, *(-(-x.nbytes // ALIGNED) * ALIGNED for x in tensors)]).tolist()
+    buffer = torch.empty(places[-1], dtype=torch.uint8, device=device, pin_memory=pinned)
+    for x, place in zip(tensors, places, strict=False):
+        _part(buffer, place, x).copy_(x)
+    return buffer, places
 
 
 def _part(buffer: Tensor, place: int, like: Tensor) -> Tensor:

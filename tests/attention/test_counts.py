@@ -107,13 +107,13 @@ def test_peak_memory(four_ranks: Ranks) -> None:
 
 
 def test_peak_memory_is_flat_in_the_ring() -> None:
-    """Of every rank of rings of 6 and 12 ranks, 16 tokens on each: what is alive does not depend on the ranks."""
+    """Of every rank of rings of 8 and 16 ranks, 16 tokens on each: what is alive does not depend on the ranks."""
     from counting import Peak
     from virtual_ring import VirtualRing
 
     torch.manual_seed(0)
     worst = []
-    for degree in (6, 12):
+    for degree in (8, 16):
         tokens = 16 * degree
         tensors = [torch.randn(tokens, heads, 16) for heads in (8, 4, 4, 8)]
         ring = VirtualRing([0, tokens], degree, tensors, "cpu_flash")
@@ -126,4 +126,4 @@ def test_peak_memory_is_flat_in_the_ring() -> None:
                     ring_backward(dout, q, k, v, None, *ring.kept[rank], ring.calls[rank])
                 peaks.append(memory.peak)
         worst.append(max(peaks))
-    assert worst[1] <= 1.01 * worst[0], worst
+    assert worst[1] == worst[0], worst

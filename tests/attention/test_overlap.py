@@ -108,6 +108,79 @@ def test_the_clock_sees_hops_that_block(four_ranks: Ranks) -> None:
         assert forward == pytest.approx(3.0) and backward == pytest.approx(6.0)
 
 
+class Waiting:
+    """A message that finds no place on the device before the tile that is launched after it ends."""
+
+    def __init__(self, pending: Any, clock: Clock) -> None:
+        self.pending, self.clock, self.begun = pending, clock, float("inf")
+
+    def wait(self) -> None:
+        self.pending.wait()
+        self.clock.until(min(self.begun, self.clock.now) + self.clock.latency)
+
+
+class FullKernel(TimedKernel):
+    """A kernel that takes the whole device: messages begin when a tile ends."""
+
+    waiting: list[Waiting]
+
+    def forward(self, *args: Any) -> Any:
+        return self.ended(super().forward(*args))
+
+    def backward(self, *args: Any) -> Any:
+        return self.ended(super().backward(*args))
+
+    def ended(self, result: Any) -> Any:
+        for message in self.waiting:
+            message.begun = min(message.begun, self.clock.now)
+        return result
+
+
+def exposed_behind_full_tiles(runs_behind: bool) -> tuple[float, float]:
+    """Hops that this rank waits for, forward and backward, where a tile leaves no place for a message."""
+    import hf_usp
+    from hf_usp.attention import call as core
+    from hf_usp.attention import messages, ring
+
+    mesh = hf_usp.UspMesh.build(ring_degree=4, ulysses_degree=1)
+    layout = hf_usp.shard({"input_ids": torch.zeros(1, 256, dtype=torch.long)}, mesh)["usp"]
+    q, k, v = (torch.randn(1, layout.local_length, 2, 8, requires_grad=True) for _ in range(3))
+    latency = 0.95 * layout.local_length**2 / 2
+    clock, waiting = Clock(latency, False), list[Waiting]()
+    post, choose = ring.start_p2p, core.choose_kernel
+
+    def queued(group: Any, sends: Any, receives: Any) -> Waiting:
+        waiting.append(Waiting(post(group, sends, receives), clock))
+        return waiting[-1]
+
+    def full(*args: Any) -> FullKernel:
+        kernel = FullKernel(choose(*args), clock)
+        kernel.waiting = waiting
+        return kernel
+
+    stream = "the only one" if runs_behind else None
+    with (
+        patch.object(ring, "start_p2p", queued),
+        patch.object(core, "choose_kernel", full),
+        patch.object(messages, "current_stream", lambda device: stream),
+    ):
+        out = hf_usp.usp_attention(q, k, v, layout)
+        forward, clock.waited, clock.latency = clock.waited / clock.latency, 0.0, BACKWARD * latency
+        out.sum().backward()
+    return forward, clock.waited / clock.latency
+
+
+def test_messages_two_steps_ahead_hide_behind_tiles_that_take_the_whole_device(four_ranks: Ranks) -> None:
+    """One step ahead every message begins when it is needed; of keys and values two ahead only the first one does.
+
+    Gradients are sent when they are there.
+    """
+    for found in four_ranks.run(exposed_behind_full_tiles, False):
+        assert found == pytest.approx((3.0, 5.0))
+    for found in four_ranks.run(exposed_behind_full_tiles, True):
+        assert found == pytest.approx((1.0, 4.0))
+
+
 # Latencies of messages between nodes and inside one, in stages: those between nodes are longer than what hides them.
 ACROSS, INSIDE = 1.7, 0.6
 

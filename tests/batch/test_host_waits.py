@@ -31,16 +31,15 @@ def waits(form: str, layers: int, counted: bool) -> dict[str, int]:
 
 @pytest.mark.parametrize("form", ["plain", "right", "packed"])
 def test_waits_do_not_grow_with_the_layers(two_ranks: Ranks, form: str) -> None:
-    """One for the documents where a mask or positions tell them, one for the agreement of the ranks."""
-    documents = {} if form == "plain" else {"batch/documents.py": 1}
+    """One copy brings what tells the documents and the agreement of the ranks."""
     for layers in (2, 5):
         for found in two_ranks.run(waits, form, layers, False):
-            assert found == {"distributed/comm.py": 1, **documents}, (form, layers)
+            assert found == {"utils/upload.py": 1}, (form, layers)
 
 
 def test_a_count_in_a_tensor_is_one_more(two_ranks: Ranks) -> None:
     for found in two_ranks.run(waits, "plain", 2, True):
-        assert found == {"distributed/comm.py": 1, "batch/validation.py": 1}
+        assert found == {"utils/upload.py": 1, "batch/validation.py": 1}
 
 
 def test_one_more_is_seen() -> None:
@@ -49,4 +48,4 @@ def test_one_more_is_seen() -> None:
     with HostWaits() as seen:
         hf_usp.batch.documents.find_documents(1, 4, torch.ones(1, 4), None)
         torch.ones(()).item()
-    assert dict(seen.found) == {"batch/documents.py": 1}
+    assert dict(seen.found) == {"utils/upload.py": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -33,3 +34,18 @@ def test_backends_of_a_group(monkeypatch: pytest.MonkeyPatch, backends: str, dev
     assert comm.group_device(GROUP).type == device
     comm.init_communicator(GROUP)
     assert calls == ([GROUP] if connected else [])
+
+
+@pytest.mark.parametrize(("backends", "has"), [("cuda:nccl", True), ("cpu:gloo,cuda:nccl", True), ("cpu:gloo", False)])
+def test_a_ring_comes_before_tiles_where_nccl_can(monkeypatch: pytest.MonkeyPatch, backends: str, has: bool) -> None:
+    class Nccl:
+        class Options:
+            def __init__(self, is_high_priority_stream: bool) -> None:
+                self.is_high_priority_stream, self._timeout = is_high_priority_stream, timedelta(minutes=10)
+
+    monkeypatch.setattr(comm.dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(comm.dist, "ProcessGroupNCCL", Nccl, raising=False)
+    options = comm.urgent(GROUP, timedelta(minutes=1))
+    assert (options is not None) == has
+    if has:
+        assert options.is_high_priority_stream and options._timeout == timedelta(minutes=1)

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rloo": {"beta": 0.1, "normalize_advantages": True, "reward_model": True},
     "distillation": {"beta": 0.5},
 }
+ADAPTED = {"distillation, adapter": {"beta": 0.5, "adapter": True}}
 
 
 def variety(completions: list[str], **_: Any) -> list[float]:
@@ -92,10 +93,12 @@ AROUND: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def run(folder: str, mesh: Mesh, world: int, case: str, around: str = "", generate: str = "whole") -> dict[str, Any]:
+def run(
+    folder: str, mesh: Mesh, world: int, case: str, around: str = "", generate: str = "whole", **changes: Any
+) -> dict[str, Any]:
     """Three steps and an evaluation of a case on `world` processes, without a mesh in plain data parallelism."""
     with AROUND[around][0]():
-        trainer = trainer_for(folder, mesh, world, case, AROUND[around][1], generate)
+        trainer = trainer_for(folder, mesh, world, case, AROUND[around][1] | changes, generate)
         return finished(trainer, trainer.model)
 
 
@@ -106,7 +109,7 @@ def trainer_for(
     from datasets import Dataset
     from peft import LoraConfig
 
-    settings = dict(CASES[case])
+    settings = dict((CASES | ADAPTED)[case])
     kind = case.partition(",")[0]
     groups = world if mesh is None else world // mesh[0]
     attention = "sdpa" if mesh is None else "usp"
@@ -156,7 +159,7 @@ def trainer_for(
 
 
 def assert_same(mine: dict[str, Any], reference: dict[str, Any]) -> None:
-    assert len(mine["logs"]) == len(reference["logs"]) == 4
+    assert len(mine["logs"]) == len(reference["logs"]) > 2
     for here, there in zip(mine["logs"], reference["logs"], strict=True):
         assert here.keys() == there.keys()
         assert here == pytest.approx(there, rel=2e-5, abs=1e-5, nan_ok=True)
@@ -184,6 +187,21 @@ def test_completions_equal_one_process(two_ranks: Ranks, four_ranks: Ranks, tmp_
 def test_sharded_weights(two_ranks: Ranks, tmp_path: Path, around: str) -> None:
     alone = run(str(tmp_path), None, 1, "grpo, reference")
     for mine in two_ranks.run(run, str(tmp_path), (2, 1), 2, "grpo, reference", around):
+        assert_same(mine, alone)
+
+
+@pytest.mark.parametrize("case", ["kto", "rloo", "distillation"])
+def test_sharded_weights_of_other_trainers(two_ranks: Ranks, tmp_path: Path, case: str) -> None:
+    alone = run(str(tmp_path), None, 1, case, max_steps=2)
+    for around in ("ZeRO-2", "FSDP2"):
+        for mine in two_ranks.run(run, str(tmp_path), (2, 1), 2, case, around, max_steps=2):
+            assert_same(mine, alone)
+
+
+def test_distillation_with_an_adapter(two_ranks: Ranks, tmp_path: Path) -> None:
+    alone = run(str(tmp_path), None, 1, *ADAPTED, max_steps=2)
+    assert any("lora" in name for name in alone["weights"])
+    for mine in two_ranks.run(run, str(tmp_path), (2, 1), 2, *ADAPTED, max_steps=2):
         assert_same(mine, alone)
 
 

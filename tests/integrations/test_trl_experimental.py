@@ -101,6 +101,15 @@ def test_experimental_trainers_equal_one_process(two_ranks: Ranks, tmp_path: Pat
         assert_same(mine, alone)
 
 
+@pytest.mark.parametrize("case", ["OnlineDPO", "SDPO"])
+def test_with_two_data_parallel_ranks(two_ranks: Ranks, four_ranks: Ranks, tmp_path: Path, case: str) -> None:
+    """Trainers that find rows and rewards of each process, against two processes without a mesh."""
+    both = two_ranks.run(run, str(tmp_path), None, 2, case)
+    assert both[0]["logs"][0]["grad_norm"] > 1e-3
+    for rank, mine in enumerate(four_ranks.run(run, str(tmp_path), (2, 1), 4, case)):
+        assert_same(mine, both[rank // 2])
+
+
 def by_rank(completions: list[str], **_: Any) -> list[float]:
     return [float(i * (1 - 2 * dist.get_rank())) for i, _ in enumerate(completions)]
 

@@ -2,83 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import hf_usp
-from hf_usp.memory.activation_offload import CHECKPOINTING, ActivationOffloader, OffloadedTensor, offload_checkpoints
+from hf_usp.memory.activation_offload import CHECKPOINTING, offload_checkpoints
+from hf_usp.memory.offloader import ActivationOffloader
 
 from ..harness import step
 from ..tiny import batch_of, largest_difference, tiny_model
-
-
-class Streams:
-    """In the place of `torch.cuda`: writes down what waits for what."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-
-    def Stream(self, device: Any) -> FakeStream:  # noqa: N802
-        return FakeStream("ours", self.log)
-
-    def current_stream(self, device: Any) -> FakeStream:
-        return FakeStream("current", self.log)
-
-    @contextmanager
-    def stream(self, stream: FakeStream) -> Any:
-        self.log.append(f"on {stream.name}")
-        yield
-        self.log.append("off")
-
-
-class FakeStream:
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self.log.append(f"{self.name} waits for {other.name}")
-
-
-class Recorded(Tensor):
-    """A tensor of the stand-in device."""
-
-    def record_stream(self, stream: Any) -> None:
-        stream.log.append(f"used on {stream.name}")
-
-
-class StandIn(ActivationOffloader):
-    """Takes CPU memory for the memory of a device; a offloaded tensor's copy is all that is left of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fake, self.shapes, self.alive, self.most = Streams(), [], 0, 0
-
-    def is_far(self, tensor: Tensor) -> bool:
-        return tensor.is_floating_point() and tensor.numel() > 0  # torch 2.11 saves an empty tensor of the CPU as well
-
-    def module(self, device: torch.device) -> Any:
-        return self.fake
-
-    def offload(self, tensor: Tensor) -> Any:
-        return super().offload(tensor.as_subclass(Recorded))
-
-    def buffer(self, tensor: Tensor) -> Tensor:
-        self.shapes.append(tuple(tensor.shape))
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-
-    def copy_back(self, offloaded: OffloadedTensor) -> Tensor:
-        self.alive += 1
-        self.most = max(self.most, self.alive)
-        return offloaded.host.clone().as_subclass(Recorded)
-
-    def fetch(self, offloaded: Any) -> Tensor:
-        tensor = super().fetch(offloaded)
-        self.alive -= not isinstance(offloaded, Tensor)
-        return tensor.as_subclass(Tensor)
+from .stand_in import StandIn
 
 
 def checkpointed(kind: str, **options: Any) -> Any:
@@ -106,6 +41,7 @@ def test_the_inputs_of_layers_go_and_come_and_nothing_else(kind: str) -> None:
         assert offloader.shapes == [(2, 37, 32)] * 3
         # The next one is on its way while a layer computes; all have come back.
         assert (offloader.most, offloader.alive) == (2, 0)
+        assert (offloader.arena.size, offloader.arena.used) == (3 * 2 * 37 * 32 * 4, 0)
 
 
 def test_streams_wait_for_each_other() -> None:
@@ -119,6 +55,9 @@ def test_streams_wait_for_each_other() -> None:
     offloader.fake.log.clear()
     assert offloader.fetch(first).tolist() == [1.0, 1.0]
     assert offloader.fake.log == ["current waits for ours", "used on current"]  # it was on its way
+    offloader.fake.log.clear()
+    offloader.offload(torch.zeros(2))
+    assert offloader.fake.log == ["a copy is done", *out]  # at most two are on their way out
 
 
 def test_without_checkpointing_there_is_nothing_to_park() -> None:

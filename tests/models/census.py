@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from functools import cache
 from itertools import cycle, islice
 from typing import Any
 
@@ -84,10 +85,7 @@ def tiny_model(subject: str, attention: str, **changes: Any) -> Any:
 
     import hf_usp  # noqa: F401  registers "usp"
 
-    config = tiny_config(subject, **changes)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > LARGEST:
+    if (size := _parameters(subject)) > LARGEST:
         raise ValueError(f"{size:,} parameters are not tiny")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(subject, **changes), attn_implementation=attention)
@@ -96,6 +94,15 @@ def tiny_model(subject: str, attention: str, **changes: Any) -> Any:
             if p.ndim > 1:
                 p.mul_(2)
     return model
+
+
+@cache
+def _parameters(subject: str) -> int:
+    """How many the subject's model has, without building them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny_config(subject)).parameters())
 
 
 DOCUMENTS = (9, 2, 18)  # tokens of the packed documents in each row

@@ -30,7 +30,7 @@ from hf_usp.models.traits import MeasuredTraits
 from ..harness import checkpointing
 from ..ranks import Ranks
 from .census import batch_of, tiny_config, tiny_model
-from .verdict import APART, CASES, TOLERANCE, attach_to, step
+from .verdict import APART, CASES, TOLERANCE, Step, attach_to, gradients_of, step
 
 SHARED = {"indexer_types": ["full", "shared"] * 2}
 
@@ -179,6 +179,30 @@ def test_adapters_and_checkpointing(four_ranks: Ranks, family: str) -> None:
         assert error < TOLERANCE, error
 
 
+def under_ddp(unused: bool) -> float:
+    """The largest error after two steps under DDP with checkpointing; indexers have no gradient, or are frozen."""
+    reference, model = (tiny_model("deepseek_v32", attention).train() for attention in ("eager", "usp"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if not unused and indexed_layers.is_indexer(module):
+            module.requires_grad_(False)
+    attach_to(model, (2, 1), self_check=False)
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    expected = step(reference, "plain")
+    for _ in range(2):  # what DDP misses in one step shows in the next
+        model.zero_grad()
+        out = wrapped(**batch_of("plain"))
+        out.loss.backward()
+    got = Step(out.loss.detach(), out.logits.detach().flatten(0, 1), gradients_of(model))
+    return expected.largest_error(got)
+
+
+@pytest.mark.parametrize("unused", [True, False], ids=["find_unused_parameters", "frozen indexers"])
+def test_indexers_without_gradient_under_ddp(two_ranks: Ranks, unused: bool) -> None:
+    for error in two_ranks.run(under_ddp, unused, timeout=60):
+        assert error < TOLERANCE, error
+
+
 def verdict_of_broken(short_only: bool) -> str:
     """The verdict of the self-check on a model that attends to other keys than those that it has selected."""
     model = tiny_model("deepseek_v32", "usp", index_topk=2048).eval()
@@ -203,6 +227,27 @@ def test_the_self_check_sees_a_selection(four_ranks: Ranks) -> None:
     for message in four_ranks.run(verdict_of_broken, False):
         assert "the first module whose output differs is model.layers.0" in message, message
     assert four_ranks.run(verdict_of_broken, True) == ["passed"] * 4
+
+
+@pytest.mark.parametrize("kind", ["glm_moe_dsa", "qwen4_exp_text"])
+def test_one_process_computes_in_chunks(kind: str) -> None:
+    """On a mesh of one rank each indexer makes its keys, and selects for one query after the other."""
+    reference, model = (tiny_model(kind, attention).train() for attention in ("eager", "usp"))
+    hf_usp.apply_context_parallel(model, hf_usp.UspMesh.build(ring_degree=1, ulysses_degree=1))
+    calls: list[int] = []
+    for indexer in (module for module in model.modules() if indexed_layers.is_indexer(module)):
+        chunked = indexer.forward.__func__
+        chunked.original = lambda *a, stock=chunked.original, **k: (calls.append(1), stock(*a, **k))[1]
+    expected = step(reference, "right")
+    step(model, "right")  # the self-check
+    calls.clear()
+    with patch.object(selected, "CHUNK_NUMBERS", 1):
+        got = step(model, "right")
+    assert expected.largest_error(got) < TOLERANCE
+    layers = sum(map(indexed_layers.is_indexer, model.modules()))
+    assert len(calls) == layers * (29 + 1)
+    hf_usp.remove_context_parallel(model)
+    assert not any("forward" in module.__dict__ for module in model.modules() if indexed_layers.is_indexer(module))
 
 
 def test_one_process_heeds_a_selection() -> None:

@@ -19,7 +19,7 @@ from hf_usp.compat import OLDEST
 ROOT = Path(__file__).parents[2]
 PACKAGES = Path(sys.prefix) / "oldest"
 # One of each kind: sinks, chunks, latent attention, a rope that sees the length, the gated delta rule, Mamba-2, both
-# directions; and what is refused by a module's output and by its mask.
+# directions, lightning attention, keys that are selected.
 ROWS = (
     "gpt_oss",
     "llama4_text",
@@ -33,11 +33,17 @@ ROWS = (
 )
 
 
-def run(*tests: str) -> str:
-    """Output of these tests in a process with the oldest Transformers."""
+COUNTS = "tests/integrations/test_token_counts.py::test_tokens_not_averaged_over_devices[(4, 2)-1]"
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """Output of all these tests in one process with the oldest Transformers."""
     assert (PACKAGES / "transformers").is_dir(), f"run make setup: no Transformers {OLDEST[1][1]} in {PACKAGES}"
     environment = {**os.environ, "PYTHONPATH": f"{PACKAGES}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    rows = [f"tests/models/test_census.py::test_exact_or_refused[{row}]" for row in ROWS]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *rows]
+    command += ["tests/models/test_upstream.py", COUNTS]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     return result.stdout
@@ -50,12 +56,11 @@ def test_it_is_the_oldest() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_rows_of_the_table() -> None:
-    rows = [f"tests/models/test_census.py::test_exact_or_refused[{row}]" for row in ROWS]
-    assert f"{len(ROWS)} passed" in run(*rows)
+def test_rows_of_the_table(printed: str) -> None:
+    passed = re.findall(r"::test_exact_or_refused\[(.+)\] PASSED", printed)
+    assert passed == list(ROWS)
 
 
 @pytest.mark.timeout(300)
-def test_masks_keywords_and_token_counts() -> None:
-    counts = "tests/integrations/test_token_counts.py::test_tokens_not_averaged_over_devices[(4, 2)-1]"
-    assert " passed" in run("tests/models/test_upstream.py", counts)
+def test_masks_keywords_and_token_counts(printed: str) -> None:
+    assert "tests/models/test_upstream.py::" in printed and f"{COUNTS} PASSED" in printed

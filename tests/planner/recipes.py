@@ -42,6 +42,7 @@ def plan_for(model: ModelShape, tokens: int, gpus: int, optimizer: str = "fp32")
         allow_offload=True,
         mlp_chunk_size=4096,
         layer_chunk_size=4096,
+        keep_attention=True,
         like=TrainingStep(1, optimizer=size, offload_states=on_host, kernel="cudnn"),
         host_budget=MACHINE.host_memory * USABLE_HOST / min(8, gpus),
     )

@@ -19,6 +19,7 @@ from hf_usp.planner.hardware import MACHINES
 from hf_usp.planner.memory_model import memory
 from hf_usp.planner.request import shape_of
 from hf_usp.planner.roofline import predict
+from hf_usp.planner.search import best_way
 from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep
 from hf_usp.tools.cli import main
 
@@ -119,6 +120,31 @@ def test_shapes_of_configs(changes: dict[str, Any], expected: tuple[int, int, in
     assert shape.params == pytest.approx(8.19e9, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "glm_moe_dsa", "indexer_types": ["full", "shared"] * 39}, (78, 39, 2048, 32, 576)),
+        (
+            {"model_type": "minimax_m3_vl_text", "layer_types": ["full_attention", "minimax_m3_sparse"] * 30},
+            (30, 30, 2048, 4, 2 * 4 * 128),
+        ),
+        (QWEN3_8B, None),
+    ],
+)
+def test_layers_that_select_their_keys(changes: dict[str, Any], expected: tuple[int, ...] | None) -> None:
+    it = shape_of(AutoConfig.for_model(**changes)).indexer
+    assert (it and (it.layers, it.scoring, it.selected, it.heads, it.gathered)) == expected
+
+
+def test_a_plan_for_short_documents_selects_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    AutoConfig.for_model("glm_moe_dsa", n_routed_experts=8).save_pretrained(tmp_path)
+    sizes = "--tokens 131072 --gpus 64 --machine h100-nvlink --tp 1".split()
+    assert plan(str(tmp_path), *sizes) == 0
+    assert "select 2,048 keys" in capsys.readouterr().out
+    assert plan(str(tmp_path), *sizes, "--documents", "2048,512") == 0
+    assert "select" not in capsys.readouterr().out
+
+
 def test_a_mixture_of_experts_has_more_parameters_than_a_token_meets() -> None:
     shape = shape_of(AutoConfig.for_model("qwen3_moe", hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, vocab_size=151936))  # fmt: skip # noqa: E501
     assert shape.params == pytest.approx(30.5e9, rel=0.02), "Qwen3-30B-A3B"
@@ -167,6 +193,28 @@ def test_mlps_in_chunks_are_planned_where_they_are_asked_for(
             TrainingStep(128, mlp_chunk_size=64),
             MACHINES["cpu"],
         )
+
+
+def test_layers_in_chunks_are_planned_where_they_are_asked_for(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, Any] = {"tokens": 65536, "gpus": 8, "machine": "h100-nvlink", "most_tp": 1, "mlp_chunk_size": 4096}
+    sizes |= {"allow_offload": True, "host_memory_gb": 50_000}
+    without, with_them = (request(model, **sizes, layer_chunk_size=n) for n in (None, 4096))
+    assert all(c.job.layer_chunk_size is None for c in ranked(without))
+    assert longest_of_all(with_them)[0] > 1.5 * longest_of_all(without)[0]
+    reach, degrees = longest_of_all(with_them)
+    assert degrees.cp > 1 and best_way(replace(with_them, tokens=reach), degrees).job.head_groups > 1
+    host = replace(with_them, tokens=1 << 20, keep_attention=True)
+    kept = [best_way(replace(host, host_budget=size), Degrees(1, 8)) for size in (30e9, 60e9, 1e12)]
+    assert 0 < kept[1].job.keep_attention < kept[2].job.keep_attention == 36, [c.savings for c in kept]
+    assert all(c.fits for c in kept) and kept[2].prediction.seconds < kept[1].prediction.seconds
+    tight = "--tokens 1048576 --gpus 8 --tp 1 --offload --layer-chunk-size 4096 --memory 36".split()
+    yaml = tmp_path / "plan.yaml"
+    assert plan(model, *tight, "--config", str(yaml), "--picture", str(tmp_path / "plan.png")) == 0
+    assert "layers in chunks of 4096" in capsys.readouterr().out and "--layer-chunk-size 4096" in yaml.read_text()
+    assert plan(model, *tight, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["splits"][0]["layer_chunk_size"] == 4096
 
 
 def test_the_optimizer_and_host_memory_decide_what_fits(
@@ -239,6 +287,7 @@ BASE = {"--tokens": "65536", "--gpus": "8"}
         ({"--kernel": "fa4"}, "a rate is known there of cudnn, fa2, fa3"),
         ({"--rows": "0"}, "rows=0"),
         ({"--mlp-chunk-size": "0"}, "mlp_chunk_size=0"),
+        ({"--layer-chunk-size": "0"}, "layer_chunk_size=0"),
         ({"--documents": "100,0"}, "a document of 0 tokens"),
         ({"--machine": "v100"}, "a machine is one of " + ", ".join(MACHINES)),
         ({"--machine": "none.json"}, "none.json': No such file"),

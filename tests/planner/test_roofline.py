@@ -10,7 +10,7 @@ from hf_usp.errors import UspConfigError
 from hf_usp.planner.hardware import GB, MACHINES, Link, Machine, Rate
 from hf_usp.planner.memory_model import memory
 from hf_usp.planner.roofline import attention, exposed_of, mask_area, predict, transfers
-from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep
+from hf_usp.planner.workload import Degrees, Indexer, ModelShape, Selected, TrainingStep
 from hf_usp.sharding.load_balance import fixed_assignment
 from hf_usp.sharding.masks import UNLIMITED, Documents, Mask
 from hf_usp.sharding.schedule import make_ring_schedule, ring_per_node
@@ -237,7 +237,7 @@ def test_memory() -> None:
     assert memory(LLAMA3_8B, Degrees(8, 1), replace(job, checkpointing=False)).activations > 3 * one.activations
     offloaded = memory(LLAMA3_8B, Degrees(8, 1), replace(job, tokens=8 * 160_000, offload=True))
     assert offloaded.activations < memory(LLAMA3_8B, Degrees(8, 1), replace(job, tokens=8 * 160_000)).activations
-    assert offloaded.host == 32 * 2**31 > 32 * 160_000 * 8192, "pinned buffers are rounded up to powers of two"
+    assert offloaded.host == 32 * 160_000 * 8192
     kernels = {k: memory(LLAMA3_8B, Degrees(8, 1), replace(job, kernel=k, mlp_chunk_size=1024)) for k in ("fa2", "fa3")}
     of = {k: it.moments["top layer, attention"]["activations"] for k, it in kernels.items()}
     assert of["fa2"] - of["fa3"] == 16384 * 128 * (2 * 2 * 32 - 2 * 4 * 8), "keys' gradients for every query head"
@@ -268,3 +268,54 @@ def test_data_parallel_shards_weights_and_adds_tokens() -> None:
 def test_refusals(shape: ModelShape, degrees: Degrees, job: TrainingStep, named: str) -> None:
     with pytest.raises(UspConfigError, match=named):
         predict(shape, degrees, job, ideal(1e9))
+
+
+def test_what_layers_in_chunks_cost() -> None:
+    """The part before attention 3 groups + 5 times instead of 4, less where attention is kept; messages of groups."""
+    machine = replace(MACHINES["h100-nvlink"], memory_bandwidth=1e30)
+    job = TrainingStep(1 << 20, checkpointing=True)
+    whole = predict(LLAMA3_8B, Degrees(1, 8), job, machine)
+    before = LLAMA3_8B.weights_around_attention["before"] * LLAMA3_8B.layers
+    assert sum(LLAMA3_8B.weights_around_attention.values()) == LLAMA3_8B.layer_params
+    once = 2 * job.tokens / 8 * before / (machine.flops * machine.matmul)
+    for groups in (1, 4):
+        tiled = replace(job, checkpointing=False, layer_chunk_size=4096, head_groups=groups, offload=True)
+        mine = predict(LLAMA3_8B, Degrees(1, 8), tiled, machine)
+        assert (mine.linear - whole.linear) / once == pytest.approx(3 * groups + 5 - 4)
+        kept = predict(LLAMA3_8B, Degrees(1, 8), replace(tiled, keep_attention=32), machine)
+        assert (mine.linear - kept.linear) / once == pytest.approx(groups)
+        assert kept.attention < 0.82 * mine.attention and kept.memory.host - mine.memory.host == pytest.approx(
+            32 * (1 << 17) * 32 * (128 * 2 + 4)
+        )
+        assert mine.ring_hidden + mine.ring >= whole.ring_hidden + whole.ring
+        assert mine.attention == pytest.approx(whole.attention, rel=0.02)
+    slower = MACHINES["h100-nvlink"]
+    sums = [
+        predict(LLAMA3_8B, Degrees(1, 8), replace(tiled, layer_chunk_size=chunk), slower).linear
+        for chunk in (1024, 4096, 1 << 17)
+    ]
+    assert sums[0] > sums[1] > sums[2], "every chunk adds to gradients in fp32"
+    assert sums[0] - sums[1] == pytest.approx(3 * (sums[1] - sums[2]) * 32 / 31, rel=0.01)
+
+
+def test_layers_that_select_keys_cost_the_same_on_every_mesh() -> None:
+    """DeepSeek-V3.2, the indexer's scores bound by memory: closed formulas, and the usual attention for short rows."""
+    indexer, machine = Indexer(61, 61, 2048, 64, 128, 576, 1088), ideal(1e9)
+    model = ModelShape(61, 7168, 2048, 128, 128, 64, 129280, indexer=indexer)
+    assert [(int(window or 0), count) for window, count in model.layer_kinds] == [(0, 0), (0, 0), (2048, 61)]
+    job, kind = TrainingStep(131072), Selected(2048)
+    ahead = [attention(model, Degrees(u, 8 // u), job, machine, kind) for u in (1, 2, 8)]
+    assert ahead[0] == ahead[1] == ahead[2] and ahead[0].ulysses == ahead[0].merges == 0
+    assert ahead[0].ring_exposed == pytest.approx(131072 * (576 + 128) * 2 * 7 / 8 / 1e9)
+    back = attention(model, Degrees(1, 8), job, machine, kind, backward=True)
+    assert back.ring == pytest.approx(131072 * 576 * 2 * 7 / 8 / 1e9)
+    pairs, rate = mask_area(131072, 2048) / 8, machine.flops * machine.matmul
+    assert back.tiles == pytest.approx(2.5 * 2 * pairs * 128 * 1088 / rate)
+    scored = 2 * 131072 * 131072 / 8 * 64 * 128 / rate
+    assert ahead[0].tiles == pytest.approx(back.tiles / 2.5 + scored)
+    slow = attention(model, Degrees(1, 8), job, replace(machine, memory_bandwidth=1e12), kind)
+    assert slow.tiles == pytest.approx((3 * 2 * 16384 * 2048 * 576 + 12 * 131072 * 16384 * 64) / 1e12)
+    short, usual = TrainingStep(2048), replace(model, indexer=None)
+    assert attention(model, Degrees(2, 4), short, machine, kind) == attention(usual, Degrees(2, 4), short, machine)
+    fewer = predict(model, Degrees(1, 8), job, machine).flops
+    assert predict(usual, Degrees(1, 8), job, machine).flops > 2 * fewer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -101,6 +102,7 @@ def _run(script: str, flags: tuple[str, ...], output: str, environment: dict[str
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # as in `ranks._serve`
     sys.argv = [script, *flags]
     if script.startswith("-m "):
         runpy.run_module(script[3:], run_name="__main__", alter_sys=True)

@@ -41,7 +41,7 @@ CASES = [
 # Layers in chunks, few of them: each takes its time here.
 IN_CHUNKS: dict[str, Any] = {"loss_chunk_size": 16384, "optimizer": 4, "kernel": "fa2"}
 TILED = [
-    (LLAMA_8B, 2 * M, Degrees(1, 4), {**IN_CHUNKS, "head_groups": 4, "offload": True}),
+    (LLAMA_8B, 2 * M, Degrees(1, 4), {**IN_CHUNKS, "head_groups": 4, "offload": True, "keep_attention": 1}),
     (LLAMA_8B, 4 * M, Degrees(2, 4), {**IN_CHUNKS, "head_groups": 2, "kernel": "fa3"}),
     (QWEN3_32B, 1 * M, Degrees(8, 1), {**IN_CHUNKS, "head_groups": 8, "optimizer": 12}),
     (LLAMA_70B, 8 * M, Degrees(4, 8), {**IN_CHUNKS, "head_groups": 2, "offload": True}),
@@ -95,8 +95,8 @@ PARTS = {"MLP": "mlp", "norm": "post_attention_layernorm", "attention": "self_at
 
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing")
 @pytest.mark.parametrize("element", [4, 2])
-@pytest.mark.parametrize("saving", [False, True])
-def test_a_simulated_step_is_one_that_ran(element: int, saving: bool) -> None:
+@pytest.mark.parametrize("saving", ["", "checkpointing", "layers in chunks"])
+def test_a_simulated_step_is_one_that_ran(element: int, saving: str) -> None:
     """The same bytes, to 1 %, as a step on the CPU whose every tensor was there."""
     from counting import Peak
     from transformers import LlamaForCausalLM
@@ -104,17 +104,21 @@ def test_a_simulated_step_is_one_that_ran(element: int, saving: bool) -> None:
     from hf_usp import UspMesh, shard
     from hf_usp.integrations.transformers import apply_memory_options
 
-    options: dict[str, Any] = {"checkpointing": saving}
+    layers = {"layer_chunk_size": 64, "head_groups": 2} if saving == "layers in chunks" else {}
+    options: dict[str, Any] = {"checkpointing": saving == "checkpointing", **layers}
     options |= {"loss_chunk_size": 64, "mlp_chunk_size": 64} if saving else {}
     job = TrainingStep(512, element=element, optimizer=0, shard_params=False, **options)
     simulated = simulate(SMALL, Degrees(), job)
     dtype = {4: torch.float32, 2: torch.bfloat16}[element]
     model: Any = LlamaForCausalLM._from_config(SMALL, attn_implementation="usp", dtype=dtype).train()
-    if saving:
+    if saving == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        apply_memory_options(model, 64, 64, False)
+    if saving:
+        apply_memory_options(model, 64, 64, False, **layers)
     ids = torch.zeros(1, 512, dtype=torch.long)
     batch = shard({"input_ids": ids, "labels": ids}, UspMesh.build(ring_degree=1, ulysses_degree=1))
+    if layers:
+        model(**batch, use_cache=False)  # layers are tried out
     with Peak(model.parameters()) as counted:
         model(**batch, use_cache=False).loss.backward()
     assert simulated.peak == pytest.approx(counted.peak, rel=0.01)

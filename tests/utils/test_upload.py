@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_usp.batch.documents import find_documents
 from hf_usp.batch.layout import MaskSpec, make_layout
 from hf_usp.distributed.mesh import UspMesh
-from hf_usp.utils.upload import ALIGNED, upload, upload_fields
+from hf_usp.utils.upload import ALIGNED, download, upload, upload_fields
 
 CPU = torch.device("cpu")
 DTYPES = st.sampled_from([np.int64, np.int32, np.bool_])
@@ -73,3 +73,16 @@ def test_a_schedule_is_one_copy(monkeypatch: pytest.MonkeyPatch, kind: MaskSpec)
     calls = [call for stage in schedule.stages for call in stage.calls]
     assert len(calls) > 1 and all(call.segments.cu_seqlens_q.dtype == torch.int32 for call in calls)
     assert all(call.segments.cu_seqlens_q.tolist() == list(call.segments.q_offsets) for call in calls)
+
+
+def test_what_the_host_reads_comes_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [torch.arange(3), None, torch.tensor(True), torch.ones(2, 5, dtype=torch.int32).T, torch.zeros(0)]
+    made = []
+    stock = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda self: made.append(self) or stock(self))
+    found = download(given)
+    assert len(made) == 1 and found[1] is None
+    for before, after in zip(given, found, strict=True):
+        if before is not None and after is not None:
+            np.testing.assert_array_equal(after, before.numpy())
+            assert after.dtype == before.numpy().dtype

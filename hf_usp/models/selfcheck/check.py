@@ -94,7 +94,6 @@ def _give_verdict(
     error = None if found is None else refusal(model, found)
     if overwritten:
         error = overwrites(model, overwritten)
-    assert mesh.group is not None
     verify_same_across_ranks(torch.zeros(1, dtype=torch.int64, device=device), error, mesh.group, UspModelError)
 
 
@@ -109,7 +108,6 @@ def _measure(
     def same(batch: dict[str, Any], options: ShardOptions = options) -> bool:
         """Whether a batch gives the same sharded and in full, on all ranks of the mesh."""
         differs = compare(model, batch, mesh, options) is not None
-        assert mesh.group is not None
         return not bool(all_gather(torch.tensor([differs], dtype=torch.int64, device=device), mesh.group).any())
 
     left = {**batch, "attention_mask": _left_padding(batch)}

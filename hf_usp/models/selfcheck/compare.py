@@ -153,7 +153,6 @@ def _errors(mine: Tensor, theirs: Tensor) -> Tensor:
 def _loss_difference(mesh: UspMesh, tolerance: float, sharded: Any, whole: Any) -> str | None:
     if whole.get("loss") is None:
         return None
-    assert mesh.group is not None
     mine, theirs = all_reduce_sum(sharded.loss, mesh.group), whole.loss
     tolerance = max(tolerance, 1e-5)  # ForCausalLMLoss computes in fp32 at most
     if bool((mine - theirs).abs() <= tolerance * theirs.abs().clamp_min(1)):

@@ -29,7 +29,6 @@ def training_check(model: PreTrainedModel, mesh: UspMesh, options: ShardOptions,
     What is random there is held still. `UspModelError` where sharding changes the rest, or where something is drawn
     once for several tokens: the ranks that share them would draw differently.
     """
-    assert mesh.group is not None
     batch, options = random_batch(model, mesh, device), without_autocast(options, device)
     with isolated_forward(model, device, training=True) as overwritten:
         before, seen = _python_draws(), DeterministicSampling()
