@@ -140,7 +140,7 @@ def test_one_rank_has_whole_layers_checkpointed_or_not(tmp_path: Path) -> None:
     reference = tiny_model(attention="eager").train()
     batches = [rows_of(32), rows_of(96)]
     losses, calls = [model(**batch, use_cache=False).loss for batch in batches], list[int]()
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for again, loss, batch in zip((0, 1), losses, batches, strict=True):
         model.zero_grad()
         (loss * 3).backward()
