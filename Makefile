@@ -5,7 +5,7 @@
 # make table        every architecture of Transformers, judged anew: docs/models.md
 # make table-oldest the same with the oldest supported Transformers: docs/versions.md
 # make test-torch   the tests that depend on torch with another one (TORCH=2.11.0, the oldest; 5 GB): docs/versions.md
-# make book         one sequence of 131,072 tokens on 4 processes, in less memory than it needs in one
+# make book         one sequence of 262,144 tokens on 4 processes, in less memory than it needs in one
 # make fuzz         35,000 random inputs to functions and commands: refused or accepted, never a raw error
 # make faults      one rank broken on purpose at every place of a run, and how the others end: docs/faults.md
 # make gpu          every CUDA kernel against the definition, training against one process, then measurements beside predictions

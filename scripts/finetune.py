@@ -16,6 +16,7 @@ A run that was cut off: the same flags with --resume_from_checkpoint last, on an
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_usp.callbacks import UspMetricsCallback, checkpoint
 from hf_usp.callbacks.resume import ResumeGuard
@@ -56,6 +58,10 @@ class ModelArguments:
         default=None, metadata={"help": "Default: the model's. 'bytes': no tokenizer, ids 0 to 256."}
     )
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16 or auto."})
+    rope_parameters: str | None = field(
+        default=None,
+        metadata={"help": 'JSON for rope_parameters of the model\'s config: \'{"rope_type": "yarn", "factor": 32}\'.'},
+    )
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.config_name is None):
@@ -138,6 +144,33 @@ class ReportArguments:
         UspMetricsCallback(trainer, peak_flops=peak, profile_step=self.profile_step, trace=trace)
 
 
+def load_config(args: ModelArguments) -> Any:
+    """The model's config, with the rotary embedding of --rope_parameters and rows that are `factor` times longer."""
+    config = read_config(args.source, local=False)
+    if args.rope_parameters is None:
+        return config
+    try:
+        given = json.loads(args.rope_parameters)
+        kind, factor = given["rope_type"], given.get("factor", 1)
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(f"Transformers knows {', '.join(ROPE_INIT_FUNCTIONS)}")
+        if not isinstance(factor, int | float) or factor < 1:
+            raise ValueError("the factor is a number of at least 1")
+        if "rope_theta" not in (config.rope_parameters or {}):
+            raise ValueError(f"{config.model_type} has none, or one for each kind of layer")
+        config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **given}
+        config.standardize_rope_params()  # notes how long the rows of the pretrained model were
+        config.max_position_embeddings = round(config.max_position_embeddings * factor)
+        config.validate_rope()
+    except (TypeError, ValueError, KeyError) as problem:
+        raise UspConfigError(
+            f"--rope_parameters {args.rope_parameters}: {problem}",
+            rule="JSON that Transformers takes as rope_parameters of this model",
+            remedy='for example --rope_parameters \'{"rope_type": "yarn", "factor": 4.0}\'',
+        ) from problem
+    return config
+
+
 def load_tokenizer(args: ModelArguments) -> Any:
     """The model's own tokenizer, or plain bytes (also for a fresh model that names none)."""
     name = args.tokenizer_name or args.model_name_or_path or "bytes"
@@ -207,7 +240,7 @@ def main() -> None:
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
     set_seed(args.seed)
 
-    config = read_config(model_args.source, local=False)
+    config = load_config(model_args)
     check_folder(args.output_dir or ".", "--output_dir")
     if text_args.cache_dir is not None:
         check_folder(text_args.cache_dir, "--cache_dir")

@@ -6,6 +6,7 @@ all that it and the computation have begun.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class ActivationOffloader:
 
     def __init__(self, folder: str | None = None) -> None:
         self.arena = HostArena(folder)
-        self.last: OffloadedTensor | None = None
+        self.last: weakref.ref[OffloadedTensor] | None = None  # the graph alone keeps it
         self.streams: dict[torch.device, Any] = {}
         self.layers = 0  # whose inputs will be offloaded; 0 once there is room
         self.agreed = 0  # bytes of the largest input for which the ranks have told each other that they have room
@@ -102,8 +103,9 @@ class ActivationOffloader:
             host.copy_(tensor, non_blocking=True)
         tensor.record_stream(stream)
         self.copies.append(stream.record_event())
-        self.last = OffloadedTensor(host, tensor.device, self.last)
-        return self.last
+        offloaded = OffloadedTensor(host, tensor.device, None if self.last is None else self.last())
+        self.last = weakref.ref(offloaded)
+        return offloaded
 
     def start(self, tensor: Tensor) -> None:
         """Start to offload a tensor that will be saved for the backward, and is needed there in parts."""

@@ -34,7 +34,7 @@ ANSWERS = {
 
 
 class VLLMServer(ThreadingHTTPServer):
-    """It keeps the prompts it was asked for, the names of announced and of sent weights, and the weights of the last update."""
+    """It keeps the prompts it was asked for, the latest weights, and the names of announced and of sent ones."""
 
     daemon_threads = True
 

@@ -207,7 +207,7 @@ def refused(short_rank: int, folder: str) -> list[str]:
 def test_a_rank_without_the_memory_stops_all(two_ranks: Ranks, tmp_path: Path) -> None:
     (first, *others), (second, *more) = two_ranks.run(refused, 1, str(tmp_path))
     assert "no room in host memory on rank(s) 1 of the mesh" in first
-    assert "GB of host memory for each of 1 rank(s)" in second
+    assert "GB of host memory for each of" in second
     assert others == more == ["", ""], "without offloading, and with a file"
 
 

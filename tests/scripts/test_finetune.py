@@ -32,9 +32,9 @@ TINY_GPT_OSS = TINY_LLAMA | {
     ("rows", "algorithm", "model"),
     [
         ("--sequence_length 130 --loss-chunk-size 16", "ulysses_cp_algo", TINY_GPT_OSS),
-        ("", "megatron_cp_algo", TINY_LLAMA),
+        ('--rope_parameters {"rope_type":"yarn","factor":4}', "megatron_cp_algo", TINY_LLAMA),
     ],
-    ids=["packed", "whole"],
+    ids=["packed", "whole, yarn"],
 )
 def test_two_processes_log_the_losses_of_one(
     tmp_path: Path, rows: str, algorithm: str, model: dict[str, object]
@@ -106,6 +106,10 @@ def test_wrong_flags_end_the_run_before_it_starts(
         ("--cache_dir {}/broken.json", "--cache_dir .*Remedy: name another folder with --cache_dir"),
         ("--tokenizer_name {}", "the tokenizer .*--tokenizer_name bytes"),
         ("--loss-chunk-size 0", "loss_chunk_size=0"),
+        ('--rope_parameters {"rope_type":"yarn"}', "Missing required keys"),
+        ('--rope_parameters {"rope_type":"yern","factor":4}', "Transformers knows linear, .*yarn"),
+        ('--rope_parameters {"rope_type":"yarn","factor":0.5}', "the factor is a number of at least 1"),
+        ("--rope_parameters yarn", "JSON that Transformers takes as rope_parameters"),
     ],
 )
 def test_what_is_not_there_ends_the_run_before_texts_are_packed(
@@ -114,17 +118,26 @@ def test_what_is_not_there_ends_the_run_before_texts_are_packed(
     given = write_inputs(tmp_path)
     (tmp_path / "broken.json").write_text("{")
     monkeypatch.setattr(finetune, "load_rows", lambda *_: pytest.fail("texts were packed"))
-    here = flags.format(tmp_path).split()
+    here = flags.replace("{}", str(tmp_path)).split()
     monkeypatch.setattr("sys.argv", [SCRIPT, *given, "--use_cpu", "--output_dir", str(tmp_path / "out"), *here])
     with pytest.raises(UspConfigError, match=message):
         finetune.main()
+
+
+def test_the_rotary_embedding_of_longer_rows(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA))
+    given = '{"rope_type": "yarn", "factor": 4.0}'
+    config = finetune.load_config(finetune.ModelArguments(config_name=str(tmp_path), rope_parameters=given))
+    assert config.max_position_embeddings == 4 * TINY_LLAMA["max_position_embeddings"]
+    rope = {"rope_theta": 10000.0, "original_max_position_embeddings": TINY_LLAMA["max_position_embeddings"]}
+    assert config.rope_parameters == {"rope_type": "yarn", "factor": 4.0, **rope}
 
 
 def test_the_dtype_of_a_fresh_model_is_that_of_its_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**TINY_LLAMA, "dtype": "bfloat16"}))
     for name, kind in (("auto", torch.bfloat16), ("float32", torch.float32)):
         args = finetune.ModelArguments(config_name=str(tmp_path), dtype=name)
-        config = finetune.read_config(args.source, local=False)
+        config = finetune.load_config(args)
         assert finetune.load_model(args, config, None).dtype == kind
 
 
