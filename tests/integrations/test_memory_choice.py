@@ -139,10 +139,12 @@ def test_one_rank_has_whole_layers_checkpointed_or_not(tmp_path: Path) -> None:
     model = Accelerator(cpu=True, parallelism_config=config).prepare(tiny_model(attention="eager").train())
     reference = tiny_model(attention="eager").train()
     batches = [rows_of(32), rows_of(96)]
-    losses = [model(**batch, use_cache=False).loss for batch in batches]
-    for loss, batch in zip(losses, batches, strict=True):
+    losses, calls = [model(**batch, use_cache=False).loss for batch in batches], list[int]()
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for again, loss, batch in zip((0, 1), losses, batches, strict=True):
         model.zero_grad()
         (loss * 3).backward()
+        assert len(calls) == again, "a checkpointed layer is computed again"
         expected, gradients, _ = step(reference, **batch)
         assert loss.item() == pytest.approx(expected, abs=1e-5)
         for name, p in model.named_parameters():
