@@ -406,6 +406,27 @@ ONE_PROCESS: dict[str, Case] = {
             hf_usp.UspParallelismConfig(cp_size=2, layer_chunk_size=4096, keep_attention=True),
         ],
     ),
+    "pass memory='auto', or memory={'layer_chunk_size': 4096, 'head_groups': 4}": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, memory="most"),
+        lambda: [
+            hf_usp.UspParallelismConfig(cp_size=2, memory=memory)
+            for memory in ("auto", {"layer_chunk_size": 4096, "head_groups": 4})
+        ],
+    ),
+    "put the option into the dict, as in memory={'layer_chunk_size': 4096}, or leave out memory": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, memory={"loss_chunk_size": 8}, layer_chunk_size=4096),
+        lambda: [
+            hf_usp.UspParallelismConfig(cp_size=2, memory={"layer_chunk_size": 4096, "loss_chunk_size": 8}),
+            hf_usp.UspParallelismConfig(cp_size=2, layer_chunk_size=4096, loss_chunk_size=8),
+        ],
+    ),
+    "choose one: memory='auto' for training": Case(
+        lambda: hf_usp.UspParallelismConfig(cp_size=2, memory="auto", gather_outputs=True),
+        lambda: [
+            hf_usp.UspParallelismConfig(cp_size=2, memory="auto"),
+            hf_usp.UspParallelismConfig(cp_size=2, gather_outputs=True),
+        ],
+    ),
     "choose ulysses_degree from": Case(
         lambda: hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=3),
         lambda: [hf_usp.UspParallelismConfig(cp_size=8, ulysses_degree=u) for u in (1, 2, 4, 8)],
@@ -504,6 +525,15 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "test_a_model_without_layers_to_compute_in_chunks_is_refused",
     ),
     "pass keep_attention=True for all layers": ("memory/test_kept_attention.py", "test_more_layers_than_there_are"),
+    "on a CPU name the file of hf-usp check as machine=": (
+        "integrations/test_memory_choice.py",
+        "test_another_length_gets_another_way",
+    ),
+    "fix the options by hand, as in memory={'mlp_chunk_size': 4096}": (
+        "integrations/test_memory_choice.py",
+        "test_a_dict_means_the_options",
+    ),
+    "tokens fit in a step; or share": ("integrations/test_memory_choice.py", "test_another_length_gets_another_way"),
     "or leave out offload_checkpoints": ("memory/test_kept_attention.py", "test_a_rank_without_the_memory_stops_all"),
     "call model.train() or model.eval() before the forward": (
         "memory/test_tiled_layer.py",

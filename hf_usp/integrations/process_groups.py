@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
-from accelerate.utils import DummyScheduler
+from accelerate.utils.deepspeed import DummyScheduler  # accelerate.utils has it beside DeepSpeed alone
 from torch.distributed.fsdp import FullStateDictConfig
 
 from ..compat import prepared_schedulers, scheduler_steps
