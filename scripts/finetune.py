@@ -237,7 +237,8 @@ def main() -> None:
     if text_args.streaming:
         args.accelerator_config.dispatch_batches = False  # every process reads its rows, those of a sequence the same
     logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    for name in (logger.name, "hf_usp"):
+        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
     set_seed(args.seed)
 
     config = load_config(model_args)

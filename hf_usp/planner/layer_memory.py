@@ -165,7 +165,8 @@ def tiled_layer(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Tiled
     """Queries, keys, values and their gradients are there for a group of heads, attention's output for all of them.
 
     The gradient of a layer's input takes the place of that of its output. A chunk is a layer with all that its graph
-    keeps, beside the gradients of the weights that it adds to their sums.
+    keeps, beside the gradients of the weights that it adds to their sums. Attention's output that is kept in host memory
+    comes back in chunks, then in groups, the next one under way.
     """
     whole, local, element = whole_layer(model, degrees, job), job.rows * job.tokens / degrees.cp, job.element
     groups = _groups(model, degrees, job)
@@ -192,6 +193,14 @@ def tiled_layer(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Tiled
         before = max(before, (24 / element + 1) * q_chunk + 2 * kv_chunk + part.norm)
     collected = mine * (q + kv) + part.ahead + 2 * part.hidden  # of a group, the last chunk of it at work
     ahead, core = max(ahead, collected), max(core, mine * (2 * q + lse) + collected)
+    if job.offload:  # chunks of the layer's input: one is read, the next one comes
+        after, before = after + 2 * part.hidden, before + 2 * part.hidden
+    again = others * (q + lse) + ahead
+    beside = others * max(2 * q + lse, q + kv)  # of the groups that are not at work
+    outs = q + lse
+    if job.offload and job.keep_attention == model.layers:
+        again, outs = 0.0, 2 * chunk.tokens / local * (q + lse)
+        beside = others * (q + kv) + mine * max(0.0, q + lse - kv if len(groups) > 1 else 0.0)
     return TiledLayer(
         hidden=whole.hidden,
         norm=whole.norm,
@@ -200,9 +209,9 @@ def tiled_layer(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Tiled
         ahead=max(others * (q + lse) + ahead, q + lse + whole.hidden + part.attention + part.mlp_ahead),
         always=whole.always,
         moments={
-            "attention again": (around + others * (q + lse) + ahead, 0.0),
-            "after attention": (around + 2 * q + lse + after, 4 * weights["after"]),
-            "attention": (around + others * max(2 * q + lse, q + kv) + core, 4 * weights["after"]),
+            "attention again": (around + again, 0.0),
+            "after attention": (around + q + outs + after, 4 * weights["after"]),
+            "attention": (around + beside + core, 4 * weights["after"]),
             "before attention": (
                 around + q + kv + before,
                 4 * weights["after"] + (4 + element) * weights["before"],

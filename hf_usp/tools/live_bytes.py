@@ -64,6 +64,10 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(tensor.untyped_storage(), self._elsewhere.discard, place)
         self.host += tensor.untyped_storage().nbytes()
 
+    def is_left_out(self, tensor: Tensor) -> bool:
+        """Whether a tensor, or what it is a part of, does not count."""
+        return storage_identity(tensor) in self._elsewhere
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):

@@ -292,7 +292,7 @@ class ToHost(ActivationOffloader):
         return None
 
     def is_on_host(self, tensor: Tensor) -> bool:
-        return False  # what is read of it in parts does not count
+        return self.live.is_left_out(tensor)
 
     def module(self, device: torch.device) -> Any:
         return _NoStreams

@@ -1,4 +1,4 @@
-"""Tables of docs/memory.md and docs/roofline.md, from the planner. `python -m tests.planner.recipes` writes them."""
+"""Tables of docs/memory.md, docs/long.md and docs/roofline.md, from the planner. `python -m tests.planner.recipes` writes them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hf_usp.planner.hardware import MACHINES, Machine
 from hf_usp.planner.request import OPTIMIZERS, USABLE, USABLE_HOST
 from hf_usp.planner.roofline import Prediction, attention, predict
 from hf_usp.planner.search import arrangements
+from hf_usp.planner.text import accelerate_config
 from hf_usp.planner.workload import Degrees, ModelShape, TrainingStep
 
 from .published import RUNS, TABLES, Run
@@ -81,6 +82,37 @@ def reaches() -> Iterator[str]:
             yield f"| {name} | {optimizer} | {' | '.join(reach)} |"
 
 
+MILLIONS = [("Qwen3 8B", 1, 8), ("Qwen3 8B", 2, 16), ("Llama 3 8B", 5, 8), ("Llama 3 8B", 8, 16), ("Qwen3 32B", 1, 8)]
+
+
+def millions() -> Iterator[str]:
+    """Steps of a million tokens and more with memory="auto" and AdamW's state in bf16."""
+    yield (
+        "| model | tokens | H100 80 GB | ulysses x ring | seconds of a step | MFU | GB of a GPU | GB of the host, a GPU "
+        "| saving memory by |"
+    )
+    yield "|---" * 9 + "|"
+    for name, tokens, gpus in MILLIONS:
+        model = MODELS.get(name, QWEN3_8B)
+        best = ranked(replace(plan_for(model, tokens << 20, gpus, "bf16"), auto=True))[0]
+        d, it = best.degrees, best.prediction
+        yield (
+            f"| {name} | {tokens}M | {gpus} | {d.ulysses} x {d.ring} | {it.seconds:,.0f} | {it.mfu:.0%} "
+            f"| {it.memory.total / 1e9:.0f} | {it.memory.host / 1e9:.0f} | {best.savings} |"
+        )
+
+
+def launches() -> Iterator[str]:
+    """The lines that `hf-usp plan --auto` prints for two of them."""
+    yield "```bash"
+    for name, tokens, gpus in MILLIONS[:2]:
+        what = replace(plan_for(QWEN3_8B, tokens << 20, gpus), name="Qwen/Qwen3-8B", auto=True)
+        yield f"# {name}, {tokens}M tokens on {gpus} GPUs"
+        printed = accelerate_config(what, ranked(what)[0]).splitlines()
+        yield from (line.removeprefix("# ") for line in printed if line.startswith("#"))
+    yield "```"
+
+
 def others() -> Iterator[tuple[Run, Prediction, Prediction]]:
     """Runs of others, and the prediction for a ring that relays: with a state of AdamW in bf16, and in fp32."""
     for run in RUNS:
@@ -146,6 +178,7 @@ def degrees() -> Iterator[str]:
 THEIRS = TrainingStep(1, checkpointing=True, loss_chunk_size=2048, relay=True, gradients=4)
 PAGES = {
     DOCS / "memory.md": {"recipes": recipes, "reaches": reaches},
+    DOCS / "long.md": {"millions": millions, "launches": launches},
     DOCS / "roofline.md": {"degrees": degrees, "published": published},
 }
 

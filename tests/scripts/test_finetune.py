@@ -34,7 +34,7 @@ TINY_GPT_OSS = TINY_LLAMA | {
         ("--sequence_length 130 --loss-chunk-size 16", "ulysses_cp_algo", TINY_GPT_OSS),
         ('--rope_parameters {"rope_type":"yarn","factor":4}', "megatron_cp_algo", TINY_LLAMA),
     ],
-    ids=["packed", "whole, yarn"],
+    ids=["packed", "whole, yarn, memory chosen"],
 )
 def test_two_processes_log_the_losses_of_one(
     tmp_path: Path, rows: str, algorithm: str, model: dict[str, object]
@@ -43,6 +43,7 @@ def test_two_processes_log_the_losses_of_one(
     (tmp_path / "model.json").write_text(json.dumps(model))
     succeeded(alone(SCRIPT, *flags, "--output_dir", str(tmp_path / "one")))
     mesh = ["--context-parallel-size", "2", "--context-parallel-algo", algorithm]
+    mesh += [] if "--loss-chunk-size" in rows else ["--memory", "auto"]
     printed = succeeded(several(2, SCRIPT, *flags, *mesh, "--output_dir", str(tmp_path / "two")))
 
     assert "FutureWarning" not in printed
@@ -53,6 +54,7 @@ def test_two_processes_log_the_losses_of_one(
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
         assert (b["epoch"], b["step"]) == (a["epoch"], a["step"])
         assert a["usp/tokens_per_second"] > 0 and b["usp/gb_sent_per_step"] > 0, "the report is on by default"
+    assert ("usp: memory: " in printed) == ("--memory" in mesh)
     if algorithm == "ulysses_cp_algo":
         assert "2 processes: ulysses 2 x ring 1; 3 query and 1 kv heads, split unevenly: 2 + 1" in printed
 

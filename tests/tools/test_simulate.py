@@ -42,6 +42,7 @@ CASES = [
 IN_CHUNKS: dict[str, Any] = {"loss_chunk_size": 16384, "optimizer": 4, "kernel": "fa2"}
 TILED = [
     (LLAMA_8B, 2 * M, Degrees(1, 4), {**IN_CHUNKS, "head_groups": 4, "offload": True}),
+    (LLAMA_8B, 2 * M, Degrees(1, 4), {**IN_CHUNKS, "head_groups": 4, "offload": True, "keep_attention": 2}),
     (LLAMA_8B, 4 * M, Degrees(2, 4), {**IN_CHUNKS, "head_groups": 2, "kernel": "fa3"}),
     (QWEN3_32B, 1 * M, Degrees(8, 1), {**IN_CHUNKS, "head_groups": 8, "optimizer": 12}),
     (LLAMA_70B, 8 * M, Degrees(4, 8), {**IN_CHUNKS, "head_groups": 2, "offload": True}),
