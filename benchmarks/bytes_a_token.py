@@ -41,7 +41,7 @@ WAYS = {
     "and its output in host memory": replace(LAYERS, head_groups=4, keep_attention=1),  # of all layers
 }
 LENGTHS = [128 * K << i for i in range(7)]
-SIMULATED = (1 * M, 2 * M)
+SIMULATED = (2 * M,)  # below, tensors of a chunk and gathered weights are the peak
 # Tokens, GPUs, width, GB of a GPU (92 % of 80 GB, or as published), GB of weights, gradients and optimizer.
 PUBLISHED = {
     "UPipe, Llama 3 8B, 5M": (5_000_000, 8, 4096, 73.6, 16.1),
