@@ -8,7 +8,6 @@ operations take them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -195,17 +194,14 @@ def _accelerator() -> torch.device:
     return torch.device(found.type, torch.accelerator.current_device_index())
 
 
-def urgent(like: Group, timeout: timedelta | None) -> Any:
+def urgent(like: Group) -> Any:
     """Options of a new group whose messages get a place before kernels that compute; None without NCCL in `like`.
 
     Its stream has a high priority: of two kernels that wait for a place, a message and a tile, the message begins.
     """
     if "nccl" not in _backends(like).values():
         return None
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    if timeout is not None:  # else torch warns that it takes the other one
-        options._timeout = timeout
-    return options
+    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
 
 
 def init_communicator(group: Group) -> None:

@@ -231,7 +231,10 @@ def _group(axis: str, ranks: Sequence[int]) -> dist.ProcessGroup | None:
 def _new_group(ranks: Sequence[int], beside_tiles: bool) -> dist.ProcessGroup:
     """beside_tiles: whether its messages are under way while the device computes."""
     timeout = group_timeout(_default_group())  # torch takes a default of its own, whatever the process group was given
-    options = urgent(_default_group(), timeout) if beside_tiles else None
-    group = dist.new_group(list(ranks), timeout=timeout, pg_options=options, use_local_synchronization=True)
+    options = urgent(_default_group()) if beside_tiles else None
+    given = timeout if options is None else None  # options have one of their own, and torch warns of another beside it
+    group = dist.new_group(list(ranks), timeout=given, pg_options=options, use_local_synchronization=True)
+    if options is not None and timeout is not None:
+        set_group_timeout(group, timeout)
     init_communicator(group)
     return group

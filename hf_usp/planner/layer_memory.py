@@ -165,8 +165,8 @@ def tiled_layer(model: ModelShape, degrees: Degrees, job: TrainingStep) -> Tiled
     """Queries, keys, values and their gradients are there for a group of heads, attention's output for all of them.
 
     The gradient of a layer's input takes the place of that of its output. A chunk is a layer with all that its graph
-    keeps, beside the gradients of the weights that it adds to their sums. Attention's output that is kept in host memory
-    comes back in chunks, then in groups, the next one under way.
+    keeps, beside the gradients of the weights that it adds to their sums. Attention's output that is kept in host
+    memory comes back in chunks, then in groups, the next one under way.
     """
     whole, local, element = whole_layer(model, degrees, job), job.rows * job.tokens / degrees.cp, job.element
     groups = _groups(model, degrees, job)

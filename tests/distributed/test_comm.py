@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_usp.distributed import comm
+from hf_usp.distributed import comm, mesh
 
 GROUP: Any = object()
 
@@ -41,11 +41,20 @@ def test_a_ring_comes_before_tiles_where_nccl_can(monkeypatch: pytest.MonkeyPatc
     class Nccl:
         class Options:
             def __init__(self, is_high_priority_stream: bool) -> None:
-                self.is_high_priority_stream, self._timeout = is_high_priority_stream, timedelta(minutes=10)
+                self.is_high_priority_stream = is_high_priority_stream
 
     monkeypatch.setattr(comm.dist, "get_backend_config", lambda group: backends)
     monkeypatch.setattr(comm.dist, "ProcessGroupNCCL", Nccl, raising=False)
-    options = comm.urgent(GROUP, timedelta(minutes=1))
-    assert (options is not None) == has
-    if has:
-        assert options.is_high_priority_stream and options._timeout == timedelta(minutes=1)
+    made: list[tuple[object, object]] = []
+    monkeypatch.setattr(mesh, "_default_group", lambda: GROUP)
+    monkeypatch.setattr(mesh, "group_timeout", lambda group: timedelta(minutes=1))
+    monkeypatch.setattr(mesh.dist, "new_group", lambda ranks, **options: options)
+    monkeypatch.setattr(mesh, "set_group_timeout", lambda group, timeout: made.append((group["timeout"], timeout)))
+    monkeypatch.setattr(mesh, "init_communicator", lambda group: None)
+    for beside_tiles in (True, False):
+        options = mesh._new_group([0, 1], beside_tiles)["pg_options"]  # type: ignore[index]
+        assert (options is not None) == (has and beside_tiles)
+        assert options is None or options.is_high_priority_stream
+    assert made == ([(None, timedelta(minutes=1))] if has else []), (
+        "the timeout of the process group is the ring's, too"
+    )

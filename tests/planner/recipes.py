@@ -1,4 +1,4 @@
-"""Tables of docs/memory.md, docs/long.md and docs/roofline.md, from the planner. `python -m tests.planner.recipes` writes them."""
+"""Tables of docs/memory.md, long.md and roofline.md, from the planner. `python -m tests.planner.recipes` writes them."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ MILLIONS = [("Qwen3 8B", 1, 8), ("Qwen3 8B", 2, 16), ("Llama 3 8B", 5, 8), ("Lla
 def millions() -> Iterator[str]:
     """Steps of a million tokens and more with memory="auto" and AdamW's state in bf16."""
     yield (
-        "| model | tokens | H100 80 GB | ulysses x ring | seconds of a step | MFU | GB of a GPU | GB of the host, a GPU "
-        "| saving memory by |"
+        "| model | tokens | H100 80 GB | ulysses x ring | seconds of a step | MFU | GB of a GPU | GB of the host, a GPU"
+        " | saving memory by |"
     )
     yield "|---" * 9 + "|"
     for name, tokens, gpus in MILLIONS:
