@@ -1,4 +1,4 @@
-"""Tables of docs/memory.md, long.md and roofline.md, from the planner. `python -m tests.planner.recipes` writes them."""
+"""Computed tables of memory.md, long.md and roofline.md in docs. `python -m tests.planner.recipes` writes them."""
 
 from __future__ import annotations
 
