@@ -25,7 +25,7 @@ def train(folder: str, mesh: Mesh, resume: str | None, setup: dict[str, Any]) ->
     from transformers import Trainer
 
     fresh_accelerate()
-    config = None if mesh is None else hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1])
+    config = None if mesh is None else hf_usp.UspParallelismConfig(*mesh, **setup.get("options", {}))
     model = tiny_model(setup["family"], "sdpa" if config is None else "usp", **setup["changes"])
     seen: list[list[int]] = []
     model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"][:, 0].tolist()), with_kwargs=True)
@@ -79,9 +79,11 @@ def dies_in_the_second_save() -> Any:
 LLAMA: dict[str, Any] = {"family": "llama", "changes": {}}
 # With dropout the run depends on the random state of every rank.
 DROPOUT: dict[str, Any] = {"family": "phi", "changes": {"resid_pdrop": 0.1}}
+# Layers in chunks keep their input alone, and attention's output of the last layer.
+CHUNKS: dict[str, Any] = LLAMA | {"options": {"layer_chunk_size": 4, "head_groups": 2, "keep_attention": 1}}
 
 
-@pytest.mark.parametrize("setup", [LLAMA, DROPOUT], ids=lambda s: s["family"])
+@pytest.mark.parametrize("setup", [LLAMA, DROPOUT, CHUNKS], ids=["llama", "phi", "layers in chunks"])
 def test_bitwise_on_the_same_mesh(four_ranks: Ranks, tmp_path: Path, setup: dict[str, Any]) -> None:
     whole = four_ranks.run(train, str(tmp_path / "a"), MESH, None, setup)
     resumed = four_ranks.run(train, str(tmp_path / "b"), MESH, str(tmp_path / "a" / f"checkpoint-{SAVED}"), setup)

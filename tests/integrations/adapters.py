@@ -14,7 +14,7 @@ from ..tiny import largest_difference, rows
 
 
 def train_model(
-    model: Any, folder: str, mesh: tuple[int, int] | None, checkpointing: bool = False, batch: int = 2
+    model: Any, folder: str, mesh: tuple[int, int] | None, checkpointing: bool = False, batch: int = 2, **options: Any
 ) -> dict[str, Any]:
     """Four steps of the stock Trainer on an adapter, saved in `folder`; in one process when `mesh` is None."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -27,7 +27,7 @@ def train_model(
             named = kwargs["model"].named_parameters()
             gradients.append({name.removeprefix("module."): p.grad.clone() for name, p in named if p.requires_grad})
 
-    config = None if mesh is None else hf_usp.UspParallelismConfig(cp_size=mesh[0], ulysses_degree=mesh[1])
+    config = None if mesh is None else hf_usp.UspParallelismConfig(*mesh, **options)
     # Renamed in Transformers 5.2x; the old name warns there.
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing" if renamed else "gradient_checkpointing"

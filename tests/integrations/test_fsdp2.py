@@ -80,7 +80,7 @@ SIZES = [
     {"cp_size": 2, "ulysses_degree": 2, "dp_shard_size": 2},
     {"cp_size": 2, "ulysses_degree": 1, "dp_replicate_size": 2},
     {"cp_size": 2, "ulysses_degree": 1, "dp_shard_size": 2, "loss_chunk_size": 5, "mlp_chunk_size": 7},
-    {"cp_size": 4, "ulysses_degree": 2, "layer_chunk_size": 4, "head_groups": 2},
+    {"cp_size": 4, "ulysses_degree": 2, "layer_chunk_size": 4, "head_groups": 2, "keep_attention": 1},
 ]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from hf_usp.memory.tiled_layer import tiled_layer
+
 from ..ranks import Ranks
 from ..tiny import tiny_model
 from .adapters import compare, train_model
@@ -15,6 +17,7 @@ from .adapters import compare, train_model
 # PEFT 0.21 reads a name that Transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 MESH = (4, 2)
+IN_CHUNKS = {"layer_chunk_size": 4, "head_groups": 2, "keep_attention": 1}
 # init_lora_weights=False: both factors random, so that every adapter weight has a gradient from the first step on.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]},
@@ -36,10 +39,17 @@ def adapted(adapter: str, attention: str, saved: str | None = None) -> Any:
 
 
 def train(
-    folder: str, mesh: tuple[int, int] | None, adapter: str, saved: str | None = None, checkpointing: bool = False
+    folder: str,
+    mesh: tuple[int, int] | None,
+    adapter: str,
+    saved: str | None = None,
+    checkpointing: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """`train_model` of a tiny model with an adapter."""
-    return train_model(adapted(adapter, "sdpa" if mesh is None else "usp", saved), folder, mesh, checkpointing)
+    model = adapted(adapter, "sdpa" if mesh is None else "usp", saved)
+    found = train_model(model, folder, mesh, checkpointing, **options)
+    return found | {"verdicts": [set(layer.verdicts.values()) for layer in map(tiled_layer, model.modules()) if layer]}
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -50,10 +60,11 @@ def test_adapters_equal_one_process(four_ranks: Ranks, tmp_path: Path, adapter: 
         compare(mine, reference)
     assert (tmp_path / "mesh" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "mesh" / "model.safetensors").exists()
-    # The mesh's checkpoint is continued on the mesh and in one process.
+    # The mesh's checkpoint is continued in one process, and on the mesh with layers in chunks.
     reference = train(str(tmp_path / "again"), None, adapter, mesh)
-    for mine in four_ranks.run(train, str(tmp_path / "on"), MESH, adapter, mesh):
+    for mine in four_ranks.run(train, str(tmp_path / "on"), MESH, adapter, mesh, **IN_CHUNKS):
         compare(mine, reference)
+        assert mine["verdicts"] and set.union(*mine["verdicts"]) == {None}, "layers have been computed in chunks"
 
 
 def test_modules_that_do_not_exist_are_named() -> None:

@@ -353,7 +353,8 @@ def test_the_stock_trainer_on_a_mesh(four_ranks: Ranks, tmp_path: Path, mesh: An
     setup = {"rows": 12, "batch": 2, "accumulation": 2, "steps": 3, "evaluate": True, "eval_rows": 4, "family": "qwen2"}
     reference = one_process(setup)
     options = {"layer_chunk_size": 4, "head_groups": 2, "mlp_chunk_size": 3, "loss_chunk_size": 4}
-    mine = {**setup, "options": {**options, "offload_checkpoints": True}, "checkpointing": "non_reentrant"}
+    options |= {"offload_checkpoints": True, "keep_attention": 1}
+    mine = {**setup, "options": options, "checkpointing": "non_reentrant"}
     for result in four_ranks.run(run_trainer, str(tmp_path), mesh, mine):
         compare(result, reference)
         assert result["norms"] == pytest.approx(reference["norms"], rel=1e-4)
