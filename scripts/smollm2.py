@@ -16,6 +16,7 @@ import sys
 # The package has everything; without this Transformers asks the hub first.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import quiet  # noqa: E402, F401
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
