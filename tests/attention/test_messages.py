@@ -161,3 +161,4 @@ def one_for_all() -> None:
 
 def test_one_buffer_for_all_is_seen(four_ranks: Ranks) -> None:
     four_ranks.run(one_for_all)
+    four_ranks.stop()  # messages of what was refused are still under way; the next test starts other processes

@@ -117,11 +117,14 @@ MAKERS: dict[str, Callable[[Patch, str], Kernel]] = {
     "fa4 4.0.0b36 on 9": fa4,
     "fa4 4.0.0b36 on 10": fa4,
     "torchs FA3": torchs,
-    "torchs FA4": torchs,
     "cudnn ": cudnn,
     "efficient ": efficient,
     "blockwise ": lambda patch, _: BlockwiseKernel(),
 }
+# torch 2.11 and 2.12 know no windows of FA4; hf_usp refuses torch's FA4 before 2.14, as the test of its results shows.
+WITHOUT_WINDOWS = dialects.is_older("torch", "2.13.0")
+if not WITHOUT_WINDOWS:
+    MAKERS["torchs FA4"] = torchs
 
 
 @pytest.fixture(params=MAKERS)
@@ -402,7 +405,8 @@ def test_torch_before_2_14_does_not_know_the_results_of_fa4(monkeypatch: Patch) 
         modules = fake_fa4.release(version)
         monkeypatch.setattr(_fa4, "_fa4_import_module", lambda path, modules=modules: modules[path])
         if old:
-            with pytest.raises(ValueError, match="too many values to unpack"):
+            known = AssertionError if WITHOUT_WINDOWS else ValueError
+            with pytest.raises(known, match="a negative bound" if WITHOUT_WINDOWS else "too many values to unpack"):
                 compute(kernel, case, draw(case, torch.bfloat16))
         else:
             check(kernel, case, draw(case, torch.bfloat16))
