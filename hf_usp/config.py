@@ -20,14 +20,8 @@ from .distributed.comm import world_size
 from .distributed.mesh import DeviceMesh, kept_mesh
 from .errors import UspConfigError
 from .integrations.accelerate import AcceleratorPatch
-from .integrations.memory_choice import AUTO, check_auto, memory_options
-from .integrations.transformers import (
-    check_way,
-    validate_layer_options,
-    validate_memory_options,
-    validate_offload,
-    validate_options,
-)
+from .integrations.memory_choice import AUTO, MEMORY_OPTIONS, memory_options, validate_memory_options
+from .integrations.transformers import check_way, validate_options
 from .planner.hardware import check_machine
 from .sharding.degrees import check_degrees
 from .utils.validation import check_positive_int, check_switches, size_from_environment
@@ -169,11 +163,8 @@ class UspParallelismConfig(ParallelismConfig):
         if self.ulysses_degree is not None:
             check_degrees(cp_size, self.ulysses_degree)
         validate_options(self.sequence_order, self.kernel)
-        check_auto(self.memory, self.gather_outputs)
         check_choice(self.ranks_per_node, self.machine, self.sequence_length)
-        validate_memory_options(self.loss_chunk_size, self.mlp_chunk_size, self.gather_outputs)
-        validate_layer_options(self.layer_chunk_size, self.head_groups, self.keep_attention, cp_size)
-        validate_offload(self.offload_checkpoints)
+        validate_memory_options(self.memory_options, self.memory, self.gather_outputs, cp_size)
         check_switches(gather_outputs=self.gather_outputs is None or self.gather_outputs)
         check_way(self.generate)
         check_switches(self_check=self.self_check)
@@ -197,6 +188,11 @@ class UspParallelismConfig(ParallelismConfig):
     def ring_degree(self) -> int | None:
         """cp_size // ulysses_degree; None until the ulysses degree is chosen."""
         return None if self.ulysses_degree is None else self.cp_size // self.ulysses_degree
+
+    @property
+    def memory_options(self) -> dict[str, Any]:
+        """The options that save memory, by name."""
+        return {name: getattr(self, name) for name in MEMORY_OPTIONS}
 
     @property
     def cp_enabled(self) -> bool:

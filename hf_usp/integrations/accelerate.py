@@ -218,10 +218,8 @@ class AcceleratorPatch:
 
     def _apply(self, module: torch.nn.Module) -> None:
         config, hooks = self.config, get_hooks(module)
-        memory = (config.loss_chunk_size, config.mlp_chunk_size, config.offload_checkpoints)
-        of_layers = {n: getattr(config, n) for n in ("layer_chunk_size", "head_groups", "keep_attention")}
         if config.cp_size == 1 or (hooks is not None and hooks.mesh in self.meshes.values()):
-            apply_memory_options(module, *memory, **of_layers)
+            apply_memory_options(module, **config.memory_options)
             return
         model = find_model(module)
         names = ("mixed_precision", "gradient_accumulation_steps")
@@ -235,10 +233,7 @@ class AcceleratorPatch:
             gather_outputs=config.gather_outputs,
             self_check=config.self_check,
             generate=config.generate,
-            loss_chunk_size=config.loss_chunk_size,
-            mlp_chunk_size=config.mlp_chunk_size,
-            **of_layers,
-            offload_checkpoints=config.offload_checkpoints,
+            **config.memory_options,
         )
         applied = get_hooks(module)
         assert applied is not None

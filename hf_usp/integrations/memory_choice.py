@@ -1,11 +1,10 @@
-"""`memory=`: a dict of options, or "auto", for which all ranks agree on what memory there is."""
+"""Options that save memory: one by one, as a dict, or "auto", for which all ranks agree on what memory there is."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ..distributed.mesh import UspMesh
 from ..errors import UspConfigError, UspModelError
 from ..memory.chosen import ChosenMemory, chosen_memory
 from ..memory.chunked_loss import ChunkedLoss, chunked_loss
+from ..memory.host_arena import MEMINFO, available_memory
 from ..memory.tiled_layer import tile_layers
 from ..memory.tiled_norm import tile_norms
 from ..models.traits import inspect_model
@@ -23,12 +23,12 @@ from ..planner.hardware import MACHINES
 from ..planner.request import AUTO_CHUNK, USABLE, USABLE_HOST, PlanRequest, shape_of
 from ..planner.search import LOSS_CHUNK
 from ..planner.workload import Degrees, TrainingStep
-from ..utils.validation import size_from_environment
+from ..utils.validation import check_folder, check_positive_int, check_switches, size_from_environment
 from .ulysses_degree import machine_of
 
 AUTO = "auto"
 # Options that a dict may hold, by their own names, and what they are without it.
-OPTIONS: dict[str, Any] = {
+MEMORY_OPTIONS: dict[str, Any] = {
     "loss_chunk_size": None,
     "mlp_chunk_size": None,
     "layer_chunk_size": None,
@@ -52,7 +52,7 @@ def memory_options(memory: object, given: Mapping[str, Any]) -> dict[str, Any]:
             rule="memory is 'auto', or a dict of options",
             remedy="pass memory='auto', or memory={'layer_chunk_size': 4096, 'head_groups': 4}, say",
         )
-    beside = [f"{name}={value!r:.100}" for name, value in given.items() if value != OPTIONS[name]]
+    beside = [f"{name}={value!r:.100}" for name, value in given.items() if value != MEMORY_OPTIONS[name]]
     if beside:
         raise UspConfigError(
             f"memory={memory!r:.100} and {', '.join(beside)}",
@@ -60,18 +60,31 @@ def memory_options(memory: object, given: Mapping[str, Any]) -> dict[str, Any]:
             remedy="put the option into the dict, as in memory={'layer_chunk_size': 4096}, or leave out memory",
         )
     if not isinstance(memory, Mapping):
-        return dict(OPTIONS)
-    unknown = [name for name in memory if name not in OPTIONS]
+        return dict(MEMORY_OPTIONS)
+    unknown = [name for name in memory if name not in MEMORY_OPTIONS]
     if unknown:
         raise UspConfigError(
             f"memory with the key {unknown[0]!r:.100}",
-            rule=f"memory is 'auto', or a dict of {', '.join(OPTIONS)}",
+            rule=f"memory is 'auto', or a dict of {', '.join(MEMORY_OPTIONS)}",
             remedy="take the name of such an option",
         )
-    return OPTIONS | dict(memory)
+    return MEMORY_OPTIONS | dict(memory)
 
 
-def check_auto(memory: object, gather_outputs: object) -> None:
+def validate_memory_options(
+    options: Mapping[str, Any], memory: object, gather_outputs: bool | None, ranks: int
+) -> None:
+    """Raise `UspConfigError` for options of `MEMORY_OPTIONS` that do not fit each other, or what is asked for beside.
+
+    ranks: of a mesh.
+    """
+    _check_auto(memory, gather_outputs)
+    _validate_chunks(options["loss_chunk_size"], options["mlp_chunk_size"], gather_outputs)
+    _validate_layers(options["layer_chunk_size"], options["head_groups"], options["keep_attention"], ranks)
+    _validate_offload(options["offload_checkpoints"])
+
+
+def _check_auto(memory: object, gather_outputs: object) -> None:
     """Raise `UspConfigError` for logits that are both left out and gathered."""
     if memory == AUTO and gather_outputs:
         raise UspConfigError(
@@ -79,6 +92,51 @@ def check_auto(memory: object, gather_outputs: object) -> None:
             rule="with memory='auto' the loss is computed in chunks, which leaves no logits to be gathered",
             remedy="choose one: memory='auto' for training, gather_outputs for predict and compute_metrics",
         )
+
+
+def _validate_chunks(loss_chunk_size: int | None, mlp_chunk_size: int | None, gather_outputs: bool | None) -> None:
+    """Raise `UspConfigError` for empty chunks, and for logits that are both left out and gathered."""
+    check_positive_int(loss_chunk_size=loss_chunk_size, mlp_chunk_size=mlp_chunk_size)
+    if loss_chunk_size is not None and gather_outputs:
+        raise UspConfigError(
+            f"loss_chunk_size={loss_chunk_size} with gather_outputs=True",
+            rule="a loss in chunks leaves no logits to be gathered",
+            remedy="choose one: loss_chunk_size for training, gather_outputs for predict and compute_metrics",
+        )
+
+
+def _validate_layers(layer_chunk_size: int | None, head_groups: int | None, keep_attention: object, ranks: int) -> None:
+    """Raise `UspConfigError` for empty chunks, what needs chunks without them, and chunks where nothing is sharded."""
+    check_positive_int(layer_chunk_size=layer_chunk_size, head_groups=head_groups)
+    if head_groups is not None and layer_chunk_size is None:
+        raise UspConfigError(
+            f"head_groups={head_groups} without layer_chunk_size",
+            rule="attention computes in groups of heads inside layers that compute in chunks",
+            remedy="pass layer_chunk_size=4096, too, or leave out head_groups",
+        )
+    if not isinstance(keep_attention, bool):
+        check_positive_int(required=True, keep_attention=keep_attention)
+    if keep_attention and layer_chunk_size is None:
+        raise UspConfigError(
+            f"keep_attention={keep_attention} without layer_chunk_size",
+            rule="attention's output is kept of layers that compute in chunks",
+            remedy="pass layer_chunk_size=4096, too, or leave out keep_attention (checkpointed layers keep it by "
+            "hf_usp.save_attention_outputs())",
+        )
+    if layer_chunk_size is not None and ranks == 1:
+        raise UspConfigError(
+            f"layer_chunk_size={layer_chunk_size} where one rank has whole sequences",
+            rule="a layer in chunks is taken apart at its sharded attention",
+            remedy="leave out layer_chunk_size, or share sequences by cp_size=2 or more",
+        )
+
+
+def _validate_offload(offload_checkpoints: object) -> None:
+    """Raise `UspConfigError` for what is neither a switch nor a folder that can be written into."""
+    if isinstance(offload_checkpoints, str):
+        check_folder(offload_checkpoints, "offload_checkpoints")
+    else:
+        check_switches(offload_checkpoints=offload_checkpoints)
 
 
 def choose_memory(
@@ -183,13 +241,12 @@ def _memory(device: torch.device, machine: str | None) -> tuple[float, float]:
     return (free + module.memory_reserved(device)) * USABLE, _available() * USABLE_HOST / ranks
 
 
-def _available(path: str = "/proc/meminfo") -> float:
+def _available(path: str = MEMINFO) -> int:
     """Bytes of host memory that programs can still take."""
-    try:
-        lines = Path(path).read_text(encoding="ascii").splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, IndexError, StopIteration) as problem:
-        raise _unknown("a host") from problem
+    available = available_memory(path)
+    if available is None:
+        raise _unknown("a host")
+    return available
 
 
 def _unknown(whose: str) -> UspConfigError:

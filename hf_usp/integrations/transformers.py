@@ -32,8 +32,8 @@ from ..models.hooks import ContextParallelHooks, attach_hooks, get_hooks
 from ..models.indexed_layers import selects_keys
 from ..models.traits import inspect_model
 from ..sharding.load_balance import ALL_ORDERS
-from ..utils.validation import check_folder, check_positive_int, check_switches
-from .memory_choice import AUTO, check_auto, choose_memory, memory_options
+from ..utils.validation import check_switches
+from .memory_choice import AUTO, choose_memory, memory_options, validate_memory_options
 
 
 class Change(NamedTuple):
@@ -239,10 +239,7 @@ def apply_context_parallel(
     options = memory_options(memory, given | {"offload_checkpoints": offload_checkpoints})
     validate_options(sequence_order, kernel)
     check_way(generate)
-    check_auto(memory, gather_outputs)
-    validate_memory_options(options["loss_chunk_size"], options["mlp_chunk_size"], gather_outputs)
-    validate_layer_options(options["layer_chunk_size"], options["head_groups"], options["keep_attention"], mesh.size)
-    validate_offload(options["offload_checkpoints"])
+    validate_memory_options(options, memory, gather_outputs, mesh.size)
     check_switches(gather_outputs=gather_outputs is None or gather_outputs)
     check_switches(self_check=self_check)
     if mesh.size > 1:
@@ -335,55 +332,6 @@ def validate_options(sequence_order: str, kernel: str | None) -> None:
             rule=f"a kernel is one of {', '.join(KERNELS)}, or None",
             remedy="leave it out to let hf_usp choose",
         )
-
-
-def validate_memory_options(
-    loss_chunk_size: int | None, mlp_chunk_size: int | None, gather_outputs: bool | None
-) -> None:
-    """Raise `UspConfigError` for empty chunks, and for logits that are both left out and gathered."""
-    check_positive_int(loss_chunk_size=loss_chunk_size, mlp_chunk_size=mlp_chunk_size)
-    if loss_chunk_size is not None and gather_outputs:
-        raise UspConfigError(
-            f"loss_chunk_size={loss_chunk_size} with gather_outputs=True",
-            rule="a loss in chunks leaves no logits to be gathered",
-            remedy="choose one: loss_chunk_size for training, gather_outputs for predict and compute_metrics",
-        )
-
-
-def validate_layer_options(
-    layer_chunk_size: int | None, head_groups: int | None, keep_attention: object, ranks: int
-) -> None:
-    """Raise `UspConfigError` for empty chunks, what needs chunks without them, and chunks where nothing is sharded."""
-    check_positive_int(layer_chunk_size=layer_chunk_size, head_groups=head_groups)
-    if head_groups is not None and layer_chunk_size is None:
-        raise UspConfigError(
-            f"head_groups={head_groups} without layer_chunk_size",
-            rule="attention computes in groups of heads inside layers that compute in chunks",
-            remedy="pass layer_chunk_size=4096, too, or leave out head_groups",
-        )
-    if not isinstance(keep_attention, bool):
-        check_positive_int(required=True, keep_attention=keep_attention)
-    if keep_attention and layer_chunk_size is None:
-        raise UspConfigError(
-            f"keep_attention={keep_attention} without layer_chunk_size",
-            rule="attention's output is kept of layers that compute in chunks",
-            remedy="pass layer_chunk_size=4096, too, or leave out keep_attention (checkpointed layers keep it by "
-            "hf_usp.save_attention_outputs())",
-        )
-    if layer_chunk_size is not None and ranks == 1:
-        raise UspConfigError(
-            f"layer_chunk_size={layer_chunk_size} where one rank has whole sequences",
-            rule="a layer in chunks is taken apart at its sharded attention",
-            remedy="leave out layer_chunk_size, or share sequences by cp_size=2 or more",
-        )
-
-
-def validate_offload(offload_checkpoints: object) -> None:
-    """Raise `UspConfigError` for what is neither a switch nor a folder that can be written into."""
-    if isinstance(offload_checkpoints, str):
-        check_folder(offload_checkpoints, "offload_checkpoints")
-    else:
-        check_switches(offload_checkpoints=offload_checkpoints)
 
 
 def check_head_groups(model: PreTrainedModel, head_groups: int, ulysses_degree: int) -> None:

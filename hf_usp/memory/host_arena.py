@@ -25,6 +25,7 @@ from ..errors import UspConfigError
 from ..utils.validation import size_from_environment
 
 ALIGNMENT = 64  # bytes
+MEMINFO = "/proc/meminfo"  # of Linux
 
 
 class HostArena:
@@ -171,11 +172,11 @@ def _file(size: int, folder: str) -> mmap.mmap:
         ) from problem
 
 
-def available_memory() -> int | None:
+def available_memory(path: str = MEMINFO) -> int | None:
     """Bytes of host memory that can be had without swapping; None where the system does not say."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
+        with open(path, encoding="ascii") as file:
             lines = dict(line.split(":", 1) for line in file)
         return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
+    except (OSError, KeyError, ValueError, IndexError):
         return None
